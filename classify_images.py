@@ -1,0 +1,106 @@
+"""Call every image of a folder good or defective, with a table, an overlay for each defective one and a summary."""
+
+from __future__ import annotations
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.ClassifySettings, __doc__)
+
+import csv
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+from tqdm import tqdm
+
+import data_loader
+import engine
+import plots
+from defect_maps import Detection, Detector, load_detector
+
+__all__ = ["Classified", "classify", "classify_folder", "load_detector"]
+
+
+class Classified(NamedTuple):
+    """What is said of one file; ``detection`` is None and ``error`` says why where it cannot be read."""
+
+    path: Path
+    detection: Detection | None
+    error: str = ""
+
+
+def main(settings: config.ClassifySettings) -> None:
+    """Classify, write results.csv and overlays, print the summary."""
+    runtime = engine.make_runtime(settings.device)
+    detector = load_detector(settings.model, runtime.device)
+    if settings.target_false_alarms:
+        detector.calibration = detector.calibration.at(settings.target_false_alarms)
+        if not detector.calibration.promised:
+            n = len(detector.calibration.good_scores)
+            print(f"warning: {n} calibration scores promise {1 / (n + 1):.1%} false alarms at best, not {settings.target_false_alarms:.1%}.", file=sys.stderr)
+    paths = data_loader.find_images(settings.images)
+    out = Path(settings.output_dir) / "classification_results"
+    counts = {"good": 0, "defective": 0, "error": 0}
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
+        writer = csv.writer(file)
+        writer.writerow(["image", "score", "p_value", "label", "reason"])
+        for number, result in enumerate(classify(detector, paths, settings.batch_size, runtime), 1):
+            writer.writerow(row(result))
+            counts[label_of(result)] += 1
+            if settings.overlays and label_of(result) == "defective":
+                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{result.path.stem}.jpg")
+            bar.update()
+    seconds = time.perf_counter() - started
+    print(f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; {len(paths) / seconds:.1f} images/s")
+    print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
+
+
+def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime: engine.Runtime) -> Iterator[Classified]:
+    """One result a file, in the order of the paths; memory does not grow with their number."""
+    for batch in data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size):
+        detections = detector.detect(runtime.put(batch.images)) if len(batch.images) else []
+        found = {path: Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)}
+        found |= {path: Classified(path, None, reason) for path, reason in batch.errors}
+        yield from (found[path] for path in sorted(found))
+
+
+def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8) -> list[Classified]:
+    """Results for every image below a folder (or in a list of files), for notebooks.
+
+    Raises:
+        InputError: there is no image.
+    """
+    device = next(detector.model.parameters()).device
+    return list(classify(detector, data_loader.find_images(folder), batch_size, engine.Runtime(device)))
+
+
+def label_of(result: Classified) -> str:
+    return result.detection.label if result.detection else "error"
+
+
+def row(result: Classified) -> list[str]:
+    if result.detection is None:
+        return [str(result.path), "", "", "error", result.error]
+    return [str(result.path), f"{result.detection.score:.6g}", f"{result.detection.p_value:.6g}", result.detection.label, ""]
+
+
+def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
+    """The photograph at its own size with the defect map over it."""
+    image = data_loader.read_image(result.path)
+    defect_map = data_loader.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
+    threshold = detector.calibration.threshold
+    overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _, encoded = cv2.imencode(".jpg", overlay[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+    path.write_bytes(encoded.tobytes())
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.ClassifySettings, __doc__, main))

@@ -1,0 +1,428 @@
+"""Every setting, once: its default, unit and meaning; read from flags and YAML files.
+
+A stage owns one frozen dataclass. Its fields give the flags, the ``--help`` text, the keys a YAML file
+may hold and the table in the README. Flags beat the file, the file beats the defaults. Importing this
+module costs milliseconds: no torch, no numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# ----------------------------------------------------------------------------------------------- errors
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is one sentence (what, where, what was expected)."""
+
+    exit_code = 1
+
+
+class UsageError(InputError):
+    """A flag, key or value that the command does not take."""
+
+    exit_code = 2
+
+
+# ---------------------------------------------------------------------------------------------- a field
+
+
+def setting(
+    default,
+    meaning: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    multiple_of: int | None = None,
+    positional: str = "",
+):
+    """One field of a settings class.
+
+    Args:
+        default: value when neither a flag nor the file gives one; its type is the field's annotation.
+        meaning: one sentence for ``--help`` and the README.
+        unit: the unit, for example "px", "degrees", "fraction"; empty for names and switches.
+        choices: the only values allowed (strings).
+        minimum, maximum: inclusive bounds for numbers (each item of a tuple).
+        multiple_of: the number must be a multiple of this.
+        positional: "+" or "*" or "?" to read the field from bare arguments instead of a flag.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "meaning": meaning,
+            "unit": unit,
+            "choices": tuple(choices),
+            "minimum": minimum,
+            "maximum": maximum,
+            "multiple_of": multiple_of,
+            "positional": positional,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings classes: checks every value against its field when an instance is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+
+    def replace(self, **changes):
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _check_value(field: dataclasses.Field, value) -> None:
+    limits = field.metadata
+    for item in value if isinstance(value, tuple) else (value,):
+        if limits["choices"] and item not in limits["choices"]:
+            raise UsageError(f"{field.name} is {item!r}; expected one of {', '.join(limits['choices'])}.")
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            continue
+        if item != item:
+            raise UsageError(f"{field.name} is not a number.")
+        if limits["minimum"] is not None and item < limits["minimum"]:
+            raise UsageError(f"{field.name} is {item}; expected at least {limits['minimum']}.")
+        if limits["maximum"] is not None and item > limits["maximum"]:
+            raise UsageError(f"{field.name} is {item}; expected at most {limits['maximum']}.")
+        if limits["multiple_of"] and item % limits["multiple_of"]:
+            raise UsageError(f"{field.name} is {item}; expected a multiple of {limits['multiple_of']}.")
+
+
+# ----------------------------------------------------------------------------- groups shared by stages
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    output_dir: str = setting(".", "Folder under which the fixed output folders are made.")
+    device: str = setting("auto", "Where to compute; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda"))
+    seed: int = setting(0, "Seed of every random choice; the same seed gives the same run on CPU.", minimum=0)
+    num_workers: int = setting(-1, "Loader processes beside the main one; -1 takes none on CPU (the cores compute) and one a core, eight at most, with CUDA.", minimum=-1)
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    data_dir: str = setting("", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo.")
+    image_size: int = setting(256, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
+    resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
+
+
+# ------------------------------------------------------------------------------------- DetailVAE stages
+
+
+@dataclass(frozen=True)
+class PreprocessSettings(RunSettings):
+    source: tuple[str, ...] = setting((), "Raw folder: MVTec layout, or a flat folder of good images.", positional="+")
+    out: str = setting("data/preprocessed", "Folder that receives the MVTec layout.")
+    image_size: int = setting(256, "Side of the square images written.", unit="px", minimum=64, maximum=1024, multiple_of=32)
+    resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
+    bad_dir: str = setting("", "For a flat source: a folder of defective images, kept as test/defective.")
+    test_frac: float = setting(0.2, "For a flat source: share of the good images kept as test/good.", unit="fraction", minimum=0.0, maximum=0.9)
+
+
+@dataclass(frozen=True)
+class AugmentSettings(Settings):
+    flip_horizontal: bool = setting(True, "Mirror left and right; off where a mirrored part is a defect.")
+    flip_vertical: bool = setting(False, "Mirror top and bottom.")
+    rotation_deg: float = setting(5.0, "Largest rotation either way.", unit="degrees", minimum=0.0, maximum=180.0)
+    shift_frac: float = setting(0.03, "Largest shift either way, of the side.", unit="fraction", minimum=0.0, maximum=0.5)
+    scale_frac: float = setting(0.05, "Largest change of scale either way.", unit="fraction", minimum=0.0, maximum=0.5)
+    brightness: float = setting(0.08, "Largest change of brightness and contrast either way.", unit="fraction", minimum=0.0, maximum=0.9)
+    saturation: float = setting(0.08, "Largest change of saturation either way.", unit="fraction", minimum=0.0, maximum=0.9)
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    latent_dim: int = setting(64, "Length of the global latent vector.", minimum=1, maximum=4096)
+    detail_channels: int = setting(16, "Channels of the detail latent map (a place for every 32 px).", minimum=1, maximum=512)
+    base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
+    skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
+    skip_noise: float = setting(0.2, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
+    backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
+
+
+@dataclass(frozen=True)
+class LossSettings(Settings):
+    mse_weight: float = setting(1.0, "Weight of the squared pixel error.", minimum=0.0)
+    l1_weight: float = setting(1.0, "Weight of the absolute pixel error.", minimum=0.0)
+    perceptual_weight: float = setting(0.1, "Weight of the VGG16 perceptual term; 0 switches it off (no weights needed).", minimum=0.0)
+    perceptual_crop_px: int = setting(64, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=0)
+    vgg16_weights: str = setting("", "File with torchvision's VGG16 weights; empty means look in the cache, then fetch.")
+    kl_weight: float = setting(0.001, "Weight of the global latent's KL divergence, in nats per latent variable.", minimum=0.0)
+    detail_kl_weight: float = setting(0.001, "Weight of the detail latent's KL divergence, in nats per latent variable.", minimum=0.0)
+    kl_warmup_epochs: int = setting(5, "Epochs over which both KL weights rise from 0.", unit="epochs", minimum=0)
+    feature_weight: float = setting(1.0, "Weight of the squared error of predicted features.", minimum=0.0)
+    likelihood_weight: float = setting(0.5, "Weight of the Gaussian likelihood that trains the features' predicted variance.", minimum=0.0)
+    pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
+    pixel_crop_px: int = setting(128, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
+    pixel_share: float = setting(0.5, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
+    feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
+    feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class MapSettings(Settings):
+    map_pixel: float = setting(0.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
+    map_ssim: float = setting(0.0, "Share of the 1 - SSIM map.", minimum=0.0)
+    map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
+    map_feature: float = setting(1.0, "Share of the plain feature error.", minimum=0.0)
+    map_likelihood: float = setting(1.0, "Share of the feature error divided by its predicted variance.", minimum=0.0)
+    smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
+    closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
+    top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
+    target_false_alarms: float = setting(0.05, "Share of good images that may be called defective.", unit="fraction", minimum=0.0001, maximum=0.5)
+
+
+@dataclass(frozen=True)
+class OptimiserSettings(Settings):
+    epochs: int = setting(0, "Passes over the training images; 0 takes as many as show train_samples of them.", unit="epochs", minimum=0)
+    batch_size: int = setting(8, "Images in one optimizer step.", unit="images", minimum=1)
+    learning_rate: float = setting(0.001, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
+    weight_decay: float = setting(0.0001, "Decoupled weight decay of AdamW.", minimum=0.0)
+    gradient_clip: float = setting(1.0, "Largest gradient norm.", minimum=0.0)
+    patience: int = setting(0, "Stop after this many validations without a better one; 0 never stops early.", minimum=0)
+    checkpoint_every: int = setting(50, "Keep models/epoch_N.pth every so many epochs.", unit="epochs", minimum=1)
+    resume: bool = setting(False, "Go on from the last checkpoint in the output folder.")
+
+
+@dataclass(frozen=True)
+class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
+    holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
+    train_samples: int = setting(5000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
+    variants: int = setting(4, "Augmented variants of each training image; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
+    drawn_defects: float = setting(0.5, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
+    picture_every: int = setting(20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1)
+
+
+@dataclass(frozen=True)
+class DetailTestSettings(RunSettings):
+    data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
+    model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
+    batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)
+    save_maps: bool = setting(False, "Also write every raw map as test_results/maps/<category>/<stem>.npy.")
+    pictures: bool = setting(True, "Write a picture of every test image.")
+    bootstrap: int = setting(1000, "Resamples behind each 95 % interval.", minimum=0)
+
+
+@dataclass(frozen=True)
+class ClassifySettings(RunSettings):
+    images: tuple[str, ...] = setting((), "Image files, folders (searched recursively) or quoted globs.", positional="+")
+    model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
+    batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)
+    target_false_alarms: float = setting(0.0, "Re-derive the threshold for this share of false alarms; 0 keeps the trained one.", unit="fraction", minimum=0.0, maximum=0.5)
+    overlays: bool = setting(True, "Write an overlay picture of every defective image.")
+
+
+@dataclass(frozen=True)
+class FetchWeightsSettings(RunSettings):
+    vgg16_weights: str = setting("", "File with torchvision's VGG16 weights to verify and keep; empty means fetch.")
+
+
+# ----------------------------------------------------------------------------- plots of series, their data
+
+
+@dataclass(frozen=True)
+class SupervisedDataSettings(Settings):
+    data_dir: str = setting("", "Data set with train/<class> and test/<class> folders of plots; empty means the built-in demo.")
+    image_size: int = setting(224, "Side of the square the network sees.", unit="px", minimum=32, maximum=1024, multiple_of=32)
+    crop_axes: bool = setting(True, "Cut a plot to the inside of its axes, so that no pixel goes to labels and margins.")
+    validation_frac: float = setting(0.15, "Share of the training images of each class held out for validation.", unit="fraction", minimum=0.01, maximum=0.8)
+    flip_time: bool = setting(True, "Mirror training plots left and right at random: a series read backwards keeps its kind.")
+    flip_value: bool = setting(True, "Mirror training plots top and bottom at random: a series with its sign changed keeps its kind.")
+    stretch_frac: float = setting(0.04, "Largest stretch of a training plot along each axis, either way.", unit="fraction", minimum=0.0, maximum=0.3)
+    shift_frac: float = setting(0.02, "Largest shift of a training plot along each axis, either way.", unit="fraction", minimum=0.0, maximum=0.3)
+    line_jitter: float = setting(0.3, "Largest share of a one-pixel thicker line blended into a training plot.", unit="fraction", minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class RenderSettings(RunSettings):
+    source: tuple[str, ...] = setting((), "Folder of class folders of CSV series, or of CSV series.", positional="+")
+    out: str = setting("data/rendered", "Folder that receives the plots, under the output folder; the folders of the source are kept.")
+    num_workers: int = setting(-1, "Processes that draw; -1 takes one a core, 0 draws in this one.", minimum=-1)
+
+
+@dataclass(frozen=True)
+class GenerateSettings(RunSettings):
+    per_class: int = setting(100, "Series of each of the nine kinds.", unit="series", minimum=1)
+    out: str = setting("data/generated", "Folder that receives class folders of plots, under the output folder; the CSVs go beside it, to the same name with _csv.")
+    home_share: float = setting(0.5, "Share of series in the style of the home plots; the others follow betise's present parameters.", unit="fraction", minimum=0.0, maximum=1.0)
+    num_workers: int = setting(-1, "Processes that draw; -1 takes one a core, 0 draws in this one.", minimum=-1)
+
+
+# ---------------------------------------------------------------------------------- reading flags, files
+
+
+def field_table(settings_class: type[Settings]) -> list[tuple[str, str, str, str]]:
+    """(flag, default, unit, meaning) for each field, in the order of the class, for tables and help."""
+    rows = []
+    for field in dataclasses.fields(settings_class):
+        name = field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
+        rows.append((name, str(field.default), field.metadata["unit"], field.metadata["meaning"]))
+    return rows
+
+
+def as_dict(settings: Settings) -> dict:
+    """Plain numbers, strings, lists: fit for YAML, JSON and a checkpoint."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()}
+
+
+def from_dict(settings_class: type[Settings], values: dict) -> Settings:
+    """Rebuild settings from ``as_dict``; keys of other classes are ignored, types are checked.
+
+    Raises:
+        UsageError: a value has the wrong type or lies outside its bounds.
+    """
+    hints = typing.get_type_hints(settings_class)
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    return settings_class(**{key: _coerce(key, value, hints[key]) for key, value in values.items() if key in known})
+
+
+def save(settings: Settings, path: Path) -> None:
+    """Write the resolved settings as YAML, so that a run can be read and repeated."""
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False), encoding="utf-8")
+
+
+def _coerce(key: str, value, hint):
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_coerce(key, part, item) for part in ([value] if isinstance(value, str) else value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not hint:
+        raise UsageError(f"{key} is {value!r}; expected {hint.__name__}.")
+    return value
+
+
+def all_settings() -> list[type[Settings]]:
+    """Every settings class of the project."""
+    found, queue = [], [Settings]
+    while queue:
+        for child in queue.pop().__subclasses__():
+            if child not in found:
+                found.append(child)
+                queue.append(child)
+    return found
+
+
+def read_yaml(path: str) -> dict:
+    """The keys and values of a YAML file; every key must belong to some stage.
+
+    Raises:
+        UsageError: no such file, not a mapping, or an unknown key (the nearest right one is named).
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"The configuration file {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"The configuration file {path} holds no settings; expected lines such as 'epochs: 60'.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = {field.name for cls in all_settings() for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"Unknown setting '{key}' in {path}{_nearest(key, known)}.")
+    return values
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See {self.prog} --help.")
+
+
+def build_parser(settings_class: type[Settings], description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """An argument parser with one flag (or bare argument) for each field of the class, plus --config."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        _add_flag(parser, field, hints[field.name])
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
+    about, flag = field.metadata, "--" + field.name.replace("_", "-")
+    text = about["meaning"].replace("%", "%%") + (f" [{about['unit']}]" if about["unit"] else "")
+    if about["positional"]:
+        parser.add_argument(field.name, nargs=about["positional"], help=text)
+        return
+    text += f" (default: {field.default if field.default != '' else 'none'})"
+    if hint is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif typing.get_origin(hint) is tuple:
+        parser.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], help=text)
+    else:
+        parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
+
+
+def parse(settings_class: type[Settings], description: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Settings:
+    """Settings from flags, then the file of --config, then the defaults.
+
+    Raises:
+        UsageError: an unknown flag or key, or a value outside its bounds.
+    """
+    parser = build_parser(settings_class, description, prog)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)}. See {parser.prog} --help.")
+    given = vars(found)
+    config_file = given.pop("config", None)
+    values = {**(read_yaml(config_file) if config_file else {}), **given}
+    return from_dict(settings_class, values)
+
+
+def answer_early(settings_class: type[Settings], description: str) -> None:
+    """Answer --help and wrong usage before the caller's heavy imports; return where the script may go on."""
+    code = run_script(settings_class, description, lambda settings: None)
+    if code:
+        sys.exit(code)
+
+
+def run_script(settings_class: type[Settings], description: str, main: Callable[[Settings], None], argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse, run ``main`` and turn every expected failure into one sentence and an exit code.
+
+    Returns:
+        0 done, 1 a failure said in one sentence on stderr, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        main(parse(settings_class, description, argv, prog))
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was already written is kept.", file=sys.stderr)
+        return 130

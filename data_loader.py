@@ -1,0 +1,1000 @@
+"""Images on disk -> tensors; run directly it is the preprocess stage.
+
+Everywhere in the code an image is float32 RGB in [0, 1], shaped N x 3 x H x W; at the border to files it is
+uint8 H x W x 3 RGB. One bad file never costs the rest: readers of many files return what they skipped and why.
+
+    python data_loader.py SRC --out DST --image-size N
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import struct
+import sys
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import cv2
+import numpy as np
+
+import config
+import drawn_defects
+
+if TYPE_CHECKING:  # torch takes seconds to import and --help must not wait for it
+    import torch
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MIN_SIDE_PX = 8
+MAX_ASPECT = 50
+MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
+LETTERBOX_GREY = 128
+KEEP_IN_MEMORY_BYTES = 2 * 1024**3
+
+
+class ImageError(config.InputError):
+    """One image file cannot be used; ``reason`` says why, the message also names the file."""
+
+    def __init__(self, path, reason: str):
+        super().__init__(str(path), reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.reason}."
+
+
+# ------------------------------------------------------------------------------------- reading one file
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The image as uint8 H x W x 3 RGB, whatever its format.
+
+    Grey, palette and CMYK become RGB, 16 bits are scaled to 8, alpha is laid on white, the EXIF orientation is
+    applied, of several frames the first is taken.
+
+    Raises:
+        ImageError: empty, damaged, no image, over MAX_PIXELS, a side below MIN_SIDE_PX or an aspect ratio
+            beyond MAX_ASPECT.
+    """
+    data = _read_bytes(path)
+    size = _plain_png_size(data) or _plain_jpeg_size(data)
+    if size:
+        _check_size(path, *size)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is not None and pixels.shape[:2] == size:
+            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _decode(path, data, _to_rgb, _check_size)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) what is not 0.
+
+    Raises:
+        ImageError: empty, damaged or no image.
+    """
+    values = _decode(path, _read_bytes(path), lambda image: np.asarray(image.convert("RGB")), _check_bomb).max(axis=2)
+    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp")
+    return values > (127 if lossy or values.max() > 127 else 0)
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror or error})") from None
+    if not data:
+        raise ImageError(path, "is empty (0 bytes)")
+    return data
+
+
+def _check_bomb(path: str | Path, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ImageError(path, f"is {width} x {height} px; expected {MAX_PIXELS // 10**6} megapixels at most")
+
+
+def _check_size(path: str | Path, height: int, width: int) -> None:
+    _check_bomb(path, height, width)
+    if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ImageError(path, f"is {width} x {height} px; expected sides of {MIN_SIDE_PX} px or more and an aspect ratio of {MAX_ASPECT}:1 at most")
+
+
+def _plain_png_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an intact 8-bit grey or RGB PNG without transparency or orientation, else None.
+
+    The checksums are verified here because libpng, inside OpenCV, writes its own complaints to stderr.
+    """
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 45:
+        return None
+    width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
+    if depth != 8 or colour not in (0, 2) or interlace:
+        return None
+    at, view = 8, memoryview(data)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        stop = at + 8 + length
+        if kind in (b"tRNS", b"eXIf", b"acTL") or stop + 4 > len(data):
+            return None
+        if zlib.crc32(view[at + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
+            return None
+        if kind == b"IEND":
+            return height, width
+        at = stop + 4
+    return None
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a complete 8-bit grey or YCbCr JPEG without EXIF or Adobe marks, else None."""
+    if data[:3] != b"\xff\xd8\xff" or not data[-64:].rstrip(b"\x00\r\n ").endswith(b"\xff\xd9"):
+        return None
+    at, size = 2, None
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:
+            return size
+        if marker == 0xEE or (marker == 0xE1 and data[at + 4 : at + 8] == b"Exif"):
+            return None
+        if marker in (0xC0, 0xC1, 0xC2):
+            depth, height, width, n_channels = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            if depth != 8 or n_channels not in (1, 3):
+                return None
+            size = height, width
+        at += 2 + length
+    return None
+
+
+def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray:
+    """Everything odd goes through Pillow, which knows more formats and refuses damaged files."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check(path, image.height, image.width)
+            image.load()
+            return convert(ImageOps.exif_transpose(image))
+    except config.InputError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(path, "is not an image in a known format") from None
+    except Image.DecompressionBombError:
+        raise ImageError(path, f"is too large; expected {MAX_PIXELS // 10**6} megapixels at most") from None
+    except Exception as error:  # the many decoders raise nearly anything on damaged bytes
+        raise ImageError(path, f"is damaged ({' '.join(str(error).split()).rstrip('.') or type(error).__name__})") from None
+
+
+def _to_rgb(image) -> np.ndarray:
+    """A loaded Pillow image of any mode -> uint8 H x W x 3."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.repeat(_to_8_bits(np.asarray(image), image.mode)[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        from PIL import Image
+
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    top = 1.0 if mode == "F" else 65535.0
+    if not (low >= 0.0 and high <= top):
+        raise ValueError(f"grey values from {low:g} to {high:g}; expected 0 to {top:g}")
+    return np.rint(values.astype(np.float64) * (255.0 / top)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------- to the network's square
+
+
+def _fit_box(height: int, width: int, image_size: int, resize: str) -> tuple[int, int, int, int]:
+    """top, left, height, width of the picture inside the square."""
+    if resize == "stretch":
+        return 0, 0, image_size, image_size
+    if resize != "letterbox":
+        raise ValueError(f"resize is {resize!r}; expected 'stretch' or 'letterbox'.")
+    scale = image_size / max(height, width)
+    fitted_h, fitted_w = max(1, round(height * scale)), max(1, round(width * scale))
+    return (image_size - fitted_h) // 2, (image_size - fitted_w) // 2, fitted_h, fitted_w
+
+
+def _resample(pixels: np.ndarray, height: int, width: int, enlarge: int = cv2.INTER_LINEAR) -> np.ndarray:
+    """Shrink by averaging, then enlarge: each axis gets the filter that suits it."""
+    small = min(height, pixels.shape[0]), min(width, pixels.shape[1])
+    if small != pixels.shape[:2]:
+        pixels = cv2.resize(pixels, (small[1], small[0]), interpolation=cv2.INTER_AREA)
+    return pixels if small == (height, width) else cv2.resize(pixels, (width, height), interpolation=enlarge)
+
+
+def fit_image(image: np.ndarray, image_size: int, resize: str) -> np.ndarray:
+    """uint8 H x W x 3 -> uint8 image_size x image_size x 3: stretched, or letterboxed with grey bars."""
+    top, left, height, width = _fit_box(*image.shape[:2], image_size, resize)
+    fitted = _resample(image, height, width)
+    if (height, width) == (image_size, image_size):
+        return np.ascontiguousarray(fitted)
+    square = np.full((image_size, image_size, 3), LETTERBOX_GREY, np.uint8)
+    square[top : top + height, left : left + width] = fitted
+    return square
+
+
+def _resample_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Half-covered pixels count; thin parts, that half cover no pixel nearby, count wherever they touch."""
+    small = min(height, mask.shape[0]), min(width, mask.shape[1])
+    covered = _resample(mask.astype(np.float32), *small)
+    solid = covered >= 0.5
+    near_solid = cv2.dilate(solid.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    kept = solid | ((covered > 1e-6) & ~near_solid)
+    return _resample(kept.astype(np.uint8), height, width, cv2.INTER_NEAREST) > 0
+
+
+def fit_mask(mask: np.ndarray, image_size: int, resize: str, original_hw: tuple[int, int] | None = None) -> np.ndarray:
+    """bool H x W -> bool image_size x image_size, without losing thin defects.
+
+    Args:
+        mask: true where defective.
+        image_size, resize: as for ``fit_image``.
+        original_hw: size of the image the mask belongs to, when the mask may have another one.
+    """
+    if original_hw is not None and tuple(original_hw) != mask.shape:
+        mask = _resample_mask(mask, *original_hw)
+    top, left, height, width = _fit_box(*mask.shape, image_size, resize)
+    square = np.zeros((image_size, image_size), bool)
+    square[top : top + height, left : left + width] = _resample_mask(mask, height, width)
+    return square
+
+
+def unfit_map(defect_map: np.ndarray, original_hw: tuple[int, int], resize: str) -> np.ndarray:
+    """A float map S x S at network size -> float32 of the original height and width, bars cut off."""
+    top, left, height, width = _fit_box(*original_hw, defect_map.shape[0], resize)
+    inside = np.ascontiguousarray(defect_map[top : top + height, left : left + width], dtype=np.float32)
+    return _resample(inside, *original_hw)
+
+
+def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 N x H x W x 3 (or a list of H x W x 3, or one) -> float32 N x 3 x H x W in [0, 1]."""
+    import torch
+
+    stacked = np.asarray(images) if isinstance(images, np.ndarray) else np.stack(list(images))
+    stacked = stacked[None] if stacked.ndim == 3 else stacked
+    if stacked.dtype != np.uint8 or stacked.ndim != 4 or stacked.shape[3] != 3:
+        raise ValueError(f"images are {stacked.dtype} {stacked.shape}; expected uint8 N x H x W x 3.")
+    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))).float().div_(255.0)
+
+
+def assert_images(images: torch.Tensor) -> torch.Tensor:
+    """The tensor itself when it is float32 N x 3 x H x W in [0, 1]: the one check at the boundary.
+
+    Raises:
+        ValueError: another type, shape or range, or values that are not finite.
+    """
+    import torch
+
+    if not torch.is_tensor(images) or images.dtype != torch.float32 or images.ndim != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
+        raise ValueError(f"images are {got}; expected a float32 tensor N x 3 x H x W.")
+    if images.numel():
+        low, high = (float(value) for value in torch.aminmax(images.detach()))
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(f"images range from {low:g} to {high:g}; expected [0, 1].")
+    return images
+
+
+# ------------------------------------------------------------------------------------ reading many files
+
+
+class LoadedImages(NamedTuple):
+    images: torch.Tensor  # float32 N x 3 x S x S in [0, 1]
+    paths: list[Path]
+    errors: list[tuple[Path, str]]  # what was skipped and why
+
+
+class ImageBatch(NamedTuple):
+    images: torch.Tensor  # float32 B x 3 x S x S in [0, 1]
+    paths: list[Path]
+    original_sizes: list[tuple[int, int]]  # height, width; ``read_image(path)`` gives the pixels again
+    errors: list[tuple[Path, str]]
+
+
+def _read_fitted(path: Path, image_size: int, resize: str) -> tuple[np.ndarray, tuple[int, int]] | ImageError:
+    try:
+        image = read_image(path)
+    except ImageError as error:
+        return error
+    return fit_image(image, image_size, resize), image.shape[:2]
+
+
+def _ahead(work: Callable, items: Iterable, n_ahead: int, n_threads: int = 0) -> Iterator[tuple]:
+    """(item, work(item)) in order, computed by threads at most ``n_ahead`` items ahead: memory stays bounded."""
+    n_threads = n_threads or min(8, os.cpu_count() or 1)
+    waiting: deque = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > n_ahead:
+                    item, future = waiting.popleft()
+                    yield item, future.result()
+            while waiting:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _empty_tensor(image_size: int) -> torch.Tensor:
+    return to_tensor(np.zeros((0, image_size, image_size, 3), np.uint8))
+
+
+def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "stretch") -> LoadedImages:
+    """Every readable image as one tensor, in order, with the list of those skipped."""
+    images, kept, errors = [], [], []
+    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
+        if isinstance(result, ImageError):
+            errors.append((path, result.reason))
+        else:
+            images.append(result[0])
+            kept.append(path)
+    return LoadedImages(to_tensor(images) if images else _empty_tensor(image_size), kept, errors)
+
+
+def iter_image_batches(
+    paths: Iterable[str | Path], image_size: int, resize: str = "stretch", batch_size: int = 8, n_threads: int = 0
+) -> Iterator[ImageBatch]:
+    """Batches in the order of the paths, decoded by threads two batches ahead; memory does not grow with n.
+
+    Every batch but the last holds ``batch_size`` readable images; skipped files ride along in ``errors``. Only when
+    no file at all is readable is there a batch without images.
+    """
+    rows: list[tuple[Path, np.ndarray, tuple[int, int]]] = []
+    errors: list[tuple[Path, str]] = []
+
+    def batch() -> ImageBatch:
+        images = to_tensor([row[1] for row in rows]) if rows else _empty_tensor(image_size)
+        return ImageBatch(images, [row[0] for row in rows], [row[2] for row in rows], list(errors))
+
+    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 * batch_size, n_threads):
+        if isinstance(result, ImageError):
+            errors.append((path, result.reason))
+            continue
+        if len(rows) == batch_size:
+            yield batch()
+            rows, errors = [], []
+        rows.append((path, *result))
+    if rows or errors:
+        yield batch()
+
+
+# --------------------------------------------------------------------------------------- finding images
+
+
+def _images_under(folder: Path, deep: bool = True) -> list[Path]:
+    """Files with an image suffix, sorted; hidden files and folders are left out, linked folders followed once."""
+    found, seen = [], set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += [Path(where, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+        seen.add(real)
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def find_images(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Image files named by files, folders (recursive) and globs: sorted, without duplicates or hidden files.
+
+    A file named outright is kept whatever its suffix, so that its reader can say what is wrong with it.
+
+    Raises:
+        InputError: an input does not exist, or no image was found.
+    """
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    found: dict[str, Path] = {}
+    for given in inputs:
+        for path in _expand(given):
+            found.setdefault(os.path.realpath(path), path)
+    if not found:
+        raise config.InputError(f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+    return sorted(found.values(), key=lambda path: path.as_posix())
+
+
+def _expand(given: str | Path) -> list[Path]:
+    path = Path(given)
+    if path.is_dir():
+        return _images_under(path)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(given)):
+        raise config.InputError(f"{given} does not exist; expected an image, a folder or a glob.")
+    matches = [Path(match) for match in glob.glob(str(given), recursive=True)]  # noqa: PTH207 (absolute patterns)
+    inside = [image for match in matches if match.is_dir() for image in _images_under(match)]
+    return inside + [match for match in matches if match.is_file() and match.name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+# -------------------------------------------------------------------------------------------- data sets
+
+
+class MVTecItem(NamedTuple):
+    path: Path
+    category: str
+    mask_path: Path | None
+
+
+
+
+
+class MVTecFolder:
+    """What a data set holds; nothing is decoded.
+
+    Attributes:
+        root: its folder.
+        flat: true for one folder of good images without train/ and test/.
+        train_good: the good training images.
+        test: MVTecItem(path, category, mask_path or None), sorted by category and path.
+        categories: names of the test folders that hold images, "good" first.
+        warnings: sentences on what looks wrong but does not stop the work.
+
+    Raises:
+        InputError: no such folder, no train/good, or fewer than 3 images in it (``require_train=False``: no test images).
+    """
+
+    def __init__(self, root: str | Path, require_train: bool = True):
+        self.root = Path(root)
+        self.warnings: list[str] = []
+        if not self.root.is_dir():
+            raise config.InputError(f"The data folder {root} does not exist; expected a folder with train/good, or one of good images.")
+        good = self.root / "train" / "good"
+        self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(_images_under(self.root, deep=False))
+        self.train_good = _images_under(self.root, deep=False) if self.flat else _images_under(good)
+        self.test = [] if self.flat else self._find_test()
+        self.categories = sorted({item.category for item in self.test}, key=lambda name: (name != "good", name))
+        self._check(good, require_train)
+
+    def _check(self, good: Path, require_train: bool) -> None:
+        if require_train and not self.flat and not good.is_dir():
+            raise config.InputError(f"{self.root} has no folder train/good; expected the good training images there.")
+        if require_train and len(self.train_good) < 3:
+            where = self.root if self.flat else good
+            raise config.InputError(f"{where} holds {len(self.train_good)} image(s); expected 3 or more good ones.")
+        if not require_train and not self.test:
+            raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
+
+    def _find_test(self) -> list[MVTecItem]:
+        test = self.root / "test"
+        folders = sorted(path for path in test.iterdir() if path.is_dir() and not path.name.startswith(".")) if test.is_dir() else []
+        if test.is_dir() and _images_under(test, deep=False):
+            self.warnings.append(f"{test} holds images outside any category folder; they are left out.")
+        items = []
+        for folder in folders:
+            images = _images_under(folder)
+            masks = {} if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
+            items += [MVTecItem(path, folder.name, masks.get(path)) for path in images]
+            if not images:
+                self.warnings.append(f"{folder} holds no images.")
+        if any(item.mask_path for item in items):
+            unmasked = [item for item in items if item.category != "good" and item.mask_path is None]
+            self.warnings += [f"{self.relative(item.path)} has no mask in ground_truth/{item.category}; it is left out of pixel metrics." for item in unmasked]
+        return items
+
+    def relative(self, path: str | Path) -> str:
+        """The path below the root, with forward slashes."""
+        return Path(path).relative_to(self.root).as_posix()
+
+
+def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> dict[Path, Path]:
+    """The mask of each image: <stem>_mask, <stem>, or <stem> with another ending; the same sub-folder first."""
+    masks = _images_under(mask_folder)
+    by_stem: dict[str, list[Path]] = {}
+    for mask in masks:
+        by_stem.setdefault(mask.stem, []).append(mask)
+    found = {}
+    for image in images:
+        places = mask_folder / image.parent.relative_to(folder)
+        named = by_stem.get(f"{image.stem}_mask", []) + by_stem.get(image.stem, [])
+        beside = [mask for mask in named if mask.parent == places]
+        if beside or named:
+            found[image] = (beside or named)[0]
+    free = [mask for mask in masks if mask not in set(found.values())]
+    # longest names first: 1_2_gt belongs to image 1_2 and not to image 1
+    for image in sorted((image for image in images if image not in found), key=lambda image: -len(image.stem)):
+        named = [mask for mask in free if mask.stem.startswith((f"{image.stem}_", f"{image.stem}-", f"{image.stem}."))]
+        if named:
+            found[image] = named[0]
+            free.remove(named[0])
+    return found
+
+
+def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
+    """Split good images by seed into (training, held out), each in the order given.
+
+    Held out are ``max(round(frac * n), min(19, floor(0.4 * n)))``, at least 1, leaving at least 2: 19 is the fewest
+    with which a false-alarm rate of 5 % can be promised.
+
+    Raises:
+        InputError: fewer than 3 images.
+
+    >>> [len(part) for part in split_holdout(110, 0.2, seed=0)]
+    [88, 22]
+    >>> [len(part) for part in split_holdout(48, 0.2, seed=0)]
+    [29, 19]
+    """
+    items = list(range(n_or_paths)) if isinstance(n_or_paths, int) else list(n_or_paths)
+    n = len(items)
+    if n < 3:
+        raise config.InputError(f"There are {n} usable good image(s); expected 3 or more, of which one is held out.")
+    n_held = min(max(round(holdout_frac * n), min(19, int(0.4 * n)), 1), n - 2)
+    held = set(np.random.default_rng(seed).permutation(n)[:n_held].tolist())
+    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class TrainSample(NamedTuple):
+    images: torch.Tensor  # float32 3 x S x S in [0, 1], augmented: the target
+    corrupted: torch.Tensor  # the same with a drawn defect, or equal
+    defect_mask: torch.Tensor  # float32 1 x S x S, 1 where the defect is
+    key: int  # equal keys are equal samples: variant * n + index
+
+
+def augment_image(image: np.ndarray, augment: config.AugmentSettings, rng: np.random.Generator) -> np.ndarray:
+    """A randomly moved and re-lit copy of a uint8 S x S x 3 image: one interpolation, one colour matrix."""
+    height, width = image.shape[:2]
+    angle = rng.uniform(-1, 1) * augment.rotation_deg
+    zoom = 1.0 + rng.uniform(-1, 1) * augment.scale_frac
+    shift = rng.uniform(-1, 1, 2) * augment.shift_frac * (width, height)
+    flips = rng.random(2) < 0.5
+    gain, contrast = 1.0 + rng.uniform(-1, 1, 2) * augment.brightness
+    saturation = 1.0 + rng.uniform(-1, 1) * augment.saturation
+
+    move = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, zoom)
+    move[:, 2] += shift
+    if augment.flip_horizontal and flips[0]:
+        move = move @ np.array([[-1.0, 0, width - 1], [0, 1, 0], [0, 0, 1]])
+    if augment.flip_vertical and flips[1]:
+        move = move @ np.array([[1.0, 0, 0], [0, -1, height - 1], [0, 0, 1]])
+    # cubic: a linear filter would leave training images blurrier than the images judged later
+    moved = cv2.warpAffine(image, move, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
+    return _recolour(moved, gain, contrast, saturation)
+
+
+def _recolour(image: np.ndarray, gain: float, contrast: float, saturation: float) -> np.ndarray:
+    luma = np.array([0.299, 0.587, 0.114])
+    matrix = gain * contrast * (saturation * np.eye(3) + (1.0 - saturation) * luma[None, :])
+    offset = np.full((3, 1), 127.5 * (1.0 - contrast))
+    return cv2.transform(image, np.hstack([matrix, offset]))
+
+
+class GoodImages:
+    """Training samples from good images: a map-style data set whose chance depends on (seed, epoch, index) only.
+
+    Every file is decoded and fitted once here, and kept in memory when all fit into KEEP_IN_MEMORY_BYTES.
+
+    Args:
+        paths: good images.
+        image_size, resize: as for ``fit_image``.
+        augment: ranges of the random changes (``config.TrainSettings`` is one).
+        defect_share: share of samples that get a drawn defect, 0..1.
+        seed: seed of all random choices.
+        n_variants: every image has so many random variants, which come round again; 0 for a new one in every epoch.
+
+    Attributes:
+        paths: the readable ones; skipped: (path, reason) of the others.
+
+    Raises:
+        InputError: fewer than 2 images can be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], image_size: int, resize: str, augment: config.AugmentSettings, defect_share: float, seed: int, n_variants: int = 0):
+        self.n_variants = n_variants
+        self.image_size, self.resize, self.augment = image_size, resize, augment
+        self.defect_share, self.seed = defect_share, seed
+        self.paths: list[Path] = []
+        self.skipped: list[tuple[Path, str]] = []
+        in_memory = len(paths) * image_size * image_size * 3 <= KEEP_IN_MEMORY_BYTES
+        images = []
+        for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
+            if isinstance(result, ImageError):
+                self.skipped.append((path, result.reason))
+                continue
+            self.paths.append(path)
+            if in_memory:
+                images.append(result[0])
+        if len(self.paths) < 2:
+            why = f"; {self.skipped[0][0]} {self.skipped[0][1]}" if self.skipped else ""
+            raise config.InputError(f"{len(self.paths)} of {len(paths)} training images can be read, expected 2 or more{why}.")
+        self.images = np.stack(images) if images else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _image(self, index: int) -> np.ndarray:
+        if self.images is not None:
+            return self.images[index]
+        return fit_image(read_image(self.paths[index]), self.image_size, self.resize)
+
+    def plain_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Every image once, without augmentation, float32 B x 3 x S x S in [0, 1]."""
+        for start in range(0, len(self), batch_size):
+            yield to_tensor([self._image(index) for index in range(start, min(start + batch_size, len(self)))])
+
+    def __getitem__(self, key: int) -> TrainSample:
+        """The sample of ``key = epoch * n + index``."""
+        import torch
+
+        epoch, index = divmod(int(key), len(self))
+        variant = epoch % self.n_variants if self.n_variants else epoch
+        rng = np.random.default_rng((self.seed, variant, index))
+        clean = augment_image(self._image(index), self.augment, rng)
+        corrupted, mask = clean, np.zeros(clean.shape[:2], bool)
+        if rng.random() < self.defect_share:
+            donors = self.images if self.images is not None else ()
+            corrupted, mask = drawn_defects.draw_defect(clean, rng, donors)
+        pair = to_tensor([clean, corrupted])
+        return TrainSample(pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None]), variant * len(self) + index)
+
+
+class EpochSampler:
+    """Keys ``epoch * n + index`` in an order shuffled by (seed, epoch); ranks take turns and get equally many."""
+
+    def __init__(self, n: int, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1):
+        self.n, self.seed, self.epoch, self.rank, self.world_size = n, seed, epoch, rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for another epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        order = np.resize(order, len(self) * self.world_size)  # repeats the first few to fill the last round
+        return iter((self.epoch * self.n + order[self.rank :: self.world_size]).tolist())
+
+    def __len__(self) -> int:
+        return -(-self.n // self.world_size)
+
+
+def resolve_num_workers(num_workers: int, device: str | torch.device) -> int:
+    """-1 becomes 0 on CPU (the cores compute) and a worker a core, eight at most, with CUDA."""
+    if num_workers >= 0:
+        return num_workers
+    return min(8, os.cpu_count() or 1) if str(device).startswith("cuda") else 0
+
+
+def _one_thread(worker_id: int) -> None:
+    cv2.setNumThreads(1)
+
+
+def training_loader(
+    dataset: GoodImages,
+    batch_size: int,
+    seed: int,
+    epoch: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> torch.utils.data.DataLoader:
+    """Batches of one epoch; ``loader.sampler.set_epoch(e)`` turns the same loader to another epoch.
+
+    A last batch of a single image is dropped when there are others: batch normalisation cannot use it.
+    """
+    from torch.utils.data import DataLoader
+
+    sampler = EpochSampler(len(dataset), seed, epoch, rank, world_size)
+    drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+# ------------------------------------------------------------------------------------------ built-in demo
+
+DEMO_VERSION = 1
+DEMO_SIDE_PX = 128
+DEMO_TINTS = {"brick": (1.08, 0.88, 0.78), "grass": (0.82, 1.08, 0.70), "gravel": (1.05, 0.98, 0.88)}
+DEMO_COUNTS = {"train/good": 60, "test/good": 20, "test/scratch": 12, "test/paint": 12}
+DEMO_SPLIT = 0.58  # training crops come from the left of each photograph, test crops from the right
+
+
+def make_demo(root: str | Path = "data/demo_textures") -> Path:
+    """Write the built-in demo in the MVTec layout into ``root``, unless it is there already; returns ``root``.
+
+    Crops of the photographs of brick, grass and gravel that scikit-image ships (nothing is downloaded), tinted; some
+    test crops carry a drawn scratch or paint blob with an exact mask. Always the same files.
+
+    Raises:
+        InputError: scikit-image's photographs are missing, or ``root`` holds something else.
+    """
+    root = Path(root)
+    marker = {"demo_version": DEMO_VERSION, "counts": DEMO_COUNTS}
+    if _read_json(root / "demo.json") == marker:
+        return root
+    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in _read_json(root / "demo.json"):
+        raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
+    photographs = _demo_photographs()
+    rng = np.random.default_rng(DEMO_VERSION)
+    for folder, count in DEMO_COUNTS.items():
+        for i in range(count):
+            crop = _demo_crop(photographs[i % len(photographs)], folder.startswith("train"), rng)
+            _write_demo_image(root, folder, f"{i:03d}", crop, rng)
+    _write_bytes(root / "demo.json", json.dumps(marker, indent=2).encode())
+    return root
+
+
+def _demo_photographs() -> list[np.ndarray]:
+    """uint8 H x W x 3 photographs, read from the installed package: its loaders might download."""
+    spec = find_spec("skimage")
+    folder = Path(spec.origin).parent / "data" if spec and spec.origin else Path("skimage-is-not-installed")
+    shipped = [(folder / f"{name}.png", tint) for name, tint in DEMO_TINTS.items() if (folder / f"{name}.png").is_file()]
+    if not shipped:
+        raise config.InputError("The built-in demo needs the photographs that scikit-image ships; install scikit-image or give --data-dir.")
+    return [np.clip(read_image(path) * np.array(tint), 0, 255).astype(np.uint8) for path, tint in shipped]
+
+
+def _demo_crop(photograph: np.ndarray, train: bool, rng: np.random.Generator) -> np.ndarray:
+    height, width = photograph.shape[:2]
+    border = round(DEMO_SPLIT * width)
+    low, high = (0, border) if train else (border, width)
+    top, left = rng.integers(0, height - DEMO_SIDE_PX + 1), rng.integers(low, high - DEMO_SIDE_PX + 1)
+    crop = photograph[top : top + DEMO_SIDE_PX, left : left + DEMO_SIDE_PX]
+    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
+
+
+def _write_demo_image(root: Path, folder: str, stem: str, crop: np.ndarray, rng: np.random.Generator) -> None:
+    draw = {"scratch": _demo_scratch, "paint": _demo_paint}.get(folder.split("/")[1])
+    if draw:
+        alpha, colour = draw(crop, rng)
+        drawn = np.rint(crop + alpha[..., None] * (colour - crop)).astype(np.uint8)
+        mask = cv2.absdiff(drawn, crop).max(axis=2) >= drawn_defects.VISIBLE_LEVELS
+        _write_png(root / "ground_truth" / folder.split("/")[1] / f"{stem}_mask.png", mask.astype(np.uint8) * 255)
+        crop = drawn
+    _write_png(root / folder / f"{stem}.png", crop)
+
+
+def _demo_scratch(crop: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage and colour of a curved bright scratch, drawn apart from ``drawn_defects`` so that the test is fair."""
+    middle = rng.uniform(0.3, 0.7, 2) * DEMO_SIDE_PX
+    angle, half, bow = rng.uniform(0, np.pi), rng.uniform(18, 36), rng.uniform(-10, 10)
+    along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    t = np.linspace(-1, 1, 24)[:, None]
+    points = middle + t * half * along + (1 - t * t) * bow * across
+    canvas = np.zeros((DEMO_SIDE_PX * 4, DEMO_SIDE_PX * 4), np.uint8)
+    cv2.polylines(canvas, [np.rint(points * 4).astype(np.int32)], False, 255, int(rng.integers(9, 14)), cv2.LINE_AA)
+    alpha = cv2.resize(canvas, crop.shape[1::-1], interpolation=cv2.INTER_AREA) / 255
+    return alpha * rng.uniform(0.75, 0.95), np.array([226.0, 226.0, 220.0])
+
+
+def _demo_paint(crop: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage and colour of a paint blob made of overlapping discs."""
+    middle, radius = rng.uniform(0.25, 0.75, 2) * DEMO_SIDE_PX, rng.uniform(5, 9)
+    canvas = np.zeros(crop.shape[:2], np.float32)
+    for _ in range(5):
+        centre = np.rint(middle + rng.normal(0, 0.6 * radius, 2)).astype(int)
+        cv2.circle(canvas, tuple(centre.tolist()), round(radius * rng.uniform(0.6, 1.0)), 1.0, -1)
+    colours = np.array([[70.0, 95, 150], [160, 60, 55], [215, 205, 180], [60, 60, 65]])
+    return cv2.GaussianBlur(canvas, (0, 0), 1.0) * rng.uniform(0.8, 0.95), colours[rng.integers(len(colours))]
+
+
+# ------------------------------------------------------------------------------------------- preprocessing
+
+REPORT_NAME = "preprocess_report.json"
+SAVE_REPORT_EVERY = 200  # files: an interrupted run repeats at most so many
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    output: str  # below the destination, forward slashes
+    image: Path | None = None  # for a mask: the image that it belongs to
+
+    def signature(self) -> list:
+        """What must be unchanged for the output to be still right."""
+        return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in (self.source, self.image) if path]
+
+
+def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> dict:
+    """Resize a raw folder into the MVTec layout under ``settings.out``; returns the report that is also written there.
+
+    Outputs that are already there, made from the same file with the same settings, are left alone; outputs of an
+    earlier run that no longer belong are removed, so that no image stays in train/ after moving to test/.
+
+    Args:
+        settings: source, destination and size.
+        progress: wraps the iterable of finished files, for a progress bar.
+
+    Raises:
+        InputError: unusable source or destination, or fewer than 3 good images could be read.
+    """
+    source, out = _source_and_out(settings)
+    jobs, warnings = _plan(source, settings)
+    made_with = {"image_size": settings.image_size, "resize": settings.resize}
+    before = _read_json(out / REPORT_NAME)
+    valid = {row["output"]: row for row in before.get("kept", [])} if before.get("made_with") == made_with else {}
+    _make_folder(out)
+    _remove_stale(out, before, {job.output for job in jobs})
+    report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
+    try:
+        done = _ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
+        for n_done, (_, result) in enumerate(progress(done, len(jobs)), 1):
+            report["skipped" if "reason" in result else "kept"].append(result)
+            if n_done % SAVE_REPORT_EVERY == 0:
+                _save_report(out, report, valid)
+    finally:
+        _save_report(out, report, valid)
+    _drop_orphan_masks(out, report)
+    report["counts"] = _count(report)
+    _save_report(out, report, {})
+    n_good = report["counts"].get("train/good", 0)
+    if n_good < 3:
+        raise config.InputError(f"Only {n_good} good training image(s) of {source} could be used; expected 3 or more (see {out / REPORT_NAME}).")
+    return report
+
+
+def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
+    if len(settings.source) != 1:
+        raise config.UsageError(f"{len(settings.source)} source folders were given; expected one.")
+    source, out = Path(settings.source[0]), Path(settings.output_dir) / settings.out
+    real_source, real_out = source.resolve(), out.resolve()
+    inside = [real_source / name for name in ("train", "test", "ground_truth")]
+    if real_source == real_out or any(real_out.is_relative_to(folder) for folder in inside):
+        raise config.InputError(f"The output folder {out} lies in the source folder {source}; expected another place.")
+    if any(real_source.is_relative_to(real_out / name) for name in ("train", "test", "ground_truth")):
+        raise config.InputError(f"The source folder {source} lies in the output folder {out}; expected another place.")
+    return source, out
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise config.InputError(f"The output folder {folder} cannot be made ({error.strerror or error}).") from None
+
+
+def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[str]]:
+    """Which file becomes which: images first, then the masks named after them."""
+    folder = MVTecFolder(source)
+    placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
+    outputs = _unique_outputs(placed)
+    jobs = [_Job(path, output) for path, output in outputs.items()]
+    for item in folder.test:
+        if item.mask_path:
+            below = outputs[item.path].removeprefix("test/").removesuffix(".png")
+            jobs.append(_Job(item.mask_path, f"ground_truth/{below}_mask.png", item.path))
+    return jobs, folder.warnings
+
+
+def _place_mvtec(folder: MVTecFolder) -> dict[Path, str]:
+    images = [*folder.train_good, *(item.path for item in folder.test)]
+    return {path: Path(folder.relative(path)).with_suffix("").as_posix() for path in images}
+
+
+def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dict[Path, str]:
+    good = folder.train_good
+    n_test = min(round(settings.test_frac * len(good)), len(good) - 3)
+    test = set(np.random.default_rng(settings.seed).permutation(len(good))[:n_test].tolist())
+    placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
+    bad_dir = Path(settings.bad_dir)
+    if settings.bad_dir and not bad_dir.is_dir():
+        raise config.InputError(f"The folder of defective images {bad_dir} does not exist.")
+    for path in _images_under(bad_dir) if settings.bad_dir else []:
+        placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
+    return placed
+
+
+def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
+    """a.png and a.jpg become a_png.png and a_jpg.png; case does not tell files apart everywhere."""
+    counts = Counter(place.lower() for place in placed.values())
+    taken = {place for place, n in counts.items() if n == 1}
+    outputs = {}
+    for path, place in placed.items():
+        if counts[place.lower()] > 1:
+            place = f"{place}_{path.suffix.lower().lstrip('.')}"
+            base, n = place, 2
+            while place.lower() in taken:
+                place, n = f"{base}_{n}", n + 1
+            taken.add(place.lower())
+        outputs[path] = f"{place}.png"
+    return outputs
+
+
+def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: dict) -> dict:
+    """Write one output unless it is still right; the row for the report."""
+    row = {"source": str(job.source), "output": job.output}
+    try:
+        signature = job.signature()
+        if valid.get(job.output, {}).get("signature") == signature and (out / job.output).is_file():
+            return valid[job.output]
+        if job.image:
+            pixels = _fitted_mask(job, settings)
+        else:
+            pixels = fit_image(read_image(job.source), settings.image_size, settings.resize)
+    except ImageError as error:
+        return {**row, "reason": error.reason if Path(error.args[0]) == job.source else f"belongs to an image that {error.reason}"}
+    except FileNotFoundError:
+        return {**row, "reason": "is gone"}
+    _write_png(out / job.output, pixels)
+    return {**row, "signature": signature}
+
+
+def _fitted_mask(job: _Job, settings: config.PreprocessSettings) -> np.ndarray:
+    original_hw = read_image(job.image).shape[:2]
+    return fit_mask(read_mask(job.source), settings.image_size, settings.resize, original_hw).astype(np.uint8) * 255
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    _, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    _write_bytes(path, data.tobytes())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Whole or not at all: a temporary file beside it, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.part-{zlib.crc32(path.name.encode('utf-8', 'surrogateescape')):08x}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _save_report(out: Path, report: dict, valid: dict) -> None:
+    """Rows of an earlier run that were not reached yet stay known."""
+    reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
+    later = [row for output, row in valid.items() if output not in reached]
+    _write_bytes(out / REPORT_NAME, json.dumps({**report, "kept": report["kept"] + later}, indent=1).encode())
+
+
+def _remove_stale(out: Path, before: dict, planned: set[str]) -> None:
+    for row in before.get("kept", []):
+        if row["output"] not in planned:
+            (out / row["output"]).unlink(missing_ok=True)
+
+
+def _drop_orphan_masks(out: Path, report: dict) -> None:
+    """A source that has become unreadable leaves no old output behind."""
+    for row in report["skipped"]:
+        (out / row["output"]).unlink(missing_ok=True)
+
+
+def _count(report: dict) -> dict[str, int]:
+    counts = Counter(Path(*Path(row["output"]).parts[:2]).as_posix() for row in report["kept"])
+    return {**dict(sorted(counts.items())), "skipped": len(report["skipped"])}
+
+
+def main(settings: config.PreprocessSettings) -> None:
+    """The preprocess stage: run, then say what happened."""
+    from tqdm import tqdm
+
+    report = preprocess(settings, lambda items, total: tqdm(items, total=total, desc="preprocess", unit="file", file=sys.stderr))
+    for sentence in report["warnings"]:
+        print(f"warning: {sentence}", file=sys.stderr)
+    for row in report["skipped"]:
+        print(f"skipped: {row['source']} {row['reason']}.", file=sys.stderr)
+    out = Path(settings.output_dir) / settings.out
+    for place, n in report["counts"].items():
+        print(f"{place:<32} {n:>6}")
+    print(f"{out}: {settings.image_size} x {settings.image_size} px, {settings.resize}; details in {out / REPORT_NAME}")
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.PreprocessSettings, "Resize a raw folder of images into the MVTec layout.", main))

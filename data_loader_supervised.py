@@ -1,0 +1,581 @@
+"""Class folders and CSV series -> plots -> tensors; run directly it renders or generates.
+
+Plots come from one function, ``series_plots.render_series``, and reach the network through one, ``prepare_image``, whether
+they were files or CSVs, in training or at inference.
+
+    python data_loader_supervised.py render CSV_DIR --out DST
+    python data_loader_supervised.py generate --per-class N --out DST
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import cv2
+import numpy as np
+
+import config
+import data_loader
+import series_generator
+import series_plots
+
+if TYPE_CHECKING:
+    import torch
+
+SERIES_SUFFIXES = (".csv", ".tsv")
+DARK = 90  # spines are black; the line's blue channel is 180, the grid's 231
+CACHE_VERSION = 1
+RENDER_REPORT, MANIFEST = "render_report.json", "manifest.json"
+DEMO_PER_CLASS = {"train": 60, "test": 20}
+DEMO_SEED = 20_240
+Progress = Callable[[Iterable, int], Iterable]
+
+
+# ------------------------------------------------------------------------------- one plot for the network
+
+
+def crop_to_axes(image: np.ndarray) -> np.ndarray:
+    """The inside of a plot's axes, from a uint8 H x W x 3 picture of it; the whole picture where no axes are found.
+
+    Looks for a thin dark line down the left third and one along the bottom third, each over half of the picture and with
+    light beside it: the left and the bottom spine. They also tell where the axes end at the top and at the right.
+    """
+    height, width = image.shape[:2]
+    left = _spine(image[:, : width // 3, 2] < DARK, first=True)
+    bottom = _spine((image[2 * height // 3 :, :, 2] < DARK).T, first=False)
+    if left is None or bottom is None:
+        return image
+    column, (top, _) = left
+    row, (_, right) = bottom
+    row += 2 * height // 3
+    if row - top < height // 3 or right - column < width // 3:
+        return image
+    return image[top:row, column + 1 : right]
+
+
+def _spine(dark: np.ndarray, first: bool) -> tuple[int, tuple[int, int]] | None:
+    """(column, (first, last) row) of a vertical line at most 4 px wide over half of the rows of a bool H x W."""
+    share = dark.mean(axis=0)
+    columns = np.flatnonzero(share >= 0.5)
+    if not 1 <= len(columns) <= 4 or columns[-1] - columns[0] != len(columns) - 1:
+        return None
+    beside = [share[i] for i in (columns[0] - 2, columns[-1] + 2) if 0 <= i < len(share)]
+    if max(beside, default=0.0) > 0.25:
+        return None
+    column = int(columns[-1] if first else columns[0])
+    rows = np.flatnonzero(dark[:, column])
+    return column, (int(rows[0]), int(rows[-1]))
+
+
+def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.ndarray:
+    """uint8 H x W x 3 of any size -> uint8 S x S x 3 as the network sees it; thin lines are averaged, never skipped."""
+    return data_loader.fit_image(crop_to_axes(image) if crop_axes else image, image_size, "stretch")
+
+
+def read_plot(path: str | Path) -> np.ndarray:
+    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series.
+
+    Raises:
+        ImageError, SeriesError: the file cannot be used; ``reason`` says why.
+    """
+    if str(path).lower().endswith(SERIES_SUFFIXES):
+        return series_plots.render_series(series_plots.read_series(path).values)
+    return data_loader.read_image(path)
+
+
+def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> np.ndarray | str:
+    """The prepared plot, or the reason why there is none."""
+    try:
+        return prepare_image(read_plot(path), image_size, crop_axes)
+    except (data_loader.ImageError, series_plots.SeriesError) as error:
+        return error.reason
+
+
+# ----------------------------------------------------------------------------------- many plots, streamed
+
+
+class PlotBatch(NamedTuple):
+    images: torch.Tensor  # float32 B x 3 x S x S in [0, 1]
+    paths: list[Path]
+    errors: list[tuple[Path, str]]  # files skipped since the last batch and why
+
+
+def find_plots(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Images and CSV series named by files, folders (recursive) and globs, in order, without duplicates or hidden files.
+
+    Raises:
+        InputError: an input does not exist, or nothing was found.
+    """
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    found: dict[str, Path] = {}
+    for given in inputs:
+        for path in _expand(given):
+            found.setdefault(os.path.realpath(path), path)
+    if not found:
+        raise config.InputError(f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(data_loader.IMAGE_SUFFIXES + SERIES_SUFFIXES)}.")
+    return list(found.values())
+
+
+def _expand(given: str | Path) -> list[Path]:
+    path = Path(given)
+    if path.is_dir():
+        return _files_under(path, data_loader.IMAGE_SUFFIXES + SERIES_SUFFIXES)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(given)):
+        raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
+    matches = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207 (absolute patterns)
+    return [file for match in matches for file in (_expand(match) if Path(match).is_dir() else [Path(match)])]
+
+
+def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files with such a suffix at any depth, sorted; hidden files and folders are left out."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0) -> Iterator[PlotBatch]:
+    """Batches in the order of the paths, read by threads two batches ahead; memory does not grow with their number.
+
+    Every batch but the last holds ``batch_size`` readable plots; a batch without images only carries errors.
+    """
+    rows: list[np.ndarray] = []
+    kept: list[Path] = []
+    errors: list[tuple[Path, str]] = []
+
+    def batch() -> PlotBatch:
+        images = data_loader.to_tensor(np.stack(rows) if rows else np.zeros((0, image_size, image_size, 3), np.uint8))
+        return PlotBatch(images, list(kept), list(errors))
+
+    for path, result in data_loader._ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads):
+        if isinstance(result, str):
+            errors.append((path, result))
+            continue
+        rows.append(result)
+        kept.append(path)
+        if len(rows) == batch_size:
+            yield batch()
+            rows, kept, errors = [], [], []
+    if rows or errors:
+        yield batch()
+
+
+# ------------------------------------------------------------------------------------------ class folders
+
+
+class ClassFolder:
+    """A data set with ``train/<class>`` and, where there is one, ``test/<class>``.
+
+    Attributes:
+        classes: names, sorted; a label is an index into them.
+        train, test: lists of (path, label), in the order of classes and names; test may be empty.
+
+    Raises:
+        InputError: no train folder, a single class, a class without images, or test classes other than the training ones.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        folders = _class_folders(self.root / "train")
+        if len(folders) < 2:
+            raise config.InputError(f"{self.root / 'train'} holds {len(folders)} class folder(s); expected at least two, one for each class.")
+        self.classes = [folder.name for folder in folders]
+        self.train = self._items(folders)
+        self.test: list[tuple[Path, int]] = []
+        if (self.root / "test").is_dir():
+            tests = _class_folders(self.root / "test")
+            self._check_same([folder.name for folder in tests])
+            self.test = self._items(tests)
+
+    def _items(self, folders: list[Path]) -> list[tuple[Path, int]]:
+        items = []
+        for folder in folders:
+            images = _files_under(folder, data_loader.IMAGE_SUFFIXES)
+            if not images:
+                raise config.InputError(f"The class folder {folder} holds no image; expected files ending in {', '.join(data_loader.IMAGE_SUFFIXES)}.")
+            items += [(path, self.classes.index(folder.name)) for path in images]
+        return items
+
+    def _check_same(self, test_classes: list[str]) -> None:
+        unknown, absent = sorted(set(test_classes) - set(self.classes)), sorted(set(self.classes) - set(test_classes))
+        parts = [f"has {', '.join(unknown)}, which train does not"] if unknown else []
+        parts += [f"lacks {', '.join(absent)}"] if absent else []
+        if parts:
+            raise config.InputError(f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test.")
+
+
+def _class_folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        raise config.InputError(f"{parent} is no folder; expected the layout train/<class>/* and test/<class>/* under {parent.parent}.")
+    return sorted((path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")), key=lambda path: path.name)
+
+
+def stratified_split(labels: Sequence[int], validation_frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) indices, sorted: the same share of each class, at least one on both sides where it has two.
+
+    >>> training, validation = stratified_split([0] * 10 + [1] * 20, 0.2, seed=0)
+    >>> len(training), len(validation), int((validation < 10).sum())
+    (24, 6, 2)
+    """
+    labels = np.asarray(labels)
+    held: list[int] = []
+    for label in np.unique(labels):
+        members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
+        n_held = min(max(1, round(validation_frac * len(members))), len(members) - 1)
+        held += members[:n_held].tolist()
+    validation = np.sort(np.array(held, dtype=np.int64))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+# -------------------------------------------------------------------------------- decoded once, then cached
+
+
+class CachedPlots(NamedTuple):
+    images: np.ndarray  # uint8 N x S x S x 3
+    kept: list[int]  # index of each into the paths asked for
+    errors: list[tuple[Path, str]]  # what was skipped and why
+    n_decoded: int  # 0 when all came from the cache
+
+
+def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, cache_dir: str | Path | None = None, progress: Progress = lambda items, total: items) -> CachedPlots:
+    """Every readable plot, decoded and resized once: a later call takes from the cache what did not change since.
+
+    The cache is one compressed file under ``cache_dir`` for each set of paths and settings; a source counts as unchanged
+    while its size and time are. It is written whole or not at all, so runs may share it, and a damaged one is made anew.
+    """
+    paths = [Path(path) for path in paths]
+    marks = [_mark(path) for path in paths]
+    file = None if cache_dir is None else _cache_file(Path(cache_dir), paths, image_size, crop_axes)
+    known = {} if file is None else _read_cache(file, image_size)
+    todo = [i for i, path in enumerate(paths) if known.get(str(path), (None,))[0] != marks[i]]
+    fresh: dict[int, np.ndarray | str] = {}
+    work = data_loader._ahead(lambda i: _read_prepared(paths[i], image_size, crop_axes), todo, 64)
+    for i, result in progress(work, len(todo)):
+        fresh[i] = result
+    results = [fresh[i] if i in fresh else known[str(path)][1] for i, path in enumerate(paths)]
+    kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    images = np.stack([results[i] for i in kept]) if kept else np.zeros((0, image_size, image_size, 3), np.uint8)
+    errors = [(paths[i], result) for i, result in enumerate(results) if isinstance(result, str)]
+    if file is not None and todo:
+        _write_cache(file, paths, marks, images, kept, dict(errors))
+    return CachedPlots(images, kept, errors, len(todo))
+
+
+def _mark(path: Path) -> list[int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _cache_file(cache_dir: Path, paths: list[Path], image_size: int, crop_axes: bool) -> Path:
+    key = json.dumps([CACHE_VERSION, image_size, crop_axes, [os.path.abspath(path) for path in paths]])  # noqa: PTH100 (links stay)
+    return cache_dir / f"plots_{image_size}_{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.npz"
+
+
+def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.ndarray | str]]:
+    """path -> (size and time, image or reason); empty when there is no cache or it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            index, images = json.loads(str(stored["index"])), stored["images"]
+        if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
+            return {}
+        return {path: (mark, reason if row < 0 else images[row]) for path, mark, row, reason in index}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
+
+
+def _write_cache(file: Path, paths: list[Path], marks: list[list[int]], images: np.ndarray, kept: list[int], reasons: dict[Path, str]) -> None:
+    rows = {i: row for row, i in enumerate(kept)}
+    index = [(str(path), marks[i], rows.get(i, -1), reasons.get(path, "")) for i, path in enumerate(paths)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in (("index", np.array(json.dumps(index))), ("images", images)):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- training samples
+
+
+class LabelledSample(NamedTuple):
+    images: torch.Tensor  # float32 3 x S x S in [0, 1]
+    labels: torch.Tensor  # int64, a class index
+
+
+def augment_plot(image: np.ndarray, settings: config.SupervisedDataSettings, rng: np.random.Generator) -> np.ndarray:
+    """A randomly changed uint8 S x S x 3 plot of the same kind.
+
+    Which changes keep each of the nine kinds: a series read backwards or with its sign changed keeps its kind (an event stays
+    an event, a rising trend becomes a falling one, a random walk stays one), exactly so for plots cropped to their axes.
+    Small stretches and shifts keep it because events lie a tenth of the length or more from the ends. Left out:
+    noise, blur and erasing, which make or hide point anomalies and shifts of variance; large cuts in time, which can cut the
+    event away; stretches that differ along time, which turn a level or a slope into another.
+    """
+    if settings.flip_time and rng.random() < 0.5:
+        image = image[:, ::-1]
+    if settings.flip_value and rng.random() < 0.5:
+        image = image[::-1]
+    side = image.shape[0]
+    zoom = 1 + rng.uniform(-settings.stretch_frac, settings.stretch_frac, 2)
+    shift = rng.uniform(-settings.shift_frac, settings.shift_frac, 2) * side
+    jitter = rng.uniform(0, settings.line_jitter)
+    if settings.stretch_frac or settings.shift_frac:
+        move = np.array([[zoom[0], 0, (1 - zoom[0]) * side / 2 + shift[0]], [0, zoom[1], (1 - zoom[1]) * side / 2 + shift[1]]])
+        image = cv2.warpAffine(np.ascontiguousarray(image), move, (side, side), flags=cv2.INTER_LINEAR, borderValue=(255, 255, 255))
+    if jitter > 0:
+        image = np.ascontiguousarray(image)
+        image = cv2.addWeighted(image, 1 - jitter, cv2.erode(image, np.ones((2, 2), np.uint8)), jitter, 0)
+    return np.ascontiguousarray(image)
+
+
+class LabelledImages:
+    """Samples of labelled plots: a map-style data set whose chance depends on (seed, epoch, index) only.
+
+    Args:
+        images: uint8 N x S x S x 3, prepared.
+        labels: N class indices.
+        settings: ranges of the random changes; None for none at all (validation, test).
+        seed: seed of all random choices.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int], settings: config.SupervisedDataSettings | None, seed: int = 0):
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many of both.")
+        self.images, self.labels, self.settings, self.seed = images, np.asarray(labels, dtype=np.int64), settings, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> LabelledSample:
+        """The sample of ``key = epoch * n + index``."""
+        import torch
+
+        epoch, index = divmod(int(key), len(self))
+        image = self.images[index]
+        if self.settings is not None:
+            image = augment_plot(image, self.settings, np.random.default_rng((self.seed, epoch, index)))
+        return LabelledSample(data_loader.to_tensor(image)[0], torch.tensor(self.labels[index]))
+
+
+def four_flips(images: torch.Tensor) -> list[torch.Tensor]:
+    """N x 3 x S x S as it is, backwards in time, upside down, and both: four views of the same kinds to average over."""
+    return [images, images.flip(3), images.flip(2), images.flip((2, 3))]
+
+
+# ------------------------------------------------------------------------------- render: CSV files -> plots
+
+
+def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, progress: Progress = lambda items, total: items) -> dict:
+    """Draw every CSV under ``source`` to a PNG in the same folder under ``out``; finished ones are left alone.
+
+    Returns:
+        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder: n}},
+        also written to ``out/render_report.json``.
+
+    Raises:
+        InputError: no such folder, or no CSV in it.
+    """
+    source, out = Path(source), Path(out)
+    if not source.is_dir():
+        raise config.InputError(f"{source} is no folder; expected class folders of CSV series.")
+    files = _files_under(source, SERIES_SUFFIXES)
+    if not files:
+        raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
+    jobs = list(_render_jobs(files, source, out))
+    todo = [job for job in jobs if not _is_finished(*job)]
+    report: dict = {"rendered": 0, "kept": len(jobs) - len(todo), "skipped": [], "dropped_rows": {}, "classes": {}}
+    for (path, target), (reason, n_dropped) in zip(todo, progress(_in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
+        name = path.relative_to(source).as_posix()
+        if reason:
+            target.unlink(missing_ok=True)
+            report["skipped"].append({"source": name, "reason": reason})
+        else:
+            report["rendered"] += 1
+        if n_dropped:
+            report["dropped_rows"][name] = n_dropped
+    report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
+    _write_json(out / RENDER_REPORT, report)
+    return report
+
+
+def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    taken = set()
+    for path in files:
+        target = out / path.relative_to(source).with_suffix(".png")
+        if target in taken:  # a.csv and a.tsv
+            target = target.with_name(f"{path.name}.png")
+        taken.add(target)
+        yield path, target
+
+
+def _is_finished(path: Path, target: Path) -> bool:
+    return target.exists() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns
+
+
+def _render_one(job: tuple[Path, Path]) -> tuple[str, int]:
+    """("", rows dropped), or the reason why there is no plot."""
+    path, target = job
+    try:
+        series = series_plots.read_series(path)
+    except series_plots.SeriesError as error:
+        return error.reason, 0
+    _write_bytes(target, series_plots.plot_png(series_plots.render_series(series.values)))
+    return "", series.n_dropped
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    _write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def _in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
+    """Results in order, from processes of their own (matplotlib and betise hold the interpreter's lock)."""
+    n_workers = min((os.cpu_count() or 1) if num_workers < 0 else num_workers, len(jobs) // 8)
+    if n_workers < 1:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(work, jobs, chunksize=4)
+
+
+# --------------------------------------------------------------------------- generate: labelled series, drawn
+
+
+class _GenerateJob(NamedTuple):
+    kind: str
+    index: int
+    style: str
+    seed: tuple[int, ...]
+    csv: Path
+    png: Path
+
+
+def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float = 0.5, num_workers: int = -1, progress: Progress = lambda items, total: items) -> dict:
+    """Write ``per_class`` labelled series of each kind: CSVs to ``<out>_csv/<kind>``, their plots to ``out/<kind>``.
+
+    The same arguments write the same files, however many processes work.
+
+    Returns:
+        the manifest, also written to ``out/manifest.json``: seed, share, betise's version and every series' parameters.
+
+    Raises:
+        InputError: betise is missing.
+    """
+    version = series_generator.require_betise()
+    out = Path(out)
+    jobs = [_generate_job(out, kind, index, seed, home_share) for kind in series_generator.KINDS for index in range(per_class)]
+    made = list(progress(_in_processes(_generate_one, jobs, num_workers), len(jobs)))
+    series = [
+        {"csv": job.csv.relative_to(out.parent).as_posix(), "plot": job.png.relative_to(out.parent).as_posix(), "kind": job.kind, "seed": list(job.seed), "parameters": parameters}
+        for job, parameters in zip(jobs, made, strict=True)
+    ]
+    manifest = {"seed": seed, "per_class": per_class, "home_share": home_share, "betise": version, "series": series}
+    _write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def _generate_job(out: Path, kind: str, index: int, seed: int, home_share: float) -> _GenerateJob:
+    key = (seed, series_generator.KINDS.index(kind), index)
+    style = "home" if np.random.default_rng((*key, 1)).random() < home_share else "present"
+    name = f"{kind}_{style}_{index:05d}"
+    return _GenerateJob(kind, index, style, key, out.with_name(out.name + "_csv") / kind / f"{name}.csv", out / kind / f"{name}.png")
+
+
+def _generate_one(job: _GenerateJob) -> dict:
+    series = series_generator.generate_series(job.kind, job.style, job.seed)
+    _write_bytes(job.csv, ("data\n" + "\n".join(map(repr, series.values.tolist())) + "\n").encode())
+    _write_bytes(job.png, series_plots.plot_png(series_plots.render_series(series.values)))
+    return series.parameters
+
+
+def make_demo(root: str | Path = "data/demo_series", progress: Progress = lambda items, total: items) -> Path:
+    """The built-in demo: generated plots of the nine kinds as ``train`` and ``test``; made once, then found."""
+    root = Path(root)
+    for number, (part, per_class) in enumerate(DEMO_PER_CLASS.items()):
+        if not (root / part / MANIFEST).exists():  # written last, so it says that the part is whole
+            generate(root / part, per_class, seed=DEMO_SEED + number, progress=progress)
+    return root
+
+
+# ------------------------------------------------------------------------------------------ the commands
+
+
+def _bar(title: str) -> Progress:
+    from tqdm import tqdm
+
+    return lambda items, total: tqdm(items, total=total, desc=title, unit="plot", file=sys.stderr)
+
+
+def render_main(settings: config.RenderSettings) -> None:
+    """The render command: draw, then say what happened."""
+    if len(settings.source) != 1:
+        raise config.UsageError(f"render takes one folder; got {len(settings.source)}.")
+    out = Path(settings.output_dir) / settings.out
+    report = render_folder(settings.source[0], out, settings.num_workers, _bar("render"))
+    for row in report["skipped"]:
+        print(f"skipped: {row['source']} {row['reason']}.", file=sys.stderr)
+    print(f"{out}: {report['rendered']} plots drawn, {report['kept']} already there, {len(report['skipped'])} CSVs skipped; details in {out / RENDER_REPORT}")
+    if not report["rendered"] + report["kept"]:
+        raise config.InputError(f"None of the {len(report['skipped'])} CSVs in {settings.source[0]} could be drawn.")
+
+
+def generate_main(settings: config.GenerateSettings) -> None:
+    """The generate command: make series and plots, then say what there is."""
+    out = Path(settings.output_dir) / settings.out
+    manifest = generate(out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, _bar("generate"))
+    print(f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in {out.with_name(out.name + '_csv')}, parameters in {out / MANIFEST}")
+
+
+COMMANDS = {
+    "render": (config.RenderSettings, "Draw CSV series, in class folders, as plots in the same class folders.", render_main),
+    "generate": (config.GenerateSettings, "Generate labelled series of the nine kinds and draw them.", generate_main),
+}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command that comes first; anything else is wrong usage (2)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return config.run_script(*COMMANDS[argv[0]], argv=argv[1:], prog=f"data_loader_supervised.py {argv[0]}")
+    usage = "usage: data_loader_supervised.py render CSV_DIR --out DST | generate --per-class N --out DST"
+    if argv in (["--help"], ["-h"]):
+        print(f"{__doc__.splitlines()[0]}\n\n{usage}\n\nEach command has its own --help.")
+        return 0
+    got = f"unknown command '{argv[0]}'" if argv else "no command given"
+    print(f"error: {got}; expected render or generate.\n{usage}", file=sys.stderr)
+    return config.UsageError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run())

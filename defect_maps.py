@@ -1,0 +1,268 @@
+"""Where and how bad: maps of defects, their morphology, the image score, and a calibration fitted on good images.
+
+A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
+are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import MapSettings, from_dict
+from engine import load_checkpoint
+from evaluation import ssim_map
+from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint
+
+SCALE_QUANTILES = (0.5, 0.999)
+"""Quantiles of a map's pixels on good images that become 0 and 1."""
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual=None) -> tuple[dict[str, Tensor], DetailOutput]:
+    """Every map whose share is above 0, by name, each (B, 1, H, W) and at least 0; and what the model said.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        perceptual: a ``PerceptualLoss``, needed only where ``map_perceptual`` is above 0.
+    """
+    output = model.describe(images)
+    makers: dict[str, Callable[[], Tensor]] = {
+        "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
+        "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
+        "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
+        "feature": lambda: _to_size(feature_error(output), images),
+        "likelihood": lambda: _to_size(feature_likelihood(output), images),
+    }
+    return {name: makers[name]().float() for name in map_shares(settings, model.n_features > 0)}, output
+
+
+def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
+    """Share of each map in the fused one, of those above 0; feature maps fall back to pixels without a backbone."""
+    shares = {name: getattr(settings, f"map_{name}") for name in ("pixel", "ssim", "perceptual", "feature", "likelihood")}
+    if not has_features:
+        shares = {**shares, "feature": 0.0, "likelihood": 0.0}
+    if not any(shares.values()):
+        shares = {"pixel": 0.5, "ssim": 0.5}
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share > 0}
+
+
+def feature_error(output: DetailOutput) -> Tensor:
+    """Mean over channels of the squared error of standardised features, (B, 1, H/8, W/8)."""
+    return ((output.features - output.feature_mu) ** 2).mean(1, keepdim=True)
+
+
+def feature_likelihood(output: DetailOutput) -> Tensor:
+    """Mean over channels of |error| over the predicted standard deviation, (B, 1, H/8, W/8).
+
+    The square root of the Gaussian exponent of each channel, so that one wild channel cannot shout down the rest.
+    """
+    return ((output.features - output.feature_mu).abs() * torch.exp(-0.5 * output.feature_logvar)).mean(1, keepdim=True)
+
+
+def _to_size(grid: Tensor, images: Tensor) -> Tensor:
+    return F.interpolate(grid, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:
+    """A float32 map (H, W), smoothed by a Gaussian and closed by a disc (Serra 1982): dark gaps within a defect fill."""
+    side = max(defect_map.shape)
+    refined = np.ascontiguousarray(defect_map, np.float32)
+    if smoothing_frac > 0:
+        refined = cv2.GaussianBlur(refined, (0, 0), smoothing_frac * side, borderType=cv2.BORDER_REFLECT_101)
+    diameter = round(closing_frac * side)
+    if diameter >= 2:
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter | 1, diameter | 1))
+        refined = cv2.morphologyEx(refined, cv2.MORPH_CLOSE, disc)
+    return refined
+
+
+def image_score(defect_map: np.ndarray, top_frac: float) -> float:
+    """Mean of the largest values of a map: the share ``top_frac`` of its pixels, at least one.
+
+    >>> image_score(np.array([[0.0, 1.0], [2.0, 3.0]]), 0.5)
+    2.5
+    """
+    n_top = max(1, round(top_frac * defect_map.size))
+    return float(np.partition(defect_map.ravel(), -n_top)[-n_top:].mean())
+
+
+# ----------------------------------------------------------------------------------------- calibration
+
+
+class ConformalThreshold(NamedTuple):
+    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores allow only 1/(n+1)."""
+
+    threshold: float
+    promised: bool
+
+
+def conformal_threshold(good_scores: np.ndarray, alpha: float) -> ConformalThreshold:
+    """The score above which an image is called defective: the ceil((n+1)(1-alpha))-th smallest of n good scores.
+
+    For exchangeable good images the chance of a false alarm is then at most alpha (Vovk et al. 2005; Angelopoulos
+    & Bates 2023, eq. 1). With n below 1/alpha - 1 no finite threshold promises that; the largest score is taken.
+
+    >>> conformal_threshold(np.arange(1.0, 20.0), 0.05)
+    ConformalThreshold(threshold=19.0, promised=True)
+    """
+    ordered = np.sort(np.asarray(good_scores, float))
+    rank = math.ceil((len(ordered) + 1) * (1 - alpha) - 1e-9)
+    return ConformalThreshold(float(ordered[min(rank, len(ordered)) - 1]), rank <= len(ordered))
+
+
+def p_value(score: float, good_scores: np.ndarray) -> float:
+    """(1 + number of good scores >= score) / (n + 1): the chance of so high a score if the image were good.
+
+    >>> p_value(2.5, np.array([1.0, 2.0, 3.0]))
+    0.5
+    """
+    good = np.asarray(good_scores, float)
+    return float((1 + np.count_nonzero(good >= score)) / (len(good) + 1))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out good images say: the scale of each map, their scores and the threshold.
+
+    Attributes:
+        scales: map name -> (value that becomes 0, value that becomes 1).
+        good_scores: image scores of the held-out good images, sorted.
+        alpha: share of false alarms asked for.
+        threshold: an image scoring above is defective; so is a pixel of its map.
+        promised: whether the number of held-out images allows to promise alpha.
+    """
+
+    scales: dict[str, tuple[float, float]]
+    good_scores: list[float]
+    alpha: float
+    threshold: float
+    promised: bool
+
+    def as_dict(self) -> dict:
+        return {**self.__dict__, "scales": {name: list(pair) for name, pair in self.scales.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Calibration:
+        return cls(**{**values, "scales": {name: tuple(pair) for name, pair in values["scales"].items()}})
+
+    def at(self, alpha: float) -> Calibration:
+        """The same scores with the threshold for another share of false alarms."""
+        threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
+        return Calibration(self.scales, self.good_scores, alpha, threshold, promised)
+
+
+# ------------------------------------------------------------------------------------------- detection
+
+
+class Detection(NamedTuple):
+    """What a detector says of one image."""
+
+    score: float
+    p_value: float
+    label: str  # "good" or "defective"
+    defect_map: np.ndarray  # float32 (H, W) at the network's input size; 1 is the top 0.1 % of good pixels
+    reconstruction: np.ndarray  # float32 (3, H, W) in [0, 1]
+
+
+@dataclass
+class Detector:
+    """A trained model with its calibration: tensors in, detections out.
+
+    Attributes:
+        settings: the resolved settings of the training run, as a dict.
+    """
+
+    model: DetailVAE
+    maps: MapSettings
+    calibration: Calibration | None
+    settings: dict
+    perceptual: object | None = None
+
+    @property
+    def image_size(self) -> int:
+        return self.settings["image_size"]
+
+    @property
+    def resize(self) -> str:
+        return self.settings["resize"]
+
+    def refined_maps(self, images: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Smoothed raw maps by name, each (B, H, W), and reconstructions (B, 3, H, W), of images (B, 3, H, W)."""
+        self.model.eval()
+        with torch.inference_mode():
+            raw, output = raw_maps(self.model, images, self.maps, self.perceptual)
+        smooth = {
+            name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()])
+            for name, maps in raw.items()
+        }
+        return smooth, output.vae.reconstruction.float().cpu().numpy()
+
+    def fuse(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
+        """The weighted mean of the maps after each is brought to its scale, (B, H, W)."""
+        shares = map_shares(self.maps, self.model.n_features > 0)
+        scaled = (share * (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, share in shares.items())
+        return sum(scaled).astype(np.float32)
+
+    def detect(self, images: Tensor) -> list[Detection]:
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device."""
+        smooth, reconstructions = self.refined_maps(images)
+        return [self._judge(*pair) for pair in zip(self.fuse(smooth, self.calibration.scales), reconstructions, strict=True)]
+
+    def _judge(self, defect_map: np.ndarray, reconstruction: np.ndarray) -> Detection:
+        score = image_score(defect_map, self.maps.top_frac)
+        label = "defective" if score > self.calibration.threshold else "good"
+        return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label, defect_map, reconstruction)
+
+
+def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
+    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W)."""
+    collected: dict[str, list[np.ndarray]] = {}
+    for images in batches:
+        for name, maps in detector.refined_maps(images)[0].items():
+            collected.setdefault(name, []).extend(maps)
+    smooth = {name: np.stack(maps) for name, maps in collected.items()}
+    scales = {name: _scale(maps) for name, maps in smooth.items()}
+    scores = sorted(image_score(each, detector.maps.top_frac) for each in detector.fuse(smooth, scales))
+    alpha = detector.maps.target_false_alarms
+    threshold, promised = conformal_threshold(np.array(scores), alpha)
+    return Calibration(scales, scores, alpha, threshold, promised)
+
+
+def _scale(maps: np.ndarray) -> tuple[float, float]:
+    low, high = (float(value) for value in np.quantile(maps, SCALE_QUANTILES))
+    return low, max(high, low + 1e-6)
+
+
+def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
+    """The detector in a checkpoint of train_with_validation.py.
+
+    Raises:
+        InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
+    """
+    contents = load_checkpoint(path, KIND)
+    settings = contents["settings"]
+    maps = from_dict(MapSettings, settings)
+    model = detail_vae_from_checkpoint(contents, path).to(device)
+    return Detector(model, maps, Calibration.from_dict(contents["calibration"]), settings, load_map_perceptual(maps, settings, device))
+
+
+def load_map_perceptual(maps: MapSettings, settings: dict, device: torch.device | str):
+    """The VGG16 distance where ``map_perceptual`` asks for it, else None."""
+    if maps.map_perceptual <= 0:
+        return None
+    from perceptual_loss import PerceptualLoss
+
+    return PerceptualLoss(settings.get("vgg16_weights", "")).to(device)

@@ -1,0 +1,259 @@
+"""How to run: device, precision, seeds, the one optimizer step, the train and evaluate loops, checkpoints.
+
+``Runtime`` is made once at the top of a stage; below it no line asks which device or precision is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import random
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import InputError
+
+FORMAT = 1
+"""Format number written into every checkpoint; a reader refuses any other."""
+
+
+class DivergedError(InputError):
+    """The loss became infinite or not a number."""
+
+
+# -------------------------------------------------------------------------------------------- runtime
+
+
+@dataclass
+class Runtime:
+    """Where and in which precision to compute.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        amp_dtype: reduced precision of the forward pass, None for float32.
+        scaler: gradient scaler, a no-op unless the precision is float16.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+
+    @property
+    def pin_memory(self) -> bool:
+        return self.device.type == "cuda"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; images and maps in channels-last order, which convolutions like."""
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.device, non_blocking=True, memory_format=layout)
+
+    def put_model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device, memory_format=torch.channels_last)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("CUDA was asked for but this machine has no usable CUDA device; use --device cpu or auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_runtime(device: str) -> Runtime:
+    """The runtime for a device name: float32 on CPU; on CUDA bfloat16, or float16 with scaling on older cards."""
+    where = resolve_device(device)
+    if where.type == "cpu":
+        return Runtime(where)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return Runtime(where, dtype, torch.amp.GradScaler("cuda", enabled=dtype is torch.float16))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """The state of torch's generators (data draws from generators of their own, keyed by epoch and index)."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+
+
+# --------------------------------------------------------------------------------- the step and the loops
+
+
+def warmup_cosine(n_steps: int, warmup_frac: float = 0.1) -> Callable[[int], float]:
+    """Factor of the peak learning rate at a step: linear rise, then a cosine to zero (Loshchilov & Hutter 2017).
+
+    >>> factor = warmup_cosine(100)
+    >>> round(factor(0), 2), round(factor(10), 2), round(factor(55), 2), round(factor(100), 2)
+    (0.1, 1.0, 0.5, 0.0)
+    """
+    n_warmup = max(1, round(warmup_frac * n_steps))
+
+    def factor(step: int) -> float:
+        if step < n_warmup:
+            return (step + 1) / n_warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - n_warmup) / max(1, n_steps - n_warmup))))
+
+    return factor
+
+
+def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, runtime: Runtime, gradient_clip: float) -> None:
+    """Backward, clip, step: the only optimizer step in the repository.
+
+    Raises:
+        DivergedError: the loss is not finite; weights are left as they were.
+    """
+    if not torch.isfinite(loss):
+        raise DivergedError(f"The loss became {loss.item()}; training stops, the last good checkpoint is kept (try a lower --learning-rate).")
+    optimizer.zero_grad(set_to_none=True)
+    runtime.scaler.scale(loss).backward()
+    runtime.scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if gradient_clip:
+        nn.utils.clip_grad_norm_(parameters, gradient_clip)
+    runtime.scaler.step(optimizer)
+    runtime.scaler.update()
+    scheduler.step()
+
+
+class Averages:
+    """Means of named values weighted by counts: sums and counts, divided once, exact for ragged batches.
+
+    >>> averages = Averages()
+    >>> averages.add({"loss": 1.0}, 3); averages.add({"loss": 5.0}, 1)
+    >>> averages.means()
+    {'loss': 2.0}
+    """
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, values: dict, count: float) -> None:
+        for name, value in values.items():
+            number = value.item() if isinstance(value, Tensor) else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + number * count
+            self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+
+def train_epoch(model: nn.Module, batches: Iterable, loss_terms: Callable, optimizer, scheduler, runtime: Runtime, gradient_clip: float) -> dict[str, float]:
+    """One pass over the training batches; returns the mean of every named loss term.
+
+    Args:
+        loss_terms: maps a batch to (dict of scalar tensors with the key "total", number of images).
+    """
+    model.train()
+    averages = Averages()
+    for batch in batches:
+        with runtime.autocast():
+            terms, count = loss_terms(batch)
+        optimizer_step(terms["total"], optimizer, scheduler, runtime, gradient_clip)
+        averages.add({name: term.detach() for name, term in terms.items()}, count)
+    return averages.means()
+
+
+def evaluate(model: nn.Module, batches: Iterable, loss_terms: Callable, runtime: Runtime) -> dict[str, float]:
+    """Mean of every named loss term over the batches, without gradients and in evaluation mode."""
+    model.eval()
+    averages = Averages()
+    with torch.inference_mode():
+        for batch in batches:
+            with runtime.autocast():
+                terms, count = loss_terms(batch)
+            averages.add(terms, count)
+    return averages.means()
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
+    """Write a checkpoint of plain values, whole or not at all: temporary file, sync, rename.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}; expected a writable folder (--output-dir).") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path | str, kind: str) -> dict:
+    """Read a checkpoint onto the CPU without ever running code from it.
+
+    Raises:
+        InputError: no such file, truncated, not a checkpoint of ours, of another format or kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint at {path}; expected the file that training writes.")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+        raise InputError(f"{path} is not a readable checkpoint: it is truncated, of another program, or holds code, which is never run.") from None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of format {FORMAT}; expected a file written by this version's training.")
+    if contents.get("kind") != kind:
+        raise InputError(f"{path} holds a '{contents.get('kind')}'; expected a '{kind}'.")
+    return contents
+
+
+def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
+    """Copy a state dict into a model.
+
+    Raises:
+        InputError: names or shapes do not match the architecture.
+    """
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError):
+        raise InputError(f"The weights in {path} do not fit its own architecture settings; the file is damaged.") from None
+    return model

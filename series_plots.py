@@ -1,0 +1,467 @@
+"""A CSV series -> its plot in the home style: one reader and one renderer for training and inference.
+
+The look comes from ``plots.series_figure``. Drawing that figure takes about 0.1 s, most of it spent on finding out
+where labels go, so ``SeriesRenderer`` keeps one such figure, asks it for ticks and styles, does the layout with
+cached label sizes and strokes the line with the same Agg rasteriser: the same picture in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import threading
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+import config
+
+if TYPE_CHECKING:
+    import pandas
+
+DATA_NAMES = ("data", "value")
+TIME_NAMES = ("time", "timestamp", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "id", "")
+SAMPLE_CHARACTERS = 65_536
+MAX_ABSOLUTE = 1e100  # beyond it the axis limits overflow
+DECIMATE_ABOVE = 20_000  # rows; far more than the plot has pixel columns
+DECIMATE_BINS = 3_200  # about five to a pixel column
+
+
+class SeriesError(config.InputError):
+    """One CSV file cannot be used; ``reason`` says why, the message also names the file."""
+
+    def __init__(self, path, reason: str):
+        super().__init__(str(path), reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.reason}."
+
+
+class Series(NamedTuple):
+    values: np.ndarray  # float64 (n,), finite, at least two, not all equal
+    column: str  # its name, or "column 2" in a file without header
+    n_dropped: int  # rows without a number
+
+
+# ----------------------------------------------------------------------------------------- reading a CSV
+
+
+class _Layout(NamedTuple):
+    encoding: str
+    separator: str
+    decimal: str
+    header: bool
+    names: list[str]  # as written, or empty strings without header
+    skip_rows: int  # blank lines before the first row
+
+
+def read_series(path: str | Path) -> Series:
+    """The one series of a CSV file, by the rules of the data layout.
+
+    With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates, a
+    name such as ``time``, or first of several and equidistantly rising). Comma, semicolon or tab; decimal commas where the
+    separator allows them; UTF-8 with or without BOM, UTF-16, Latin-1. Rows without a number are dropped and counted.
+    In a file without header, ``1,5`` is two numbers.
+
+    Raises:
+        SeriesError: unreadable, empty, header only, no numeric column, no number in it, one row, infinite or constant.
+    """
+    layout = _sniff(path)
+    table = _read_table(path, layout)
+    column = _choose_column(path, table, layout)
+    numbers = _to_numbers(table.iloc[:, column])
+    values = numbers[~np.isnan(numbers)]
+    name = layout.names[column] or f"column {column + 1}"
+    _check_values(path, values, name)
+    return Series(values, name, len(numbers) - len(values))
+
+
+def _sniff(path: str | Path) -> _Layout:
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(SAMPLE_CHARACTERS)
+    except OSError as error:
+        raise SeriesError(path, f"cannot be read ({error.strerror or error})") from None
+    if not head.strip():
+        raise SeriesError(path, "is empty; expected a column of numbers")
+    encoding = _encoding(head)
+    text = head.decode(encoding, errors="ignore").lstrip("\ufeff")
+    if "\x00" in text:
+        raise SeriesError(path, "is not a text file; expected a CSV")
+    lines = text.splitlines()
+    skip = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise SeriesError(path, "is empty; expected a column of numbers")
+    return _table_layout(lines[:-1] if len(head) == SAMPLE_CHARACTERS and len(lines) > 1 else lines, encoding, skip)
+
+
+def _encoding(head: bytes) -> str:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if head.startswith(b"\xef\xbb\xbf"):
+        return "utf-8-sig"
+    if head[1::2].count(0) > len(head) // 4:
+        return "utf-16-le"
+    if head[0::2].count(0) > len(head) // 4:
+        return "utf-16-be"
+    try:
+        head[:-4].decode("utf-8") if len(head) == SAMPLE_CHARACTERS else head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return "utf-8" if len(head) - error.start < 4 else "latin-1"
+    return "utf-8"
+
+
+def _table_layout(lines: list[str], encoding: str, skip_rows: int) -> _Layout:
+    separator = _separator(lines)
+    rows = list(csv.reader(lines[:200], delimiter=separator))
+    header = _is_header(rows[0])
+    body = rows[1:] if header else rows
+    width = max((len(row) for row in rows), default=1)
+    if separator == "," and header and len(rows[0]) == 1 and body and all(_is_number(",".join(row), ",") for row in body):
+        separator, width, body = "\t", 1, [[",".join(row)] for row in body]  # one column with decimal commas
+    fields = [field for row in body for field in row]
+    decimal = "," if any(re.fullmatch(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*", field, re.IGNORECASE) for field in fields) else "."
+    names = [name.strip() for name in rows[0]] if header else []
+    return _Layout(encoding, separator, decimal, header, names + [""] * (width - len(names)), skip_rows)
+
+
+def _separator(lines: list[str]) -> str:
+    """Semicolon or tab when the first rows have it outside quotes, else comma."""
+    plain = [re.sub(r'"[^"]*"', "", line) for line in lines[:50]]
+    for separator in (";", "\t"):
+        if sum(separator in line for line in plain) > len(plain) // 2:
+            return separator
+    return ","
+
+
+def _is_number(field: str, decimal: str = ".") -> bool:
+    try:
+        float(field.replace(",", ".") if decimal == "," else field)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_header(row: list[str]) -> bool:
+    """No field is a number, or the first is empty as in an index column's heading."""
+    if len(row) > 1 and not row[0].strip():
+        return True
+    return any(field.strip() for field in row) and not any(_is_number(field) or _is_number(field, ",") for field in row)
+
+
+def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
+    import pandas
+
+    try:
+        return pandas.read_csv(
+            path,
+            sep=layout.separator,
+            decimal=layout.decimal,
+            header=None,
+            names=range(len(layout.names)),
+            index_col=False,
+            skiprows=layout.skip_rows + layout.header,
+            encoding=layout.encoding,
+            encoding_errors="replace",
+            skipinitialspace=True,
+        )
+    except pandas.errors.EmptyDataError:
+        raise SeriesError(path, "holds a header and no rows; expected a column of numbers") from None
+    except (pandas.errors.ParserError, UnicodeError, csv.Error) as error:
+        raise SeriesError(path, f"is no table ({' '.join(str(error).split()).rstrip('.')})") from None
+
+
+def _to_numbers(column: pandas.Series) -> np.ndarray:
+    """float64, NaN where there is no number."""
+    import pandas
+
+    if pandas.api.types.is_bool_dtype(column):
+        return np.full(len(column), np.nan)
+    if not pandas.api.types.is_numeric_dtype(column):
+        column = pandas.to_numeric(column.astype(str).str.strip().str.replace(",", ".", regex=False), errors="coerce")
+    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _choose_column(path: str | Path, table: pandas.DataFrame, layout: _Layout) -> int:
+    if not len(table):
+        raise SeriesError(path, "holds a header and no rows; expected a column of numbers")
+    names = [name.lower() for name in layout.names]
+    named = [i for wanted in DATA_NAMES for i, name in enumerate(names) if name == wanted]
+    candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i])]
+    candidates = candidates or [i for i in range(table.shape[1]) if table.iloc[:, i].isna().all()]
+    if not candidates:
+        raise SeriesError(path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers")
+    if named or len(candidates) == 1:
+        return candidates[0]
+    others = [i for i in candidates if not (layout.header and names[i] in TIME_NAMES)] or candidates
+    if others[0] == 0 and len(others) > 1 and _rises_equidistantly(_to_numbers(table.iloc[:, 0])):
+        return others[1]
+    return others[0]
+
+
+def _columns(layout: _Layout) -> str:
+    shown = [name or f"column {i + 1}" for i, name in enumerate(layout.names)]
+    return "columns: " + ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def _looks_numeric(column: pandas.Series) -> bool:
+    """At least half of the filled fields are numbers."""
+    filled = column.notna().sum()
+    return filled > 0 and np.count_nonzero(~np.isnan(_to_numbers(column))) * 2 >= filled
+
+
+def _rises_equidistantly(values: np.ndarray) -> bool:
+    steps = np.diff(values)
+    return len(steps) > 0 and bool(steps.min() > 0 and np.ptp(steps) <= 1e-6 * steps.max())
+
+
+def _check_values(path: str | Path, values: np.ndarray, name: str) -> None:
+    if len(values) == 0:
+        raise SeriesError(path, f"holds no number in {name!r}; expected at least two")
+    if len(values) == 1:
+        raise SeriesError(path, f"holds a single number in {name!r}; expected at least two")
+    if np.isinf(values).any():
+        raise SeriesError(path, f"holds {np.isinf(values).sum()} infinite values in {name!r}; expected finite numbers")
+    if np.abs(values).max() > MAX_ABSOLUTE:
+        raise SeriesError(path, f"holds values beyond {MAX_ABSOLUTE:g} in {name!r}; expected numbers that a plot can show")
+    if values.min() == values.max():
+        raise SeriesError(path, f"holds the constant {values[0]:g} in {name!r}; expected a series that varies")
+
+
+# ------------------------------------------------------------------------------------- drawing the plot
+
+
+def decimate(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) that draw the same picture: first, lowest, highest and last of each bin of a long series."""
+    n = len(values)
+    if n <= DECIMATE_ABOVE:
+        return np.arange(n), values
+    starts = np.unique(np.linspace(0, n, DECIMATE_BINS, endpoint=False).astype(np.int64))
+    stops = np.append(starts[1:], n)
+    picks = [(a, a + values[a:b].argmin(), a + values[a:b].argmax(), b - 1) for a, b in zip(starts, stops, strict=True)]
+    x = np.unique(np.array(picks))
+    return x, values[x]
+
+
+class _Word(NamedTuple):
+    extent: tuple[float, float, float, float]  # left, bottom, right, top of the text from its anchor, px, y up
+    ink: np.ndarray  # uint8 h x w, 0 is black
+    corner: tuple[int, int]  # column and row of the ink's top left from the anchor, px, y down
+
+
+class _Frame(NamedTuple):
+    box: tuple[float, float, float, float]  # axes: left, bottom, right, top, px, y up
+    x_ticks: list[tuple[float, str]]  # position in px, label
+    y_ticks: list[tuple[float, str]]
+    x_label: tuple[float, float]
+    y_label: tuple[float, float]
+    tight: tuple[float, float, float, float]  # all of it with labels
+
+
+class SeriesRenderer:
+    """Draws series in the look of one reference figure; keep one a thread (``render_series`` does)."""
+
+    def __init__(self):
+        import plots
+
+        self.figure = plots.series_figure(np.arange(10.0))
+        self.axes = self.figure.axes[0]
+        self.line = self.axes.lines[0]
+        self.dpi = self.figure.dpi
+        self.width, self.height = self.figure.bbox.width, self.figure.bbox.height
+        self.renderer = self.figure.canvas.get_renderer()
+        self.path_type, self.affine_type = type(self.line.get_path()), type(self.axes.transAxes.frozen())
+        tick = self.axes.xaxis.get_major_ticks()[0]
+        self.tick_px = self.axes.xaxis.get_tick_padding() * self.dpi / 72
+        self.label_px = self.tick_px + tick.get_pad() * self.dpi / 72
+        self.grid_style, self.mark_style = tick.gridline, tick.tick1line
+        self.words: dict[tuple[str, str], _Word] = {}
+
+    def pixels(self, values: np.ndarray) -> np.ndarray:
+        """The plot of at least two finite values as uint8 H x W x 3 RGB, about 790 x 590 px."""
+        self.line.set_data(*decimate(values))
+        self.axes.relim()
+        self.axes.autoscale_view()
+        frame = self._tight_layout()
+        return self._draw(frame) if frame else self._draw_slowly()
+
+    def _tight_layout(self) -> _Frame | None:
+        """What ``Figure.tight_layout`` does: measure at the default place, then give every side what it needs."""
+        w, h = self.width, self.height
+        default = (0.125 * w, 0.11 * h, 0.9 * w, 0.88 * h)
+        first = self._frame(default)
+        if first is None:
+            return None
+        pad = 1.08 * 10 * self.dpi / 72  # of the default font size, 10 pt
+        left, bottom, right, top = (max(0.0, abs(t - d)) + pad for t, d in zip(first.tight, default, strict=True))
+        return self._frame((left, bottom, w - right, h - top))
+
+    def _frame(self, box: tuple[float, float, float, float]) -> _Frame | None:
+        """Ticks and extents for axes at ``box``; None where a label needs an offset text (1e7), left to matplotlib."""
+        left, bottom, right, top = box
+        self.axes.set_position([left / self.width, bottom / self.height, (right - left) / self.width, (top - bottom) / self.height])
+        x_ticks = self._ticks(self.axes.xaxis, left, right)
+        y_ticks = self._ticks(self.axes.yaxis, bottom, top)
+        if x_ticks is None or y_ticks is None:
+            return None
+        extents = [box]
+        extents += [_moved(self._word("x", text).extent, at, bottom - self.label_px) for at, text in x_ticks]
+        extents += [_moved(self._word("y", text).extent, left - self.label_px, at) for at, text in y_ticks]
+        gap = self.axes.xaxis.labelpad * self.dpi / 72
+        x_label = ((left + right) / 2, min(extent[1] for extent in extents) - gap)
+        y_label = (min(extent[0] for extent in extents) - gap, (bottom + top) / 2)
+        extents.append(_moved(self._word("x_label", self.axes.get_xlabel()).extent, *x_label))
+        extents.append(_moved(self._word("y_label", self.axes.get_ylabel()).extent, *y_label))
+        low, high = np.min(extents, axis=0), np.max(extents, axis=0)
+        return _Frame(box, x_ticks, y_ticks, x_label, y_label, (low[0], low[1], high[2], high[3]))
+
+    def _ticks(self, axis, low_px: float, high_px: float) -> list[tuple[float, str]] | None:
+        low, high = axis.get_view_interval()
+        places = np.asarray(axis.get_major_locator()(), dtype=float)
+        texts = axis.get_major_formatter().format_ticks(places)
+        if axis.get_major_formatter().get_offset():
+            return None
+        at = low_px + (places - low) / (high - low) * (high_px - low_px)
+        slack = 1e-10 * (high_px - low_px)  # as matplotlib's own test of what is in view
+        return [(p, text) for p, text in zip(at.tolist(), texts, strict=True) if low_px - slack <= p <= high_px + slack]
+
+    def _word(self, kind: str, text: str) -> _Word:
+        key = (kind, text)
+        if key not in self.words:
+            self.words[key] = self._measure(kind, text)
+        return self.words[key]
+
+    def _measure(self, kind: str, text: str) -> _Word:
+        axis = self.axes.xaxis if kind.startswith("x") else self.axes.yaxis
+        model = axis.label if kind.endswith("label") else axis.get_major_ticks()[0].label1
+        style = {name: getattr(model, f"get_{name}")() for name in ("fontproperties", "ha", "va", "rotation", "rotation_mode", "color")}
+        artist = self.figure.text(0.5, 0.5, text, **style)
+        w, h = int(self.width), int(self.height)
+        extent = artist.get_window_extent(self.renderer)
+        canvas = type(self.renderer)(w, h, self.dpi)
+        artist.draw(canvas)
+        artist.remove()
+        alpha = np.asarray(canvas.buffer_rgba())[..., 3]
+        rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
+        if not len(rows):
+            return _Word((0.0, 0.0, 0.0, 0.0), np.zeros((0, 0), np.uint8), (0, 0))
+        ink = 255 - alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        return _Word(_moved(extent.extents, -w / 2, -h / 2), ink, (columns[0] - w // 2, rows[0] - h // 2))
+
+    def _draw(self, frame: _Frame) -> np.ndarray:
+        """What ``savefig(bbox_inches="tight")`` draws: the tight box and 0.1 inch on every side."""
+        pad = 0.1 * self.dpi
+        dx, dy = pad - frame.tight[0], pad - frame.tight[1]
+        width, height = (int(frame.tight[i + 2] - frame.tight[i] + 2 * pad) for i in (0, 1))
+        canvas = type(self.renderer)(width, height, self.dpi)
+        left, bottom, right, top = _moved(frame.box, dx, dy)
+        identity, clip = self.affine_type(), self.axes.bbox.frozen().translated(dx, dy)
+        self._stroke(canvas, [[(0, 0), (width, 0), (width, height), (0, height)]], identity, fill=(1.0, 1.0, 1.0))
+        x_marks, y_marks = [at + dx for at, _ in frame.x_ticks], [at + dy for at, _ in frame.y_ticks]
+        grid = [[(at, bottom), (at, top)] for at in x_marks] + [[(left, at), (right, at)] for at in y_marks]
+        self._stroke(canvas, grid, identity, self.grid_style, clip)
+        data_to_px = self._data_to_px(left, bottom, right, top)
+        self._stroke(canvas, [self.line.get_path()], data_to_px, self.line, clip)
+        spines = [[(left, bottom), (left, top)], [(left, bottom), (right, bottom)]]
+        self._stroke(canvas, spines, identity, self.axes.spines["left"])
+        marks = [[(at, bottom - self.tick_px), (at, bottom)] for at in x_marks] + [[(left - self.tick_px, at), (left, at)] for at in y_marks]
+        self._stroke(canvas, marks, identity, self.mark_style)
+        image = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        self._write(image, frame, dx, dy)
+        return image
+
+    def _data_to_px(self, left: float, bottom: float, right: float, top: float):
+        (x0, x1), (y0, y1) = self.axes.get_xlim(), self.axes.get_ylim()
+        moved = self.affine_type().translate(-x0, -y0)
+        return moved.scale((right - left) / (x1 - x0), (top - bottom) / (y1 - y0)).translate(left, bottom)
+
+    def _stroke(self, canvas, paths: list, transform, style=None, clip=None, fill=None) -> None:
+        pen = canvas.new_gc()
+        pen.set_linewidth(0.0)
+        if clip is not None:
+            pen.set_clip_rectangle(clip)
+        if style is self.mark_style:  # a marker, not a line: its width and colour have other names
+            pen.set_linewidth(style.get_markeredgewidth())
+            pen.set_foreground(style.get_markeredgecolor())
+        elif style is not None:
+            is_spine = not hasattr(style, "get_solid_capstyle")
+            pen.set_linewidth(style.get_linewidth())
+            pen.set_foreground(style.get_edgecolor() if is_spine else style.get_color())
+            pen.set_capstyle(style.get_capstyle() if is_spine else style.get_solid_capstyle())
+            pen.set_joinstyle(style.get_joinstyle() if is_spine else style.get_solid_joinstyle())
+            pen.set_alpha(style.get_alpha())
+        for path in paths:
+            canvas.draw_path(pen, path if isinstance(path, self.path_type) else self.path_type(path), transform, fill)
+
+    def _write(self, image: np.ndarray, frame: _Frame, dx: float, dy: float) -> None:
+        left, bottom = frame.box[0] - self.label_px, frame.box[1] - self.label_px
+        placed = [("x", text, at, bottom) for at, text in frame.x_ticks] + [("y", text, left, at) for at, text in frame.y_ticks]
+        placed += [("x_label", self.axes.get_xlabel(), *frame.x_label), ("y_label", self.axes.get_ylabel(), *frame.y_label)]
+        for kind, text, x, y in placed:
+            word = self._word(kind, text)
+            column, row = round(x + dx) + word.corner[0], round(len(image) - y - dy) + word.corner[1]
+            top, start = max(row, 0), max(column, 0)
+            under = image[top : row + word.ink.shape[0], start : column + word.ink.shape[1]]
+            ink = word.ink[top - row :, start - column :][: under.shape[0], : under.shape[1], None]
+            np.minimum(under, ink, out=under)
+
+    def _draw_slowly(self) -> np.ndarray:
+        """By matplotlib alone: for labels that the short cut does not know."""
+        from PIL import Image
+
+        import plots
+
+        figure = plots.series_figure(self.line.get_ydata())
+        axes, line = figure.axes[0], figure.axes[0].lines[0]
+        line.set_data(self.line.get_xdata(), self.line.get_ydata())
+        axes.relim()
+        axes.autoscale_view()
+        figure.tight_layout()
+        file = io.BytesIO()
+        figure.savefig(file, dpi=self.dpi, bbox_inches="tight", format="png")
+        return np.asarray(Image.open(file).convert("RGB"))
+
+
+def _moved(extent, dx: float, dy: float) -> tuple[float, float, float, float]:
+    left, bottom, right, top = extent
+    return left + dx, bottom + dy, right + dx, top + dy
+
+
+_LOCAL = threading.local()  # matplotlib artists must not be shared between threads
+
+
+def render_series(values: np.ndarray) -> np.ndarray:
+    """The plot of a series in the home style: uint8 H x W x 3 RGB, about 790 x 590 px.
+
+    Training plots and inference plots are both made here. ``values``: finite, at least two.
+    """
+    if not hasattr(_LOCAL, "renderer"):
+        _LOCAL.renderer = SeriesRenderer()
+    return _LOCAL.renderer.pixels(np.asarray(values, dtype=np.float64))
+
+
+@cache
+def _palette() -> tuple[np.ndarray, np.ndarray]:
+    """32 colours from white to the line's blue and to black, and the nearest one for each pair of red and blue values."""
+    blue_share, grey = np.linspace(0, 1, 20)[:, None], np.linspace(254, 0, 12).round()[:, None]
+    colours = np.vstack([255 - blue_share * (255 - np.array([[31, 119, 180]])), np.repeat(grey, 3, axis=1)]).round()
+    red, blue = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    distance = (red[..., None] - colours[:, 0]) ** 2 + (blue[..., None] - colours[:, 2]) ** 2
+    return colours.astype(np.uint8), distance.argmin(axis=-1).astype(np.uint8).ravel()
+
+
+def plot_png(image: np.ndarray) -> bytes:
+    """A plot as a PNG file of 32 colours, as the home data are: small and quick to decode."""
+    from PIL import Image
+
+    colours, nearest = _palette()
+    indexed = Image.fromarray(nearest[image[..., 0].astype(np.uint16) * 256 + image[..., 2]])
+    indexed.putpalette(colours.tobytes())
+    file = io.BytesIO()
+    indexed.save(file, format="PNG", compress_level=1)
+    return file.getvalue()

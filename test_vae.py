@@ -1,0 +1,184 @@
+"""Test a trained DetailVAE: figures with intervals, pictures, scores and maps for every image in test/."""
+
+from __future__ import annotations
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.DetailTestSettings, __doc__)
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data_loader
+import defect_maps
+import engine
+import evaluation
+import plots
+from drawn_defects import draw_defect
+
+FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
+           ("pixel", "aupro"), ("pixel", "f1"), ("pixel", "iou"), ("pixel", "pointing"))  # fmt: skip
+"""What the terminal table and the heatmap show of each category."""
+
+
+@dataclass
+class Results:
+    """One entry an image in every list, in the order tested."""
+
+    items: list[data_loader.TestItem] = field(default_factory=list)
+    detections: list[defect_maps.Detection] = field(default_factory=list)
+    masks: list[np.ndarray | None] = field(default_factory=list)
+    quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
+    skip_leak: list[float] = field(default_factory=list)
+
+
+def main(settings: config.DetailTestSettings) -> None:
+    """Score test/, write figures and pictures, print the table."""
+    runtime = engine.make_runtime(settings.device)
+    detector = defect_maps.load_detector(settings.model, runtime.device)
+    folder = data_loader.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
+    for warning in folder.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    out = Path(settings.output_dir) / "test_results"
+    results = run_test(detector, folder, runtime, settings, out)
+    write_scores(results, folder, out / "scores.csv")
+    report = make_report(results, detector.calibration, settings)
+    write_report(report, out / "metrics")
+    print(table(report))
+    print(f"figures: {out / 'metrics' / 'test_metrics.json'}   scores: {out / 'scores.csv'}")
+
+
+def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, runtime: engine.Runtime, settings: config.DetailTestSettings, out: Path) -> Results:
+    """Detect on every readable test image, writing its picture (and map) as soon as it is judged."""
+    by_path = {item.path: item for item in folder.test}
+    results, rng = Results(), np.random.default_rng(settings.seed)
+    batches = data_loader.iter_image_batches(list(by_path), detector.image_size, detector.resize, settings.batch_size)
+    with tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar:
+        for batch in batches:
+            for path, reason in batch.errors:
+                bar.write(f"warning: {path} is skipped: {reason}", file=sys.stderr)
+            images = runtime.put(batch.images)
+            for index, detection in enumerate(detector.detect(images) if len(images) else []):
+                item = by_path[batch.paths[index]]
+                mask = read_mask(item, detector)
+                results.items.append(item)
+                results.detections.append(detection)
+                results.masks.append(mask)
+                if item.category == "good":
+                    measure_good(results, detector, images[index : index + 1], rng)
+                write_image(out, detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
+            bar.update(len(batch.paths) + len(batch.errors))
+    if not results.items:
+        raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
+    return results
+
+
+def read_mask(item: data_loader.TestItem, detector: defect_maps.Detector) -> np.ndarray | None:
+    """Ground truth at the network's size: all False for a good image, None where a defect has no mask."""
+    side = detector.image_size
+    if item.category == "good":
+        return np.zeros((side, side), bool)
+    if item.mask_path is None:
+        return None
+    return data_loader.fit_mask(data_loader.read_mask(item.mask_path), side, detector.resize) > 0
+
+
+def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, rng: np.random.Generator) -> None:
+    """Reconstruction quality of one good image (1, 3, S, S), and how much of a drawn defect survives in it."""
+    pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    damaged, mask = draw_defect(pixels, rng)
+    pair = torch.cat([image.cpu(), data_loader.to_tensor([damaged])]).to(image.device)
+    with torch.inference_mode():
+        reconstruction = detector.model(pair).reconstruction.float()
+    for name, measure in (("mse", evaluation.mse(reconstruction[:1], image)), ("psnr", evaluation.psnr(reconstruction[:1], image, data_range=1.0)),
+                          ("ssim", evaluation.ssim(reconstruction[:1], image, data_range=1.0))):  # fmt: skip
+        results.quality[name].append(measure.item())
+    results.skip_leak.append(evaluation.surviving_contrast(reconstruction, pair, torch.from_numpy(mask).to(image.device)))
+
+
+def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.TestItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
+    """The panel of one image, and its raw map with --save-maps."""
+    if settings.pictures:
+        title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"
+        predicted = detection.defect_map > calibration.threshold
+        figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, predicted, mask, title, 2 * calibration.threshold, calibration.threshold)
+        plots.save(figure, out / item.category / f"{item.path.stem}.png")
+    if settings.save_maps:
+        path = out / "maps" / item.category / f"{item.path.stem}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, detection.defect_map)
+
+
+def write_scores(results: Results, folder: data_loader.MVTecFolder, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "category", "score", "p_value", "label"])
+        for item, found in zip(results.items, results.detections, strict=True):
+            writer.writerow([folder.relative(item.path), item.category, f"{found.score:.6g}", f"{found.p_value:.6g}", found.label])
+
+
+def make_report(results: Results, calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
+    """test_metrics.json: detection, reconstruction of good images, skip leak, threshold and promise."""
+    report = evaluation.detection_report(
+        [item.category for item in results.items],
+        [each.score for each in results.detections],
+        [each.label == "defective" for each in results.detections],
+        [each.defect_map for each in results.detections],
+        results.masks,
+        calibration.threshold,
+        settings.bootstrap,
+        settings.seed,
+    )
+    quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
+    leak = evaluation.summarise(results.skip_leak, settings.bootstrap, settings.seed)
+    report["reconstruction"] = {name: figure for name, figure in {**quality, "skip_leak": leak}.items() if figure is not None}
+    return {**report, "threshold": calibration.threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
+
+
+def write_report(report: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test_metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    plots.save(plots.metrics_heatmap(rows_of(report)), folder / "metrics_heatmap.png")
+
+
+def rows_of(report: dict) -> dict[str, dict[str, float | None]]:
+    """Category -> figure name -> value or None, the whole test last."""
+    groups = {**{name: group for name, group in report["categories"].items() if name != "good"}, "all": report}
+    return {
+        name: {f"{level} {key}".replace("_", " "): group.get(level, {}).get(key, {}).get("value") for level, key in FIGURES}
+        for name, group in groups.items()
+    }
+
+
+def table(report: dict) -> str:
+    """The report as text for the terminal."""
+    rows = rows_of(report)
+    names = list(next(iter(rows.values())))
+    width = max(len(name) for name in rows) + 2
+    lines = [" " * width + "  ".join(f"{name:>10.10s}" for name in (n.replace("average precision", "AP") for n in names))]
+    for row, values in rows.items():
+        lines.append(f"{row:<{width}s}" + "  ".join(f"{'-' if value is None else format(value, '.3f'):>10s}" for value in values.values()))
+    for group, keys in (("image", ("auroc",)), ("pixel", ("auroc", "average_precision", "aupro")), ("reconstruction", ("psnr", "ssim", "skip_leak"))):
+        lines += [sentence(f"{group} {key}", report[group][key]) for key in keys if key in report.get(group, {})]
+    if "false_alarm_rate" in report:
+        lines.append(sentence(f"false alarms on good images (asked for: {report['alpha']:.1%})", report["false_alarm_rate"]))
+    return "\n".join(lines)
+
+
+def sentence(name: str, figure: dict) -> str:
+    interval = f"  (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else ""
+    return f"{name}: {figure['value']:.3f}{interval}"
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.DetailTestSettings, __doc__, main))

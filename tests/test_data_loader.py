@@ -1,0 +1,805 @@
+"""Images on disk -> tensors: odd and broken files, layouts, training samples, the preprocess stage, the demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.transform import downscale_local_mean
+
+import config
+import data_loader as dl
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data" / "bracket_white"
+PLAIN = config.AugmentSettings(flip_horizontal=False, rotation_deg=0.0, shift_frac=0.0, scale_frac=0.0, brightness=0.0, saturation=0.0)
+
+
+def picture(height=48, width=64, seed=0):
+    """Smooth, every corner another colour: JPEG keeps it and a turn shows."""
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    waves = 20 * np.sin(6 * x + 5 * y + seed)
+    return np.clip(np.stack([40 + 170 * x + waves, 40 + 170 * y, 200 - 90 * x - 60 * y], 2), 0, 255).astype(np.uint8)
+
+
+def save(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture() if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def make_set(root, n_good=6, n_test=2, masks=True, defect="scratch"):
+    for i in range(n_good):
+        save(root / "train" / "good" / f"{i:03d}.png", picture(seed=i))
+    for i in range(n_test):
+        save(root / "test" / "good" / f"{i:03d}.png", picture(seed=20 + i))
+        save(root / "test" / defect / f"{i:03d}.png", picture(seed=40 + i))
+        if masks:
+            save_mask(root / "ground_truth" / defect / f"{i:03d}_mask.png")
+    return root
+
+
+def save_mask(path, shape=(48, 64)):
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 4 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = 255
+    return save(path, mask)
+
+
+# --------------------------------------------------------------------------------------- reading one file
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_lossless_formats_come_back_exactly(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"image.{suffix}", **options)
+    read = dl.read_image(path)
+    assert read.dtype == np.uint8 and np.array_equal(read, picture())
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "rgb.jpg", "grey.jpg", "progressive.jpg"])
+def test_fast_and_slow_path_agree(tmp_path, name):
+    pixels = picture()[..., 0] if name.startswith("grey") else picture()
+    path = save(tmp_path / name, pixels, **({"progressive": True} if name.startswith("prog") else {}))
+    data = path.read_bytes()
+    assert (dl._plain_png_size(data) or dl._plain_jpeg_size(data)) == (48, 64), "this file must take the fast path"
+    slow = dl._decode(path, data, dl._to_rgb, dl._check_size)
+    assert np.abs(dl.read_image(path).astype(int) - slow).max() <= (0 if name.endswith("png") else 3)
+
+
+def test_a_gamma_chunk_changes_nothing(tmp_path):
+    data = save(tmp_path / "plain.png").read_bytes()
+    chunk = b"gAMA" + struct.pack(">I", 30000)
+    extra = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path = tmp_path / "gamma.png"
+    path.write_bytes(data[:33] + extra + data[33:])
+    assert np.array_equal(dl.read_image(path), picture())
+
+
+def test_grey_palette_and_bilevel_become_rgb(tmp_path):
+    grey = picture()[..., 0]
+    assert np.array_equal(dl.read_image(save(tmp_path / "grey.png", grey)), np.repeat(grey[..., None], 3, 2))
+    Image.fromarray(picture()).quantize(32).save(tmp_path / "palette.png")
+    expected = np.array(Image.fromarray(picture()).quantize(32).convert("RGB"))
+    assert np.array_equal(dl.read_image(tmp_path / "palette.png"), expected)
+    Image.fromarray(grey > 100).save(tmp_path / "bilevel.png")
+    assert np.array_equal(dl.read_image(tmp_path / "bilevel.png")[..., 1], (grey > 100) * np.uint8(255))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_by_their_depth(tmp_path, suffix):
+    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / f"deep.{suffix}"), deep)
+    read = dl.read_image(tmp_path / f"deep.{suffix}")
+    assert np.abs(read[..., 0] - deep / 257.0).max() <= 0.5 + 1e-9 and read.max() == 255
+    colour = np.stack([deep, deep[::-1], deep // 2], 2)
+    cv2.imwrite(str(tmp_path / f"deep_colour.{suffix}"), colour[..., ::-1])
+    assert np.abs(dl.read_image(tmp_path / f"deep_colour.{suffix}") - colour / 257.0).max() <= 1.0
+
+
+def test_float_tiff_is_read_in_the_unit_range_only(tmp_path):
+    unit = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    Image.fromarray(unit).save(tmp_path / "unit.tif")
+    assert np.abs(dl.read_image(tmp_path / "unit.tif")[..., 0] - unit * 255).max() <= 0.51
+    Image.fromarray(unit * 1000).save(tmp_path / "wild.tif")
+    with pytest.raises(config.InputError, match=r"wild\.tif .*expected 0 to 1"):
+        dl.read_image(tmp_path / "wild.tif")
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "print.tif")
+    for name in ("print.jpg", "print.tif"):
+        assert np.abs(dl.read_image(tmp_path / name).astype(int) - picture()).mean() < 4
+
+
+def test_alpha_is_laid_on_white(tmp_path):
+    alpha = np.zeros((48, 64), np.uint8)
+    alpha[:, :20], alpha[:, 20:40] = 255, 128
+    path = save(tmp_path / "alpha.png", np.dstack([picture(), alpha]))
+    expected = picture() * (alpha[..., None] / 255.0) + 255.0 * (1 - alpha[..., None] / 255.0)
+    assert np.abs(dl.read_image(path) - expected).max() <= 1.0
+    Image.fromarray(np.array(picture())).save(tmp_path / "key.png", transparency=tuple(int(v) for v in picture()[0, 0]))
+    assert dl.read_image(tmp_path / "key.png")[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize(("orientation", "turn"), [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])])
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation, turn):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(picture()).save(path, exif=exif, **({"quality": 98} if suffix == "jpg" else {}))
+    expected = turn(picture()).astype(int)
+    read = dl.read_image(path)
+    assert read.shape == expected.shape and np.abs(read - expected).mean() < 3
+
+
+def damaged_files(folder):
+    """name -> words of the reason."""
+    good = save(folder / "source.png").read_bytes()
+    jpeg = save(folder / "source.jpg", picture(200, 200)).read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0xFF
+    files = {
+        "text.png": (b"this is no picture", "not an image"),
+        "truncated.png": (good[: len(good) // 2], "damaged"),
+        "flipped.png": (bytes(flipped), "damaged"),
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "damaged"),
+        "zero.png": (b"", "0 bytes"),
+        "bomb.png": (bomb(60000, 60000), "expected 89 megapixels at most"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    for name, shape in (("dot.png", (1, 1)), ("ribbon.png", (10, 20000)), ("thin.png", (7, 64))):
+        save(folder / name, np.zeros((*shape, 3), np.uint8))
+        files[name] = (b"", "expected sides of 8 px or more")
+    (folder / "source.png").unlink()
+    (folder / "source.jpg").unlink()
+    return {name: reason for name, (_, reason) in files.items()}
+
+
+def bomb(width, height):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_unusable_files_name_file_and_reason(tmp_path, capfd):
+    for name, reason in damaged_files(tmp_path).items():
+        with pytest.raises(config.InputError) as caught:
+            dl.read_image(tmp_path / name)
+        message = str(caught.value)
+        assert name in message and reason in message and message.endswith(".") and "\n" not in message
+    assert capfd.readouterr().err == "", "no decoder speaks for itself"
+    for name in ("absent.png", "."):
+        with pytest.raises(config.InputError, match="cannot be read"):
+            dl.read_image(tmp_path / name)
+
+
+def test_a_bomb_in_another_format_is_refused_too(tmp_path):
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.tif", compression="group4")
+    with pytest.raises(config.InputError, match=r"bomb\.tif is (too large|14000 x 14000 px); expected 89 megapixels"):
+        dl.read_image(tmp_path / "bomb.tif")
+
+
+def test_the_limits_of_shape_are_inclusive(tmp_path):
+    assert dl.read_image(save(tmp_path / "a.png", np.zeros((8, 400, 3), np.uint8))).shape == (8, 400, 3)
+    with pytest.raises(config.InputError):
+        dl.read_image(save(tmp_path / "b.png", np.zeros((8, 401, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("name", ["a b.png", "it's \"so\".png", "деталь №5.png", "部品.png", "[x]*.png", "-n.png"])
+def test_any_file_name(tmp_path, name):
+    path = save(tmp_path / name)
+    assert np.array_equal(dl.read_image(path), picture())
+    assert dl.find_images(tmp_path) == [path] and dl.find_images([str(path)]) == [path]
+
+
+# ---------------------------------------------------------------------------- to the network's square, back
+
+
+def test_shrinking_averages():
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    expected = downscale_local_mean(image.astype(float), (2, 3, 1))
+    assert np.abs(dl.fit_image(image, 64, "stretch") - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(("shape", "box"), [((40, 80), (16, 48, 0, 64)), ((80, 40), (0, 64, 16, 48)), ((10, 20), (16, 48, 0, 64))])
+def test_letterbox_keeps_the_aspect_and_fills_with_grey(shape, box):
+    image = np.full((*shape, 3), 250, np.uint8)
+    square = dl.fit_image(image, 64, "letterbox")
+    inside = np.zeros((64, 64), bool)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    assert square.shape == (64, 64, 3) and (square[inside] == 250).all() and (square[~inside] == dl.LETTERBOX_GREY).all()
+    mask = dl.fit_mask(np.ones(shape, bool), 64, "letterbox")
+    assert np.array_equal(mask, inside)
+
+
+def test_shrinking_one_axis_and_enlarging_the_other():
+    image = np.repeat(np.random.default_rng(0).integers(0, 256, (32, 256, 1), dtype=np.uint8), 3, 2)
+    fitted = dl.fit_image(image, 64, "stretch")
+    expected = image.reshape(32, 64, 4, 3).astype(float).mean(2)
+    assert np.abs(fitted.astype(float).mean((0, 1)) - expected.mean((0, 1))).max() < 1.5
+    assert fitted.astype(float).std() < 0.8 * image.std(), "the long axis must be averaged, not sampled"
+
+
+def test_mask_stays_binary_and_thin_defects_survive():
+    mask = np.zeros((512, 512), bool)
+    mask[100, 50:300] = True  # a scratch one pixel wide
+    mask[400, 400] = True  # one pixel
+    mask[203:297, 323:417] = True  # a block
+    small = dl.fit_mask(mask, 64, "stretch")
+    assert small.dtype == bool and small.shape == (64, 64)
+    assert small[100 // 8, 7:37].all() and small[50, 50]
+    block = small[22:42, 38:56]
+    assert abs(block.sum() * 64 - 94 * 94) < 0.1 * 94 * 94, "a block keeps its area"
+    assert not dl.fit_mask(np.zeros((512, 512), bool), 64, "stretch").any()
+    assert dl.fit_mask(mask, 1024, "stretch").sum() == 4 * mask.sum()
+
+
+def test_mask_of_another_size_is_laid_over_its_image():
+    mask = np.zeros((24, 32), bool)
+    mask[6:12, 8:16] = True
+    large = np.kron(mask, np.ones((4, 4), bool))
+    for resize in ("stretch", "letterbox"):
+        assert np.array_equal(dl.fit_mask(mask, 64, resize, (96, 128)), dl.fit_mask(large, 64, resize))
+
+
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+@pytest.mark.parametrize("shape", [(100, 300), (300, 100), (40, 50)])
+def test_a_map_goes_back_to_where_it_came_from(shape, resize):
+    image = np.zeros((*shape, 3), np.uint8)
+    cv2.circle(image, (shape[1] // 3, shape[0] // 4), min(shape) // 6, (255, 255, 255), -1)
+    back = dl.unfit_map(dl.fit_image(image, 64, resize)[..., 0] / np.float32(255), shape, resize)
+    assert back.shape == shape and back.dtype == np.float32
+    truth = image[..., 0] > 127
+    overlap = (truth & (back > 0.5)).sum() / (truth | (back > 0.5)).sum()
+    assert overlap > 0.75
+
+
+def test_tensor_and_back():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    tensor = dl.to_tensor(images)
+    assert tensor.shape == (3, 3, 16, 24) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert np.allclose(tensor[1, 2].numpy() * 255, images[1, :, :, 2], atol=1e-4)
+    assert torch.equal(dl.to_tensor(list(images)), tensor) and torch.equal(dl.to_tensor(images[0]), tensor[:1])
+    with pytest.raises(ValueError, match="expected uint8"):
+        dl.to_tensor(images.astype(np.float32))
+
+
+def test_the_boundary_check():
+    good = torch.rand(2, 3, 8, 8)
+    assert dl.assert_images(good) is good
+    nan = good.clone()
+    nan[0, 0, 0, 0] = float("nan")
+    for wrong in (good.double(), good[0], good[:, :1], good * 255, good - 1, nan, good.numpy()):
+        with pytest.raises(ValueError, match="expected"):
+            dl.assert_images(wrong)
+
+
+# -------------------------------------------------------------------------------------- reading many files
+
+
+def test_one_bad_file_never_costs_the_rest(tmp_path):
+    reasons = damaged_files(tmp_path)
+    good = [save(tmp_path / f"ok{i}.png", picture(seed=i)) for i in range(3)]
+    images, kept, errors = dl.load_images(sorted(tmp_path.iterdir()), 64)
+    assert kept == good and images.shape == (3, 3, 64, 64)
+    assert {path.name for path, _ in errors} == set(reasons)
+    assert all(reasons[path.name] in reason for path, reason in errors)
+    assert dl.assert_images(images) is images
+
+
+def test_batches_are_complete_ordered_and_equal_to_loading_at_once(tmp_path):
+    paths = [save(tmp_path / f"{i:02d}.png", picture(40 + i, 60, seed=i)) for i in range(11)]
+    for name in ("00a", "03a", "99a"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    every = sorted(tmp_path.iterdir())
+    batches = list(dl.iter_image_batches(every, 64, "letterbox", 4))
+    assert [len(batch.paths) for batch in batches] == [4, 4, 3]
+    assert [path for batch in batches for path in batch.paths] == paths
+    assert [size for batch in batches for size in batch.original_sizes] == [(40 + i, 60) for i in range(11)]
+    assert [path.name for batch in batches for path, _ in batch.errors] == ["00a.png", "03a.png", "99a.png"]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), dl.load_images(every, 64, "letterbox").images)
+
+
+def test_a_batch_without_images_only_when_nothing_is_readable(tmp_path):
+    (tmp_path / "zero.png").write_bytes(b"")
+    (batch,) = dl.iter_image_batches([tmp_path / "zero.png"], 64)
+    assert batch.images.shape == (0, 3, 64, 64) and batch.errors == [(tmp_path / "zero.png", "is empty (0 bytes)")]
+    assert list(dl.iter_image_batches([], 64)) == []
+    assert dl.load_images([tmp_path / "zero.png"], 64).images.shape == (0, 3, 64, 64)
+
+
+def test_decoding_runs_ahead_by_a_bounded_number(tmp_path, monkeypatch):
+    path, started = save(tmp_path / "a.png"), []
+    real = dl._read_fitted
+    monkeypatch.setattr(dl, "_read_fitted", lambda *arguments: started.append(1) or real(*arguments))
+    batches = dl.iter_image_batches([path] * 400, 64, batch_size=4, n_threads=2)
+    for n_seen, _ in enumerate(batches, 1):
+        time.sleep(0.002)
+        assert len(started) <= 4 * n_seen + 1 + 2 * 4 + 1
+        if n_seen == 5:
+            break
+    batches.close()
+    assert len(started) < 50, "an abandoned stream stops decoding"
+
+
+# ----------------------------------------------------------------------------------------- finding images
+
+
+def test_find_images(tmp_path, monkeypatch):
+    for name in ("b.png", "a.JPG", "sub/deep/c.webp", ".hidden.png", ".cache/d.png", "e.tiff"):
+        save(tmp_path / name, format="PNG")
+    (tmp_path / "notes.txt").write_text("x")
+    names = [path.relative_to(tmp_path).as_posix() for path in dl.find_images(tmp_path)]
+    assert names == ["a.JPG", "b.png", "e.tiff", "sub/deep/c.webp"]
+    twice = dl.find_images([tmp_path, str(tmp_path / "b.png"), str(tmp_path / "*.png"), tmp_path / "sub" / ".." / "b.png"])
+    assert len(twice) == 4
+    assert [path.name for path in dl.find_images(str(tmp_path / "**" / "*.webp"))] == ["c.webp"]
+    assert dl.find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"], "a file named outright is kept"
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(dl.find_images(tmp_path)) == 4
+
+
+def test_nothing_found_is_said(tmp_path):
+    for given, words in ((tmp_path, "No image found"), (str(tmp_path / "*.png"), "No image found"), (tmp_path / "absent", "does not exist"), ([], "No image found")):
+        with pytest.raises(config.InputError, match=words):
+            dl.find_images(given)
+
+
+# ---------------------------------------------------------------------------------------------- data sets
+
+
+def test_mvtec_layout(tmp_path):
+    data = dl.MVTecFolder(make_set(tmp_path))
+    assert len(data.train_good) == 6 and data.categories == ["good", "scratch"] and not data.flat and not data.warnings
+    assert [item.category for item in data.test] == ["good"] * 2 + ["scratch"] * 2
+    assert [item.mask_path and item.mask_path.name for item in data.test] == [None, None, "000_mask.png", "001_mask.png"]
+    assert data.relative(data.test[2].path) == "test/scratch/000.png"
+
+
+@pytest.mark.parametrize("name", ["{}_mask.png", "{}.png", "{}_gt.bmp", "class1/{}_mask.png", "class1/{}.tif", "{}-label.png"])
+def test_mask_names(tmp_path, name):
+    make_set(tmp_path, masks=False)
+    for stem in ("000", "001", "1", "1_2"):
+        save(tmp_path / "test" / "scratch" / f"{stem}.png")
+        save_mask(tmp_path / "ground_truth" / "scratch" / name.format(stem))
+    data = dl.MVTecFolder(tmp_path)
+    found = {item.path.stem: item.mask_path for item in data.test if item.category == "scratch"}
+    assert found == {stem: tmp_path / "ground_truth" / "scratch" / name.format(stem) for stem in found} and len(found) == 4
+
+
+def test_masks_prefer_the_same_sub_folder(tmp_path):
+    make_set(tmp_path, masks=False, n_test=0)
+    for side in ("left", "right"):
+        save(tmp_path / "test" / "dent" / side / "000.png")
+        save_mask(tmp_path / "ground_truth" / "dent" / side / "000_mask.png")
+    for item in dl.MVTecFolder(tmp_path).test:
+        assert item.mask_path.parent.name == item.path.parent.name
+
+
+def test_a_missing_mask_is_listed_and_none_at_all_is_fine(tmp_path):
+    make_set(tmp_path / "some")
+    (tmp_path / "some" / "ground_truth" / "scratch" / "001_mask.png").unlink()
+    data = dl.MVTecFolder(tmp_path / "some")
+    assert data.test[-1].mask_path is None and data.test[-2].mask_path is not None
+    assert len(data.warnings) == 1 and "test/scratch/001.png has no mask" in data.warnings[0]
+    none = dl.MVTecFolder(make_set(tmp_path / "none", masks=False))
+    assert not none.warnings and all(item.mask_path is None for item in none.test)
+
+
+def test_a_test_folder_without_defects_or_without_test(tmp_path):
+    make_set(tmp_path)
+    shutil.rmtree(tmp_path / "test" / "scratch")
+    assert dl.MVTecFolder(tmp_path).categories == ["good"]
+    (tmp_path / "test" / "empty").mkdir()
+    assert "holds no images" in dl.MVTecFolder(tmp_path).warnings[0]
+    shutil.rmtree(tmp_path / "test")
+    assert dl.MVTecFolder(tmp_path).test == []
+    with pytest.raises(config.InputError, match="no images in test"):
+        dl.MVTecFolder(tmp_path, require_train=False)
+
+
+def test_flat_folder(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+    save(tmp_path / "bad" / "x.png")
+    data = dl.MVTecFolder(tmp_path)
+    assert data.flat and len(data.train_good) == 4 and data.test == [] and data.categories == []
+
+
+def test_unusable_data_folders(tmp_path):
+    with pytest.raises(config.InputError, match="does not exist; expected"):
+        dl.MVTecFolder(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(config.InputError, match="no folder train/good"):
+        dl.MVTecFolder(tmp_path / "empty")
+    save(tmp_path / "only_test" / "test" / "good" / "0.png")
+    with pytest.raises(config.InputError, match="no folder train/good"):
+        dl.MVTecFolder(tmp_path / "only_test")
+    assert len(dl.MVTecFolder(tmp_path / "only_test", require_train=False).test) == 1
+    for n in (1, 2):
+        with pytest.raises(config.InputError, match=f"holds {n} image"):
+            dl.MVTecFolder(make_set(tmp_path / str(n), n_good=n))
+
+
+@pytest.mark.parametrize(("values", "suffix", "expected"), [((0, 255), "png", 255), ((0, 1), "png", 1), ((0, 3), "png", 3), ((0, 255), "jpg", 255), ((0, 255), "bmp", 255)])
+def test_masks_of_any_coding(tmp_path, values, suffix, expected):
+    mask = np.full((32, 32), values[0], np.uint8)
+    mask[8:16, 8:24] = values[1]
+    read = dl.read_mask(save(tmp_path / f"mask.{suffix}", mask))
+    assert read.dtype == bool and np.array_equal(read, mask == expected)
+
+
+def test_an_almost_black_jpeg_mask_is_empty(tmp_path):
+    assert not dl.read_mask(save(tmp_path / "mask.jpg", np.full((32, 32), 3, np.uint8))).any()
+
+
+@pytest.mark.parametrize(("n", "frac", "held"), [(110, 0.2, 22), (54, 0.2, 19), (48, 0.2, 19), (40, 0.2, 16), (10, 0.2, 4), (3, 0.2, 1), (4, 0.01, 1), (5, 0.8, 3), (1000, 0.2, 200)])
+def test_holdout_sizes(n, frac, held):
+    train, held_out = dl.split_holdout(n, frac, seed=0)
+    assert len(held_out) == held and sorted(train + held_out) == list(range(n))
+
+
+def test_holdout_depends_on_the_seed_only():
+    paths = [Path(f"{i}.png") for i in range(50)]
+    first = dl.split_holdout(paths, 0.2, 1)
+    assert first == dl.split_holdout(paths, 0.2, 1) and first != dl.split_holdout(paths, 0.2, 2)
+    assert [int(path.stem) for path in first[1]] == dl.split_holdout(50, 0.2, 1)[1]
+    with pytest.raises(config.InputError, match="expected 3 or more"):
+        dl.split_holdout(2, 0.2, 0)
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def good_images(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", picture(seed=i)) for i in range(5)]
+    (tmp_path / "zero.png").write_bytes(b"")
+    return lambda **changes: dl.GoodImages(**{
+        "paths": [*paths, tmp_path / "zero.png"], "image_size": 64, "resize": "stretch", "augment": config.TrainSettings(), "defect_share": 0.5, "seed": 3, **changes
+    })
+
+
+def same(a, b):
+    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+def test_training_samples(good_images):
+    dataset = good_images()
+    assert len(dataset) == 5 and [path.name for path, _ in dataset.skipped] == ["zero.png"]
+    n_damaged = 0
+    for key in range(200):
+        sample = dataset[key]
+        assert sample.images.shape == sample.corrupted.shape == (3, 64, 64) and sample.defect_mask.shape == (1, 64, 64)
+        moved = (sample.images - sample.corrupted).abs().amax(0) * 255 > 5.5
+        assert torch.equal(moved, sample.defect_mask[0] > 0.5) and sample.defect_mask.dtype == torch.float32
+        n_damaged += bool(moved.any())
+    assert 70 < n_damaged < 130, "half of them, within chance"
+    dl.assert_images(torch.stack([dataset[0].images, dataset[0].corrupted]))
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(good_images):
+    dataset, again = good_images(), good_images()
+    keys = [0, 7, 3, 12]
+    forward, backward = [dataset[key] for key in keys], [again[key] for key in reversed(keys)]
+    assert all(same(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert not torch.equal(dataset[2].images, dataset[7].images), "another epoch, another augmentation"
+    assert not torch.equal(dataset[2].images, good_images(seed=4)[2].images)
+
+
+def test_without_memory_files_are_read_again(good_images, monkeypatch):
+    kept = good_images(defect_share=0.0)
+    monkeypatch.setattr(dl, "KEEP_IN_MEMORY_BYTES", 0)
+    reread = good_images(defect_share=0.0)
+    assert reread.images is None and same(kept[8], reread[8]) and len(reread) == 5 and len(reread.skipped) == 1
+    assert good_images(defect_share=1.0)[1].defect_mask.any()
+
+
+def test_no_augmentation_is_the_identity(good_images):
+    dataset = good_images(augment=PLAIN, defect_share=0.0)
+    for index in range(5):
+        assert torch.equal(dataset[index].images, dl.to_tensor(dataset.images[index])[0])
+
+
+def test_each_augmentation_does_what_it_says():
+    image = np.random.default_rng(0).integers(40, 200, (64, 64, 3), dtype=np.uint8)
+
+    def results(**changes):
+        return [dl.augment_image(image, PLAIN.replace(**changes), np.random.default_rng(seed)) for seed in range(30)]
+
+    flipped = results(flip_horizontal=True)
+    assert {np.array_equal(out, image) for out in flipped} == {True, False}
+    assert all(np.array_equal(out, image) or np.array_equal(out, image[:, ::-1]) for out in flipped)
+    assert any(np.array_equal(out, image[::-1]) for out in results(flip_vertical=True))
+    means = [out.mean() / image.mean() for out in results(brightness=0.2)]
+    assert 0.75 < min(means) < 0.9 and 1.1 < max(means) < 1.25
+    luma = image @ np.array([0.299, 0.587, 0.114])
+    for out in results(saturation=0.5):
+        assert np.abs(out @ np.array([0.299, 0.587, 0.114]) - luma)[8:-8].mean() < 2.0
+    smooth = cv2.GaussianBlur(image, (0, 0), 4)
+    shifts = [cv2.phaseCorrelate(smooth[..., 0].astype(float), dl.augment_image(smooth, PLAIN.replace(shift_frac=0.1), np.random.default_rng(s))[..., 0].astype(float))[0] for s in range(20)]
+    assert 2.0 < np.abs(shifts).max() < 7.5
+    dot = np.zeros((65, 65, 3), np.uint8)
+    dot[28:37, 28:37] = 255
+    for seed in range(10):
+        out = dl.augment_image(dot, PLAIN.replace(rotation_deg=180.0, scale_frac=0.2), np.random.default_rng(seed))
+        assert np.abs(np.argwhere(out[..., 0] > 127).mean(0) - 32).max() < 0.6, "turns and zooms about the middle"
+
+
+def test_recolouring_is_saturation_then_brightness_then_contrast():
+    image = np.random.default_rng(0).integers(60, 180, (16, 16, 3), dtype=np.uint8)
+    grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+    expected = (1.1 * (grey + 0.8 * (image - grey)) - 127.5) * 0.9 + 127.5
+    assert np.abs(dl._recolour(image, gain=1.1, contrast=0.9, saturation=0.8) - expected).max() <= 0.6
+
+
+def test_too_few_readable_training_images(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    paths = [save(tmp_path / "c.png"), tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(config.InputError, match=r"1 of 3 training images can be read.*is empty"):
+        dl.GoodImages(paths, 64, "stretch", PLAIN, 0.0, 0)
+
+
+def test_sampler_visits_each_image_once_an_epoch():
+    first, second = list(dl.EpochSampler(10, 0, 0)), list(dl.EpochSampler(10, 0, 3))
+    assert sorted(first) == list(range(10)) and sorted(second) == list(range(30, 40))
+    assert [key - 30 for key in second] != first and second == list(dl.EpochSampler(10, 0, 3))
+    ranks = [list(dl.EpochSampler(10, 0, 0, rank, 3)) for rank in range(3)]
+    assert {len(keys) for keys in ranks} == {4} and {key for keys in ranks for key in keys} == set(range(10))
+
+
+def test_loader_is_the_same_with_workers_and_from_any_epoch(good_images):
+    dataset = good_images()
+    plain = [list(dl.training_loader(dataset, 2, seed=1, epoch=epoch)) for epoch in range(2)]
+    assert not same(plain[0][0], plain[1][0])
+    workers = dl.training_loader(dataset, 2, seed=1, epoch=0, num_workers=1)
+    for epoch in range(2):
+        workers.sampler.set_epoch(epoch)
+        assert all(same(a, b) for a, b in zip(plain[epoch], workers, strict=True))
+    assert plain[0][0].images.shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2]), (4, [4]), (3, [3, 2]), (5, [5]), (8, [5])])
+def test_a_last_batch_of_one_is_dropped(good_images, batch_size, sizes):
+    loader = dl.training_loader(good_images(), batch_size, seed=0)
+    assert [len(batch.images) for batch in loader] == sizes
+
+
+def test_num_workers_follow_the_device():
+    assert dl.resolve_num_workers(3, "cpu") == 3 and dl.resolve_num_workers(0, "cuda") == 0
+    assert dl.resolve_num_workers(-1, torch.device("cpu")) == 0
+    assert dl.resolve_num_workers(-1, torch.device("cuda", 0)) == min(8, os.cpu_count())
+
+
+# ------------------------------------------------------------------------------------------ preprocessing
+
+
+def prepare(source, out, **changes):
+    return dl.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))
+
+
+def test_preprocess_writes_the_layout(tmp_path):
+    make_set(tmp_path / "raw")
+    save_mask(tmp_path / "raw" / "ground_truth" / "scratch" / "001_mask.png", (96, 128))  # another size
+    reasons = damaged_files(tmp_path / "raw" / "train" / "good")
+    report = prepare(tmp_path / "raw", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / dl.REPORT_NAME).read_text()) == report
+    assert report["counts"] == {"ground_truth/scratch": 2, "test/good": 2, "test/scratch": 2, "train/good": 6, "skipped": len(reasons)}
+    assert {Path(row["source"]).name for row in report["skipped"]} == set(reasons)
+    assert all(reasons[Path(row["source"]).name] in row["reason"] for row in report["skipped"])
+    data = dl.MVTecFolder(tmp_path / "out")
+    assert len(data.train_good) == 6 and len(data.test) == 4
+    assert np.array_equal(dl.read_image(data.train_good[1]), dl.fit_image(picture(seed=1), 64, "stretch"))
+    masks = [dl.read_mask(item.mask_path) for item in data.test if item.mask_path]
+    expected = np.zeros((64, 64), bool)
+    expected[16:32, 16:32] = True
+    assert len(masks) == 2 and all(np.array_equal(mask, expected) for mask in masks)
+    assert not [path for path in (tmp_path / "out").rglob("*") if ".part" in path.name]
+
+
+def stamps(out):
+    return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def test_preprocess_again_redoes_only_what_changed(tmp_path):
+    raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
+    first_report, first = prepare(raw, out), stamps(out)
+    assert prepare(raw, out) == first_report and stamps(out) == first
+    save(raw / "train" / "good" / "002.png", picture(seed=77))
+    (out / "train" / "good" / "003.png").unlink()
+    (raw / "train" / "good" / "004.png").unlink()
+    (raw / "train" / "good" / "005.png").write_bytes(b"")
+    prepare(raw, out)
+    second = stamps(out)
+    assert {name for name in second if second[name] != first.get(name)} == {"train/good/002.png", "train/good/003.png"}
+    assert set(first) - set(second) == {"train/good/004.png", "train/good/005.png"}, "what is gone or broken leaves nothing behind"
+    assert np.array_equal(dl.read_image(out / "train" / "good" / "002.png"), dl.fit_image(picture(seed=77), 64, "stretch"))
+    prepare(raw, out, resize="letterbox")
+    assert all(stamps(out)[name] != second[name] for name in second), "other settings, other files"
+
+
+def test_preprocess_goes_on_after_an_interruption(tmp_path):
+    raw, out = make_set(tmp_path / "raw", n_good=60), tmp_path / "out"
+
+    def stop_after_ten(items, total):
+        for i, item in enumerate(items):
+            if i == 10:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64), stop_after_ten)
+    done = json.loads((out / dl.REPORT_NAME).read_text())["kept"]
+    before = stamps(out)
+    report = prepare(raw, out)
+    assert len(done) == 10 and all(stamps(out)[row["output"]] == before[row["output"]] for row in done)
+    assert report["counts"]["train/good"] == 60
+
+
+def test_same_stems_lose_nothing(tmp_path):
+    raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
+    save(raw / "train" / "good" / "000.bmp", picture(seed=9))
+    save(raw / "train" / "good" / "000_png.bmp", picture(seed=10))
+    save(raw / "test" / "scratch" / "000.bmp", picture(seed=11))
+    report = prepare(raw, out)
+    assert report["counts"]["train/good"] == 8 and report["counts"]["test/scratch"] == 3
+    outputs = [row["output"] for row in report["kept"]]
+    assert len(set(outputs)) == len(outputs) == len(stamps(out))
+    assert np.array_equal(dl.read_image(out / "train" / "good" / "000_bmp.png"), dl.fit_image(picture(seed=9), 64, "stretch"))
+    data = dl.MVTecFolder(out)
+    assert all(item.mask_path for item in data.test if item.category == "scratch")
+
+
+def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
+    for i in range(20):
+        save(tmp_path / "raw" / f"{i}.png", picture(seed=i))
+    for i in range(3):
+        save(tmp_path / "bad" / f"{i}.png", picture(seed=50 + i))
+    for seed in (0, 1):
+        report = prepare(tmp_path / "raw", tmp_path / "out", seed=seed, test_frac=0.25, bad_dir=str(tmp_path / "bad"))
+        assert report["counts"] == {"test/defective": 3, "test/good": 5, "train/good": 15, "skipped": 0}
+        names = sorted(name.split("/")[-1] for name in stamps(tmp_path / "out") if "/good/" in name)
+        assert len(names) == len(set(names)) == 20, "no image in both train and test, also after another seed"
+    with pytest.raises(config.InputError, match="does not exist"):
+        prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "absent"))
+
+
+def test_preprocess_refuses_bad_places(tmp_path):
+    raw = make_set(tmp_path / "raw")
+    for out in (raw, raw / "sub" / "..", raw / "train" / "good", raw / "test" / "x"):
+        with pytest.raises(config.InputError, match="expected another place"):
+            prepare(raw, out)
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):  # refuses root as well
+        with pytest.raises(config.InputError, match="cannot be made"):
+            prepare(raw, out)
+    with pytest.raises(config.UsageError, match="expected one"):
+        dl.preprocess(config.PreprocessSettings(source=(str(raw), str(raw))))
+
+
+def test_too_few_usable_images_are_said_after_the_report(tmp_path):
+    make_set(tmp_path / "raw", n_good=2)
+    (tmp_path / "raw" / "train" / "good" / "zero.png").write_bytes(b"")
+    with pytest.raises(config.InputError, match="Only 2 good training image"):
+        prepare(tmp_path / "raw", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / dl.REPORT_NAME).read_text())["skipped"]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "data_loader.py"), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def test_the_script(tmp_path):
+    make_set(tmp_path / "raw dir")
+    (tmp_path / "raw dir" / "train" / "good" / "zero.png").write_bytes(b"")
+    done = run(tmp_path / "raw dir", "--out", tmp_path / "out", "--image-size", 64)
+    assert done.returncode == 0 and "train/good" in done.stdout and "Traceback" not in done.stderr
+    assert "zero.png is empty (0 bytes)." in done.stderr and (tmp_path / "out" / dl.REPORT_NAME).is_file()
+    (tmp_path / "file").write_text("x")
+    for arguments, code in (((tmp_path / "absent", "--out", tmp_path / "o"), 1), ((tmp_path / "raw dir", "--out", tmp_path / "file"), 1), ((), 2), (("x", "--image-siz", "64"), 2)):
+        failed = run(*arguments)
+        assert failed.returncode == code and failed.stderr.startswith("error: ") and len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, runpy; sys.argv = ['data_loader.py', '--help']\ntry: runpy.run_path('data_loader.py', run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert "--image-size" in done.stdout and done.stdout.strip().endswith("False")
+
+
+# ---------------------------------------------------------------------------------------------- the demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return dl.make_demo(tmp_path_factory.mktemp("demo") / "demo_textures")
+
+
+def contents(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_demo_layout_and_masks(demo):
+    data = dl.MVTecFolder(demo)
+    assert len(data.train_good) == 60 and data.categories == ["good", "paint", "scratch"] and not data.warnings
+    assert [sum(item.category == name for item in data.test) for name in data.categories] == [20, 12, 12]
+    for item in data.test:
+        assert dl.read_image(item.path).shape == (128, 128, 3)
+        if item.category != "good":
+            assert 0.004 < dl.read_mask(item.mask_path).mean() < 0.06
+
+
+def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
+    photographs = dl._demo_photographs()
+    borders = [round(dl.DEMO_SPLIT * photograph.shape[1]) for photograph in photographs]
+    data = dl.MVTecFolder(demo)
+    cases = [(path, None, True) for path in data.train_good[:3]] + [(item.path, item.mask_path, False) for item in data.test[::7]]
+    for path, mask_path, train in cases:
+        crop, which = dl.read_image(path), int(path.stem) % 3
+        outside = np.ones((128, 128), np.uint8) if mask_path is None else (~dl.read_mask(mask_path)).astype(np.uint8)
+        places = []
+        for view in (crop, crop[:, ::-1]):
+            keep = outside if view is crop else outside[:, ::-1]
+            one_channel = np.ascontiguousarray(photographs[which][..., 1]), np.ascontiguousarray(view[..., 1])
+            match = cv2.matchTemplate(*one_channel, cv2.TM_SQDIFF, mask=np.ascontiguousarray(keep))
+            low, _, (left, top), _ = cv2.minMaxLoc(match)
+            places.append((low, left, top, view, keep))
+        _, left, top, view, keep = min(places, key=lambda place: place[0])
+        there = photographs[which][top : top + 128, left : left + 128]
+        changed = np.abs(there.astype(int) - view).max(2) >= 6
+        assert np.array_equal(changed, keep == 0), "the mask is exactly what changed"
+        assert left + 128 <= borders[which] if train else left >= borders[which]
+
+
+def test_demo_is_the_same_everywhere_and_written_once(demo, tmp_path):
+    assert contents(dl.make_demo(tmp_path / "again")) == contents(demo)
+    before = stamps(demo)
+    dl.make_demo(demo)
+    assert stamps(demo) == before
+    (tmp_path / "again" / "demo.json").write_text('{"demo_version": 0}')
+    (tmp_path / "again" / "train" / "good" / "000.png").unlink()
+    assert contents(dl.make_demo(tmp_path / "again")) == contents(demo), "an older demo is written anew"
+
+
+def test_demo_leaves_foreign_folders_alone(tmp_path):
+    save(tmp_path / "mine" / "a.png")
+    with pytest.raises(config.InputError, match="not the built-in demo"):
+        dl.make_demo(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["a.png"]
+
+
+def test_demo_without_photographs_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(dl, "find_spec", lambda name: None)
+    with pytest.raises(config.InputError, match="install scikit-image"):
+        dl.make_demo(tmp_path / "demo")
+
+
+# ----------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not here")
+def test_real_data():
+    data = dl.MVTecFolder(REAL)
+    assert len(data.train_good) == 110 and data.categories == ["good", "defective_painting", "scratches"]
+    assert sum(item.mask_path is not None for item in data.test) == 30 and not data.warnings
+    for item in data.test:
+        if item.mask_path:
+            assert dl.fit_mask(dl.read_mask(item.mask_path), 128, "stretch").any(), "the smallest defect survives at 128 px"

@@ -1,0 +1,518 @@
+"""CSV series, plots of them, class folders, their cache, augmentation, and the render and generate commands."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import data_loader
+import data_loader_supervised as loader
+import plots
+import series_generator
+import series_plots
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = [1.5, -2.25, 3.0, 0.5]
+
+
+def write(folder: Path, text, name: str = "series.csv") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# --------------------------------------------------------------------------------------------- good CSVs
+
+LINES = "\n".join(map(str, NUMBERS)) + "\n"
+COMMAS = LINES.replace(".", ",")
+GOOD = {
+    "no header": LINES,
+    "header": "value\n" + LINES,
+    "any header": "temperature\n" + LINES,
+    "windows line ends": ("data\n" + LINES).replace("\n", "\r\n"),
+    "blank first line": "\n\nvalue\n" + LINES,
+    "no newline at the end": LINES.rstrip(),
+    "semicolons": "time;value\n" + "".join(f"{i};{v}\n" for i, v in enumerate(NUMBERS)),
+    "semicolons and decimal commas": "time;value\n" + "".join(f"{i};{v}\n".replace(".", ",") for i, v in enumerate(NUMBERS)),
+    "tabs": "x\tvalue\n" + "".join(f"{9 - i}\t{v}\n" for i, v in enumerate(NUMBERS)),
+    "tabs and decimal commas, no header": "".join(f"{i}\t{v}\n".replace(".", ",") for i, v in enumerate(NUMBERS)),
+    "one column with decimal commas": "data\n" + COMMAS,
+    "quoted decimal commas": "data,label\n" + "".join(f'"{v}",a\n'.replace(".", ",") for v in NUMBERS),
+    "BOM": b"\xef\xbb\xbf" + ("value\n" + LINES).encode(),
+    "UTF-16": ("value\n" + LINES).encode("utf-16"),
+    "UTF-16 without BOM": ("value\n" + LINES).encode("utf-16-le"),
+    "Latin-1": ("Größe\n" + LINES).encode("latin-1"),
+    "quoted numbers": '"value"\n' + "".join(f'"{v}"\n' for v in NUMBERS),
+    "spaces": "value , other\n" + "".join(f" {v} , 7\n" for v in NUMBERS),
+    "dates first": "date,reading\n" + "".join(f"2020-01-0{i + 1},{v}\n" for i, v in enumerate(NUMBERS)),
+    "dates first, no header": "".join(f"2020-01-0{i + 1},{v}\n" for i, v in enumerate(NUMBERS)),
+    "index first, no header": "".join(f"{i},{v}\n" for i, v in enumerate(NUMBERS)),
+    "time stamps first": "timestamp,reading\n" + "".join(f"{1600000000 + i * i},{v}\n" for i, v in enumerate(NUMBERS)),
+    "as pandas writes a series": ",0\n" + "".join(f"{i},{v}\n" for i, v in enumerate(NUMBERS)),
+    "data beats the first": "reading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "upper case": "reading,VALUE\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "duplicate headers": "value,value\n" + "".join(f"{v},9\n" for v in NUMBERS),
+    "text column first": "name,amount\n" + "".join(f"n{i},{v}\n" for i, v in enumerate(NUMBERS)),
+    "exponents": "value\n" + "".join(f"{v:e}\n" for v in NUMBERS),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_every_kind_of_csv_gives_the_same_numbers(tmp_path, kind):
+    series = series_plots.read_series(write(tmp_path, GOOD[kind]))
+    assert series.values.dtype == np.float64
+    np.testing.assert_allclose(series.values, NUMBERS)
+    assert series.n_dropped == 0
+
+
+def test_rows_without_a_number_are_dropped_and_counted(tmp_path):
+    series = series_plots.read_series(write(tmp_path, "time,data\n0,1.5\n1,\n2,nan\n3,-2.25\n4,broken\n5,3\n6,0.5\n"))
+    np.testing.assert_allclose(series.values, NUMBERS)
+    assert (series.column, series.n_dropped) == ("data", 3)
+
+
+def test_a_rising_line_alone_is_the_data(tmp_path):
+    np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "0\n1\n2\n3\n")).values, [0, 1, 2, 3])
+
+
+BAD = {
+    "empty": ("", "is empty"),
+    "only spaces": (" \n\n", "is empty"),
+    "header only": ("time,value\n", "header and no rows"),
+    "one row": ("value\n3.5\n", "a single number"),
+    "one row, no header": ("3.5\n", "a single number"),
+    "no numeric column": ("name,place\na,b\nc,d\n", "no numeric column (columns: name, place)"),
+    "all NaN": ("value\nnan\nnan\nnan\n", "no number in 'value'"),
+    "all empty": ("time,value\n0,\n1,\n2,\n", "no number in 'value'"),
+    "infinite": ("value\n1\ninf\n3\n-inf\n", "2 infinite values"),
+    "constant": ("value\n2\n2\n2\n", "the constant 2"),
+    "overflowing": ("value\n1e200\n-1e200\n", "beyond 1e+100"),
+    "ragged": ("a,b\n1,2\n1,2,3,4\n5,6\n" * 1, "is no table"),
+    "not text": (bytes(range(256)) * 4, "is not a text file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_csv_is_refused_in_one_sentence(tmp_path, kind):
+    text, expected = BAD[kind]
+    path = write(tmp_path, text)
+    if kind == "ragged":
+        path = write(tmp_path, "a,b\n" + "1,2\n" * 300 + "1,2,3,4\n")
+    with pytest.raises(config.InputError, match=f"series.csv .*{expected.replace('(', '.').replace(')', '.').replace('+', '.')}") as caught:
+        series_plots.read_series(path)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message and "Traceback" not in message
+
+
+def test_a_missing_csv_is_named(tmp_path):
+    with pytest.raises(config.InputError, match=r"nowhere\.csv cannot be read"):
+        series_plots.read_series(tmp_path / "nowhere.csv")
+
+
+def test_a_long_series_is_read_and_drawn_from_its_extremes(tmp_path):
+    values = np.random.default_rng(0).normal(size=300_000).round(3)
+    values[123_456] = 25.0
+    read = series_plots.read_series(write(tmp_path, "\n".join(map(str, values))))
+    np.testing.assert_array_equal(read.values, values)
+    x, y = series_plots.decimate(values)
+    assert len(x) <= 4 * series_plots.DECIMATE_BINS and x[0] == 0 and x[-1] == len(values) - 1
+    np.testing.assert_array_equal(y, values[x])
+    assert y.max() == 25.0 and y.min() == values.min()
+
+
+# -------------------------------------------------------------------------------------------------- plots
+
+
+def reference_plot(values: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    plots.series_figure(values).savefig(file, dpi=100, bbox_inches="tight")
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def series_of(case: str) -> np.ndarray:
+    rng = np.random.default_rng(len(case))
+    noise = rng.normal(size={"short": 60, "medium": 350}.get(case, 1200))
+    return {"walk": np.cumsum(noise), "tiny": noise * 1e-3, "large": 1e4 * noise, "offset": 1e8 + noise}.get(case, noise)
+
+
+@pytest.mark.parametrize("case", ["short", "medium", "long", "walk", "tiny", "large", "offset"])
+def test_the_fast_plot_is_matplotlibs_plot(case):
+    values = series_of(case)
+    slow, fast = reference_plot(values), series_plots.render_series(values)
+    assert fast.dtype == np.uint8 and fast.shape == slow.shape
+    axes_slow, axes_fast = loader.crop_to_axes(slow), loader.crop_to_axes(fast)
+    assert axes_fast.shape == axes_slow.shape != slow.shape
+    assert np.abs(axes_slow.astype(int) - axes_fast).mean() < 0.2
+    for size in (224, 448):
+        for crop in (False, True):
+            pair = [loader.prepare_image(image, size, crop).astype(int) for image in (slow, fast)]
+            assert np.abs(pair[0] - pair[1]).mean() < 0.4, (size, crop)
+
+
+def test_the_plot_does_not_depend_on_what_was_drawn_before():
+    values = series_of("medium")
+    before = series_plots.render_series(values)
+    for other in ("offset", "large", "short"):
+        series_plots.render_series(series_of(other))
+    np.testing.assert_array_equal(series_plots.render_series(values), before)
+
+
+def test_a_plot_file_reaches_the_network_like_its_csv(tmp_path):
+    values = series_of("long")
+    csv = write(tmp_path, "data\n" + "\n".join(map(repr, values.tolist())))
+    png = write(tmp_path, series_plots.plot_png(series_plots.render_series(values)), "series.png")
+    image = Image.open(png)
+    assert image.mode == "P" and len(image.getcolors()) <= 32
+    first, second = (loader.prepare_image(loader.read_plot(path), 224, True).astype(int) for path in (csv, png))
+    assert np.abs(first - second).mean() < 2.0 and np.abs(first - second).max() <= 12
+
+
+def test_crop_finds_the_axes_and_leaves_other_pictures_alone():
+    plot = series_plots.render_series(series_of("medium"))
+    inside = loader.crop_to_axes(plot)
+    height, width = inside.shape[:2]
+    assert 500 < height < 540 and 690 < width < 730
+    assert (inside.max(axis=2) < loader.DARK).mean() < 0.001  # no spine, no label
+    line = [(image == (31, 119, 180)).all(axis=2).sum() for image in (inside, plot)]
+    assert line[0] == line[1] > 1000
+    rng = np.random.default_rng(0)
+    black, photograph = np.zeros((200, 300, 3), np.uint8), rng.integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    page = np.full((200, 300, 3), 255, np.uint8)
+    for other in (black, photograph, page):
+        assert loader.crop_to_axes(other) is other
+
+
+# ------------------------------------------------------------------------------------------ class folders
+
+
+def small_image(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    for part, n in (("train", 6), ("test", 3)):
+        for label, name in enumerate(("beta", "alpha")):
+            for i in range(n):
+                data_loader._write_png(tmp_path / "set" / part / name / f"{i}.png", small_image(100 * label + i))
+    return tmp_path / "set"
+
+
+def test_class_folders_become_sorted_labels(root):
+    found = loader.ClassFolder(root)
+    assert found.classes == ["alpha", "beta"]
+    assert [label for _, label in found.train] == [0] * 6 + [1] * 6
+    assert all(path.parent.name == found.classes[label] for path, label in found.train + found.test)
+    assert len(found.test) == 6
+
+
+def test_bad_class_folders_are_named(root):
+    (root / "train" / "gamma").mkdir()
+    with pytest.raises(config.InputError, match=r"class folder .*gamma holds no image"):
+        loader.ClassFolder(root)
+    (root / "train" / "gamma").rmdir()
+    (root / "test" / "beta").rename(root / "test" / "delta")
+    with pytest.raises(config.InputError, match=r"test has delta, which train does not and lacks beta"):
+        loader.ClassFolder(root)
+    for path in (root / "train" / "alpha").iterdir():
+        path.unlink()
+    (root / "train" / "alpha").rmdir()
+    with pytest.raises(config.InputError, match="holds 1 class folder"):
+        loader.ClassFolder(root)
+    with pytest.raises(config.InputError, match="is no folder"):
+        loader.ClassFolder(root / "nowhere")
+
+
+def test_the_split_keeps_the_share_of_every_class():
+    labels = np.array([0] * 40 + [1] * 10 + [2] * 2 + [3])
+    training, validation = loader.stratified_split(labels, 0.2, seed=3)
+    assert sorted([*training, *validation]) == list(range(len(labels)))
+    assert np.bincount(labels[validation], minlength=4).tolist() == [8, 2, 1, 0]
+    np.testing.assert_array_equal(loader.stratified_split(labels, 0.2, seed=3)[1], validation)
+    assert loader.stratified_split(labels, 0.2, seed=4)[1].tolist() != validation.tolist()
+
+
+# -------------------------------------------------------------------------------------------------- cache
+
+
+def paths_of(root: Path) -> list[Path]:
+    return [path for path, _ in loader.ClassFolder(root).train]
+
+
+def test_the_cache_decodes_once_and_again_only_what_changed(root, tmp_path):
+    paths, cache = paths_of(root), tmp_path / "cache"
+    write(root / "train" / "alpha", b"no image", "0.png")
+    first = loader.load_plots(paths, 32, False, cache)
+    assert first.n_decoded == 12 and first.images.shape == (11, 32, 32, 3)
+    assert first.errors[0][0] == paths[0] and first.kept == list(range(1, 12))
+    again = loader.load_plots(paths, 32, False, cache)
+    assert again.n_decoded == 0 and again.errors == first.errors
+    np.testing.assert_array_equal(again.images, first.images)
+    data_loader._write_png(paths[5], small_image(999))
+    os.utime(paths[5], ns=(1, 1))
+    changed = loader.load_plots(paths, 32, False, cache)
+    assert changed.n_decoded == 1
+    np.testing.assert_array_equal(changed.images[4], data_loader.fit_image(small_image(999), 32, "stretch"))
+    assert loader.load_plots(paths, 32, True, cache).n_decoded == 12
+    assert loader.load_plots(paths, 64, False, cache).images.shape[1:] == (64, 64, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
+def test_a_damaged_cache_is_made_anew(root, tmp_path, damage):
+    paths, cache = paths_of(root), tmp_path / "cache"
+    first = loader.load_plots(paths, 32, False, cache)
+    (file,) = cache.iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes({"cut": bytes(data[: len(data) // 2]), "flipped": bytes(data), "empty": b"", "text": b"no archive"}[damage])
+    second = loader.load_plots(paths, 32, False, cache)
+    assert second.n_decoded == 12
+    np.testing.assert_array_equal(second.images, first.images)
+    assert loader.load_plots(paths, 32, False, cache).n_decoded == 0
+    assert [path.name for path in cache.iterdir()] == [file.name]  # no temporary files left
+
+
+# ------------------------------------------------------------------------------------------- augmentation
+
+OFF = config.SupervisedDataSettings(flip_time=False, flip_value=False, stretch_frac=0.0, shift_frac=0.0, line_jitter=0.0)
+
+
+def test_no_augmentation_changes_nothing_and_flips_are_flips():
+    image = loader.prepare_image(series_plots.render_series(series_of("medium")), 64, True)
+    np.testing.assert_array_equal(loader.augment_plot(image, OFF, np.random.default_rng(0)), image)
+    flips = OFF.replace(flip_time=True, flip_value=True)
+    seen = {loader.augment_plot(image, flips, np.random.default_rng(i)).tobytes() for i in range(40)}
+    assert seen == {np.ascontiguousarray(image[::a, ::b]).tobytes() for a in (1, -1) for b in (1, -1)}
+
+
+def test_a_flip_in_time_is_the_plot_of_the_series_backwards():
+    values = series_of("medium")
+    there, back = (loader.prepare_image(series_plots.render_series(v), 224, True).astype(int) for v in (values, values[::-1]))
+    upside = loader.prepare_image(series_plots.render_series(-values), 224, True).astype(int)
+    off = np.abs(there - back).mean()
+    assert np.abs(there[:, ::-1] - back).mean() < 0.5 * off and np.abs(there[::-1] - upside).mean() < 0.5 * off
+
+
+def test_augmentation_keeps_shape_range_and_the_line():
+    image = loader.prepare_image(series_plots.render_series(series_of("short")), 128, True)
+    ink = (255 - image.astype(float)).sum()
+    settings, changed = config.SupervisedDataSettings(), 0
+    for i in range(60):
+        out = loader.augment_plot(image, settings, np.random.default_rng(i))
+        assert out.shape == image.shape and out.dtype == np.uint8 and out.flags["C_CONTIGUOUS"]
+        assert 0.8 < (255 - out.astype(float)).sum() / ink < 1.5
+        changed += not np.array_equal(out, image)
+    assert changed >= 59
+
+
+def test_samples_depend_on_seed_epoch_and_index_only():
+    images = np.stack([loader.prepare_image(series_plots.render_series(series_of(case)), 64, True) for case in ("short", "medium", "walk")])
+    before = images.copy()
+    data = loader.LabelledImages(images, [2, 0, 1], config.SupervisedDataSettings(), seed=5)
+    other = loader.LabelledImages(images, [2, 0, 1], config.SupervisedDataSettings(), seed=5)
+    later = [other[key] for key in (7, 4, 1)]
+    assert torch.equal(data[1].images, later[2].images) and torch.equal(data[4].images, later[1].images)
+    assert not torch.equal(data[1].images, data[4].images)
+    assert [int(data[key].labels) for key in (0, 4, 8)] == [2, 0, 1]
+    np.testing.assert_array_equal(images, before)
+    plain = loader.LabelledImages(images, [2, 0, 1], None)
+    assert torch.equal(plain[5].images, data_loader.to_tensor(images[2])[0])
+
+
+def test_training_batches_smaller_than_a_batch():
+    data = loader.LabelledImages(np.zeros((3, 32, 32, 3), np.uint8), [0, 1, 1], config.SupervisedDataSettings(), seed=0)
+    (batch,) = list(data_loader.training_loader(data, batch_size=32, seed=0))
+    assert batch.images.shape == (3, 3, 32, 32) and sorted(batch.labels.tolist()) == [0, 1, 1]
+
+
+def test_four_flips_undo_themselves():
+    images = torch.rand(2, 3, 5, 5)
+    views = loader.four_flips(images)
+    for i, view in enumerate(views):
+        assert torch.equal(loader.four_flips(view)[i], images)
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 4
+
+
+# ---------------------------------------------------------------------------------------------- streaming
+
+
+def test_mixed_inputs_stream_in_order_with_bounded_reading(root, tmp_path, monkeypatch):
+    csv = write(tmp_path / "set", "data\n" + LINES, "z.csv")
+    write(tmp_path / "set", "data\n", "y.csv")
+    paths = loader.find_plots([root / "train" / "beta", csv, root])
+    assert paths[:7] == [root / "train" / "beta" / f"{i}.png" for i in range(6)] + [csv]
+    assert len(paths) == 20 and len(set(paths)) == 20
+    read, ahead, seen = [], [], []
+    real = loader._read_prepared
+    monkeypatch.setattr(loader, "_read_prepared", lambda path, *rest: (read.append(path), real(path, *rest))[1])
+    errors = []
+    for batch in loader.iter_plots(paths, 32, True, batch_size=4, n_threads=2):
+        seen += batch.paths
+        errors += batch.errors
+        ahead.append(len(read) - len(seen) - len(errors))
+        assert batch.images.dtype == torch.float32 and len(batch.images) == len(batch.paths) <= 4
+    assert max(ahead) <= 2 * 4 + 4
+    assert seen == [path for path in paths if path.name != "y.csv"]
+    assert [path.name for path, _ in errors] == ["y.csv"] and "header and no rows" in errors[0][1]
+
+
+def test_inputs_that_are_nothing_are_named(tmp_path):
+    with pytest.raises(config.InputError, match="does not exist"):
+        loader.find_plots(tmp_path / "nowhere")
+    with pytest.raises(config.InputError, match="No plot or CSV found"):
+        loader.find_plots(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- render command
+
+
+def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
+    source, out = tmp_path / "csv", tmp_path / "plots"
+    for name in ("up/a.csv", "up/b.csv", "down/a.csv"):
+        write(source, "data\n" + LINES + "nan\n", name)
+    write(source, "data\n2\n2\n", "down/flat.csv")
+    report = loader.render_folder(source, out, num_workers=0)
+    assert (report["rendered"], report["kept"], report["classes"]) == (3, 0, {"down": 1, "up": 2})
+    assert [row["source"] for row in report["skipped"]] == ["down/flat.csv"] and "constant" in report["skipped"][0]["reason"]
+    assert report["dropped_rows"] == {"down/a.csv": 1, "up/a.csv": 1, "up/b.csv": 1}
+    assert json.loads((out / "render_report.json").read_text()) == report
+    np.testing.assert_array_equal(data_loader.read_image(out / "up" / "a.png"), data_loader.read_image(out / "down" / "a.png"))
+    later = out.stat().st_mtime_ns + 10**9
+    os.utime(source / "up" / "a.csv", ns=(later, later))
+    again = loader.render_folder(source, out, num_workers=0)
+    assert (again["rendered"], again["kept"]) == (1, 2)
+
+
+def test_wrong_commands_end_with_2_and_name_the_right_ones(capsys):
+    assert loader.run([]) == 2
+    assert loader.run(["draw"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown command 'draw'; expected render or generate" in said and "usage:" in said
+    assert loader.run(["render", "--bogus"]) == 2
+    assert loader.run(["render", "/nowhere/at/all"]) == 1
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_the_script_renders_with_processes(tmp_path):
+    for i in range(16):
+        write(tmp_path / "csv", "data\n" + "\n".join(map(str, np.random.default_rng(i).normal(size=50))), f"kind/{i:02d}.csv")
+    command = [sys.executable, str(ROOT / "data_loader_supervised.py"), "render", str(tmp_path / "csv"), "--out", "plots", "--output-dir", str(tmp_path), "--num-workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "16 plots drawn" in done.stdout and len(list((tmp_path / "plots" / "kind").glob("*.png"))) == 16
+
+
+# --------------------------------------------------------------------------------------- generated series
+
+
+@pytest.mark.parametrize("style", series_generator.STYLES)
+@pytest.mark.parametrize("kind", series_generator.KINDS)
+def test_series_repeat_by_seed_and_leave_global_chance_alone(kind, style):
+    pytest.importorskip("betise")
+    np.random.seed(1)
+    random.seed(1)
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    first = series_generator.generate_series(kind, style, (3, 1))
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before
+    np.random.seed(99)
+    second = series_generator.generate_series(kind, style, (3, 1))
+    np.testing.assert_array_equal(first.values, second.values)
+    assert json.dumps(first.parameters) == json.dumps(second.parameters)
+    assert 50 <= len(first.values) <= 10_000 and np.isfinite(first.values).all() and np.ptp(first.values) > 0
+    assert not np.array_equal(series_generator.generate_series(kind, style, (3, 2)).values[:50], first.values[:50])
+
+
+@pytest.mark.parametrize(
+    ("base", "features"),
+    [
+        ("arma", {"mean_shift": {"mode": "multiple", "num_breaks": 3, "direction": "up", "location": "end"}}),
+        ("ar", {"linear_trend": {"direction": "down"}, "trend_shift": {"mode": "single", "location": "middle", "change_type": "direction_change"}}),
+        ("multiple_seasonality", {"contextual_anomaly": {"mode": "single", "location": "middle"}}),
+        ("garch", {}),
+    ],
+)
+def test_the_present_style_is_betises_own(base, features):
+    betise = pytest.importorskip("betise")
+    n, seed = 400, 11
+    dataset = {"base_series": base, "num_series": 1, "length_range": [n, n], "random_seed": seed, "features": {name: {"enabled": True, **options} for name, options in features.items()}}
+    expected = betise.generate_dataframe(betise.load_config(dataset=dataset))[0]["data"].to_numpy()
+    state, python_state = np.random.get_state(), random.getstate()
+    np.random.seed(seed)
+    random.seed(seed)
+    np.random.randint(n, n + 1)  # betise draws the length first
+    made = series_generator._betise_series(base, features, n)
+    np.random.set_state(state)
+    random.setstate(python_state)
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_home_overlays_do_what_they_say():
+    pytest.importorskip("betise")
+    base = np.random.default_rng(0).normal(size=1500)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        values, drawn = series_generator._home_variance_shift(base, rng)
+        spread = [part.std() for part in np.split(values, drawn["at"])]
+        for (before, after), factor in zip(pairwise(spread), drawn["factors"], strict=True):
+            assert after / before == pytest.approx(factor, rel=0.2)
+        values, drawn = series_generator._home_mean_shift(base, rng)
+        means = [part.mean() for part in np.split(values, drawn["at"])]
+        assert [np.sign(b - a) for a, b in pairwise(means)] == np.sign(drawn["shifts"]).tolist()
+
+
+def test_the_smooth_part_is_hodrick_and_prescotts():
+    pytest.importorskip("statsmodels")
+    from statsmodels.tsa.filters.hp_filter import hpfilter
+
+    values = np.cumsum(np.random.default_rng(2).normal(size=200))
+    cycle, trend = hpfilter(values, lamb=11_000)
+    smooth, rest = series_generator._smooth_and_rest(values)
+    np.testing.assert_allclose(smooth, trend, atol=1e-6)
+    np.testing.assert_allclose(rest, cycle, atol=1e-6)
+
+
+def test_generate_writes_the_same_files_by_seed(tmp_path):
+    pytest.importorskip("betise")
+    first = loader.generate(tmp_path / "a", 1, seed=4, num_workers=0)
+    loader.generate(tmp_path / "b", 1, seed=4, num_workers=0)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.png"))
+    assert [path.parts[0] for path in files] == list(series_generator.KINDS)
+    for path in files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+        series = series_plots.read_series(tmp_path / "a_csv" / path.with_suffix(".csv"))
+        drawn = loader.prepare_image(series_plots.render_series(series.values), 64, True).astype(int)
+        assert np.abs(drawn - loader.prepare_image(data_loader.read_image(tmp_path / "a" / path), 64, True)).mean() < 2.0
+    assert first["betise"].startswith("0.6") and first["seed"] == 4 and len(first["series"]) == 9
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["series"][0]["parameters"]["length"] >= 50
+    third = loader.generate(tmp_path / "c", 1, seed=5, num_workers=0)
+    assert [row["parameters"] for row in third["series"]] != [row["parameters"] for row in first["series"]]
+
+
+def test_without_betise_one_sentence_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "betise", None)
+    with pytest.raises(config.InputError, match=r"pip install 'betise>=0.6,<0.7'"):
+        series_generator.require_betise()
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(config.InputError, match="no series of kind 'spike'"):
+        series_generator.generate_series("spike", "home", 0)
+
+
+def test_area_averaging_keeps_a_thin_line():
+    image = np.full((600, 800, 3), 255, np.uint8)
+    cv2.line(image, (0, 301), (799, 301), (31, 119, 180), 1)
+    small = loader.prepare_image(image, 100, False)
+    assert (255 - small.astype(float)).sum() * 48 == pytest.approx((255 - image.astype(float)).sum(), rel=0.05)

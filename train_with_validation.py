@@ -1,0 +1,289 @@
+"""Train DetailVAE on good images, validate on held-out good ones, calibrate it, and keep the best."""
+
+from __future__ import annotations
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.TrainSettings, __doc__)
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data_loader
+import defect_maps
+import engine
+import plots
+from perceptual_loss import PerceptualLoss
+from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
+
+N_PICTURED = 4
+"""Images in one reconstruction picture."""
+
+
+@dataclass
+class Run:
+    """What the epochs share."""
+
+    settings: config.TrainSettings
+    runtime: engine.Runtime
+    folder: data_loader.MVTecFolder
+    training: data_loader.GoodImages
+    held_out: list[Tensor]  # batches of good images (B, 3, S, S)
+    model: DetailVAE
+    loss: DetailLoss
+    features: FeatureCache
+    epochs: int
+    history: list[dict] = field(default_factory=list)
+    best: float = float("inf")
+    best_epoch: int = 0
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.output_dir)
+
+
+def main(settings: config.TrainSettings) -> None:
+    """Train, and leave checkpoints, pictures, curves and history in the output folder."""
+    run = prepare(use_demo(settings) if not settings.data_dir else settings)
+    started = time.perf_counter()
+    train(run)
+    minutes = (time.perf_counter() - started) / 60
+    plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
+    print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / 'models' / 'best_model.pth'}")
+    detector = defect_maps.load_detector(run.out / "models" / "best_model.pth")
+    print(describe_calibration(detector.calibration))
+
+
+def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
+    """Settings for ``data/`` where it holds train/good, else for the built-in demo and its preset."""
+    if (Path("data") / "train" / "good").is_dir():
+        return settings.replace(data_dir="data")
+    root = data_loader.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
+    print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
+    preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
+    untouched = {key: value for key, value in preset.items() if getattr(settings, key) == getattr(config.TrainSettings(), key)}
+    return config.from_dict(config.TrainSettings, {**config.as_dict(settings), **untouched, "data_dir": str(root)})
+
+
+def prepare(settings: config.TrainSettings) -> Run:
+    """Read the data, split off the held-out images, build the model."""
+    runtime = engine.make_runtime(settings.device)
+    engine.seed_everything(settings.seed)
+    folder = data_loader.MVTecFolder(settings.data_dir)
+    train_paths, held_paths = data_loader.split_holdout(folder.train_good, settings.holdout_frac, settings.seed)
+    training = data_loader.GoodImages(train_paths, settings.image_size, settings.resize, settings, settings.drawn_defects, settings.seed, settings.variants)
+    held = data_loader.load_images(held_paths, settings.image_size, settings.resize)
+    warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
+    if not len(held.images):
+        raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
+    perceptual = None
+    if settings.perceptual_weight > 0:
+        perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
+    model = runtime.put_model(DetailVAE(settings))
+    model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
+    features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
+    epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
+    return Run(settings, runtime, folder, training, list(held.images.split(settings.batch_size)), model, DetailLoss(settings, perceptual), features, epochs)
+
+
+def warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def train(run: Run) -> list[dict]:
+    """All epochs; returns the history, a dict of named terms for each epoch."""
+    s, runtime = run.settings, run.runtime
+    config.save(s, run.out / "models" / "config.yaml")
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
+    loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
+    if s.resume:
+        resume(run, optimizer, scheduler)
+    else:
+        save_last(run, optimizer, scheduler)
+    with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
+        for epoch in range(len(run.history) + 1, run.epochs + 1):
+            loader.sampler.set_epoch(epoch)
+            kl_scale = min(1.0, epoch / s.kl_warmup_epochs) if s.kl_warmup_epochs else 1.0
+            trained = engine.train_epoch(run.model, ticking(loader, bar), training_terms(run, kl_scale), optimizer, scheduler, runtime, s.gradient_clip)
+            validated = validate(run)
+            run.history.append({"epoch": epoch, **prefixed("train", trained), **prefixed("val", validated)})
+            is_best = keep_if_best(run, epoch, validated["total"])
+            save_last(run, optimizer, scheduler)
+            if epoch % s.checkpoint_every == 0:
+                save_model(run, f"epoch_{epoch:04d}.pth")
+            if epoch % s.picture_every == 0 or epoch == run.epochs:
+                write_pictures(run, epoch)
+            bar.write(epoch_line(run, epoch, trained, validated, is_best), file=sys.stderr)
+            if s.patience and epoch - run.best_epoch >= s.patience:
+                break
+    return run.history
+
+
+def ticking(loader, bar: tqdm) -> Iterator[data_loader.TrainSample]:
+    for batch in loader:
+        yield batch
+        bar.update()
+
+
+def training_terms(run: Run, kl_scale: float):
+    """The loss of a training batch, as ``engine.train_epoch`` wants it; features come from the cache."""
+
+    def terms(batch: data_loader.TrainSample) -> tuple[dict[str, Tensor], int]:
+        images, corrupted = run.runtime.put(batch.images), run.runtime.put(batch.corrupted)
+        keys = batch.key.tolist()
+        clean = run.features(keys, images)
+        # a sample without a drawn defect is its own clean image
+        actual = run.features([~key if mask.any() else key for key, mask in zip(keys, batch.defect_mask, strict=True)], corrupted)
+        return run.loss(run.model, images, corrupted, kl_scale, clean, actual), len(images)
+
+    return terms
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Mean loss terms on the held-out good images, with the same random crops at every epoch."""
+
+    def terms(images: Tensor) -> tuple[dict[str, Tensor], int]:
+        images = run.runtime.put(images)
+        return run.loss(run.model, images, images, 1.0), len(images)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(run.settings.seed)
+        return engine.evaluate(run.model, run.held_out, terms, run.runtime)
+
+
+def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def epoch_line(run: Run, epoch: int, trained: dict, validated: dict, is_best: bool) -> str:
+    shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
+    return f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}  validation {validated['total']:.4f}  ({shown}){'  best' if is_best else ''}"
+
+
+# ----------------------------------------------------------------------------------- what is kept of a run
+
+
+def calibrated_detector(run: Run) -> defect_maps.Detector:
+    """The model as it stands, calibrated on the held-out good images."""
+    maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
+    perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
+    detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
+    detector.calibration = defect_maps.calibrate(detector, (run.runtime.put(batch) for batch in run.held_out))
+    return detector
+
+
+def save_model(run: Run, name: str) -> None:
+    """A checkpoint with all that inference needs."""
+    engine.save_checkpoint(run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration))
+
+
+def model_contents(run: Run, calibration: defect_maps.Calibration) -> dict:
+    return {
+        "settings": config.as_dict(run.settings),
+        "value_range": [0.0, 1.0],
+        "image_size": run.settings.image_size,
+        "class_names": ["good", "defective"],
+        "epoch": len(run.history),
+        "calibration": calibration.as_dict(),
+        "model": run.model.state_dict(),
+    }
+
+
+def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
+    """Write models/best_model.pth when the validation loss is the lowest so far."""
+    if loss >= run.best:
+        return False
+    run.best, run.best_epoch = loss, epoch
+    save_model(run, "best_model.pth")
+    return True
+
+
+def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
+    """models/last.pth, from which --resume goes on, and the history so far."""
+    state = {
+        "settings": config.as_dict(run.settings),
+        "model": run.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": run.runtime.scaler.state_dict(),
+        "random": engine.random_state(),
+        "history": run.history,
+        "best": run.best,
+        "best_epoch": run.best_epoch,
+    }
+    engine.save_checkpoint(run.out / "models" / "last.pth", f"{KIND}_training", state)
+    path = run.out / "metrics" / "training_history.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"best_epoch": run.best_epoch, "epochs": run.history}, indent=1), encoding="utf-8")
+
+
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
+
+
+def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
+    """Continue from models/last.pth as if never interrupted.
+
+    Raises:
+        InputError: there is none, or it was made with other settings.
+    """
+    path = run.out / "models" / "last.pth"
+    state = engine.load_checkpoint(path, f"{KIND}_training")
+    for key, value in config.as_dict(run.settings).items():
+        if key not in MAY_DIFFER and state["settings"].get(key) != value:
+            raise config.InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
+    engine.load_weights(run.model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    run.runtime.scaler.load_state_dict(state["scaler"])
+    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
+    engine.restore_random_state(state["random"])
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def write_pictures(run: Run, epoch: int) -> None:
+    """Grids of training images (with the defects drawn on them) and of each category in test/."""
+    detector = calibrated_detector(run)
+    n = min(N_PICTURED, len(run.training))
+    samples = [run.training[index] for index in range(n)]
+    draw_grid(run, detector, torch.stack([each.corrupted for each in samples]), [f"train {i}" for i in range(n)], f"train/epoch_{epoch}.png")
+    for category in run.folder.categories:
+        paths = [item.path for item in run.folder.test if item.category == category][:N_PICTURED]
+        loaded = data_loader.load_images(paths, run.settings.image_size, run.settings.resize)
+        if len(loaded.images):
+            draw_grid(run, detector, loaded.images, [f"{category}/{path.stem}" for path in loaded.paths], f"validation/{category}_epoch_{epoch}.png")
+
+
+def draw_grid(run: Run, detector: defect_maps.Detector, images: Tensor, titles: list[str], name: str) -> None:
+    found = detector.detect(run.runtime.put(images))
+    figure = plots.reconstruction_grid(
+        list(images.numpy()), [each.reconstruction for each in found], [each.defect_map for each in found], titles, 2 * detector.calibration.threshold
+    )
+    plots.save(figure, run.out / "reconstructions" / name)
+
+
+def describe_calibration(calibration: defect_maps.Calibration) -> str:
+    n = len(calibration.good_scores)
+    if calibration.promised:
+        return f"threshold {calibration.threshold:.3f}: at most {calibration.alpha:.1%} false alarms, from {n} held-out good images."
+    return (
+        f"threshold {calibration.threshold:.3f}: {n} held-out good images are too few to promise {calibration.alpha:.1%} false alarms; "
+        f"the largest good score is the threshold, which promises {1 / (n + 1):.1%}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.TrainSettings, __doc__, main))

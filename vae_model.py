@@ -1,0 +1,451 @@
+"""DetailVAE: a variational autoencoder with a global and a detail latent, its loss, and loading one from a file.
+
+The encoder starts from the features of a frozen perceptual backbone (or, without one, from a trained pixel
+stem) and leads through residual blocks to two latents: ``z`` (a vector: pose, light, kind of part) and
+``z_detail`` (a map, one place for every 32 px: what is where). From these latents alone the decoder predicts
+the features *and how sure it is of each* (a log-variance). A second branch goes on to pixels, with
+detail-enhancement layers and skip connections from the pixel stem. Each skip passes a gate that closes where
+the features came as a surprise, so that a defect is not copied through the skip into the reconstruction.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import LossSettings, ModelSettings, from_dict
+from engine import load_checkpoint, load_weights
+from evaluation import mae, mse
+from perceptual_loss import load_backbone
+
+KIND = "detail_vae"
+LOGVAR_RANGE = (-8.0, 8.0)
+LATENT_STRIDE = 32
+FEATURE_STRIDE = 8
+
+
+class VAEOutput(NamedTuple):
+    """What ``DetailVAE(images)`` returns; D = latent_dim, d = detail_channels."""
+
+    reconstruction: Tensor  # (B, 3, H, W) in [0, 1]
+    mu: Tensor  # (B, D)
+    logvar: Tensor  # (B, D)
+    detail_mu: Tensor  # (B, d, H/32, W/32)
+    detail_logvar: Tensor  # (B, d, H/32, W/32)
+
+
+class DetailOutput(NamedTuple):
+    """What ``DetailVAE.describe`` returns; C = channels of the backbone's grid, None without a backbone."""
+
+    vae: VAEOutput
+    pixel_logvar: Tensor  # (B, 1, H, W)
+    features: Tensor | None  # (B, C, H/8, W/8) standardised features of the input
+    feature_mu: Tensor | None  # (B, C, H/8, W/8) predicted from the latents alone
+    feature_logvar: Tensor | None  # (B, C, H/8, W/8)
+
+
+# ---------------------------------------------------------------------------------------------- blocks
+
+
+def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution and batch normalisation; the bias is left to the normalisation."""
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out))
+
+
+class ResidualBlock(nn.Module):
+    """x + F(x) with two 3x3 convolutions (He et al. 2016), identity at initialisation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = conv_norm(channels, channels)
+        self.second = conv_norm(channels, channels)
+        nn.init.zeros_(self.second[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x + self.second(F.silu(self.first(x))))
+
+
+class Down(nn.Sequential):
+    """Halve the resolution, then one residual block."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(conv_norm(n_in, n_out, 3, 2), nn.SiLU(), ResidualBlock(n_out))
+
+
+class Up(nn.Module):
+    """Double the resolution (bilinear, so no checkerboard), then one residual block."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.reduce = conv_norm(n_in, n_out)
+        self.block = ResidualBlock(n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(F.silu(self.reduce(x)), scale_factor=2, mode="bilinear", align_corners=False)
+        return self.block(x)
+
+
+class DetailEnhancement(nn.Module):
+    """Add a learned multiple of what a blur removes, the edges and fine texture (as in unsharp masking)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.sharpen = conv_norm(channels, channels)
+        self.strength = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        detail = x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return x + self.strength * torch.tanh(self.sharpen(detail))
+
+
+class GatedSkip(nn.Module):
+    """A skip connection that closes where the features came as a surprise.
+
+    In training the normalised skip gets Gaussian noise, so that the decoder leans on the latents.
+    """
+
+    def __init__(self, channels: int, noise: float):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gate = nn.Sequential(nn.Conv2d(channels + 1, channels, 1), nn.SiLU(), nn.Conv2d(channels, 1, 3, padding=1))
+        self.mix = conv_norm(channels, channels)
+        self.noise = noise
+
+    def forward(self, decoded: Tensor, skip: Tensor, surprise: Tensor) -> Tensor:
+        skip = self.norm(skip)
+        if self.training and self.noise:
+            skip = skip + self.noise * torch.randn_like(skip)
+        surprise = F.interpolate(surprise, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1)))
+        return decoded + self.mix(openness * skip)
+
+
+# ----------------------------------------------------------------------------------------------- model
+
+
+class DetailVAE(nn.Module):
+    """The dual-latent variational autoencoder.
+
+    Args:
+        settings: architecture (latent sizes, width, skips, backbone).
+        backbone_weights: file with the backbone's weights; empty means the places ``load_backbone`` knows.
+
+    Images are float32 RGB in [0, 1], (B, 3, H, W) with H and W multiples of 32. The frozen backbone is no
+    part of ``state_dict``.
+    """
+
+    def __init__(self, settings: ModelSettings | None = None, backbone_weights: str = ""):
+        super().__init__()
+        self.settings = settings = settings or ModelSettings()
+        width = settings.base_channels
+        self.widths = (width, 2 * width, 4 * width, 8 * width, 12 * width)
+        self._hold_backbone(settings.backbone, backbone_weights)
+        self._build_encoder()
+        self._build_decoder()
+
+    def _hold_backbone(self, name: str, weights: str) -> None:
+        backbone = None if name == "none" else load_backbone(name, weights)
+        self.__dict__["backbone"] = backbone  # past nn.Module's registry: never saved, never trained
+        self.n_features = 0 if backbone is None else backbone.channels
+        self.register_buffer("feature_mean", torch.zeros(1, max(self.n_features, 1), 1, 1))
+        self.register_buffer("feature_std", torch.ones(1, max(self.n_features, 1), 1, 1))
+
+    def _build_encoder(self) -> None:
+        w, s = self.widths, self.settings
+        self.stem2 = nn.Sequential(nn.PixelUnshuffle(2), conv_norm(12, w[0]), nn.SiLU(), ResidualBlock(w[0]))
+        self.stem4 = Down(w[0], w[1])
+        if self.n_features:
+            self.enter = nn.Sequential(conv_norm(self.n_features, w[3], 1), nn.SiLU())
+        else:
+            self.enter = Down(w[1], w[3])
+        self.down16 = Down(w[3], w[3])
+        self.down32 = Down(w[3], w[4])
+        self.to_global = nn.Linear(w[4], 2 * s.latent_dim)
+        self.to_detail = nn.Conv2d(w[4], 2 * s.detail_channels, 1)
+
+    def _build_decoder(self) -> None:
+        w, s = self.widths, self.settings
+        self.from_global = nn.Linear(s.latent_dim, w[4])
+        self.from_detail = nn.Conv2d(s.detail_channels + 2, w[4], 3, padding=1)
+        self.block32 = ResidualBlock(w[4])
+        self.up16 = Up(w[4], w[3])
+        self.up8 = Up(w[3], w[3])
+        if self.n_features:
+            self.feature_head = nn.Sequential(conv_norm(w[3], w[3]), nn.SiLU(), nn.Conv2d(w[3], 2 * self.n_features, 1))
+        self.up4 = Up(w[3], w[1])
+        self.up2 = Up(w[1], w[0])
+        self.detail4, self.detail2 = DetailEnhancement(w[1]), DetailEnhancement(w[0])
+        if s.skips:
+            self.skip4, self.skip2 = GatedSkip(w[1], s.skip_noise), GatedSkip(w[0], s.skip_noise)
+        self.pixel_head = nn.Sequential(nn.Conv2d(w[0], 16, 3, padding=1), nn.PixelShuffle(2))
+
+    # --------------------------------------------------------------------------------------- features
+
+    @torch.no_grad()
+    def grid_features(self, images: Tensor) -> Tensor | None:
+        """Standardised backbone features (B, C, H/8, W/8) of images, or None without a backbone."""
+        if self.backbone is None:
+            return None
+        self.backbone.to(images.device)
+        return (self.backbone.grid(images).float() - self.feature_mean) / self.feature_std
+
+    @torch.no_grad()
+    def fit_feature_scale(self, batches) -> None:
+        """Set mean and standard deviation of every feature channel from batches of good training images."""
+        if self.backbone is None:
+            return
+        total = square = count = 0
+        for images in batches:
+            grid = self.backbone.to(images.device).grid(images).double()
+            total, square = total + grid.sum((0, 2, 3)), square + (grid**2).sum((0, 2, 3))
+            count += grid.shape[0] * grid.shape[2] * grid.shape[3]
+        mean = total / count
+        std = (square / count - mean**2).clamp_min(1e-12).sqrt().clamp_min(1e-4)
+        self.feature_mean.copy_(mean.float().view(1, -1, 1, 1))
+        self.feature_std.copy_(std.float().view(1, -1, 1, 1))
+
+    # ---------------------------------------------------------------------------------------- forward
+
+    def encode(self, images: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(mu, logvar, detail_mu, detail_logvar) from standardised features, or from images without a backbone."""
+        x = self.enter(self.stem4(self.stem2(images)) if features is None else features)
+        x = self.down32(self.down16(x))
+        mu, logvar = self.to_global(x.mean((2, 3))).chunk(2, 1)
+        detail_mu, detail_logvar = self.to_detail(x).chunk(2, 1)
+        return mu, logvar.clamp(*LOGVAR_RANGE), detail_mu, detail_logvar.clamp(*LOGVAR_RANGE)
+
+    def decode_trunk(self, z: Tensor, z_detail: Tensor) -> Tensor:
+        """(B, 8 * base_channels, H/8, W/8) from both latents: z (B, D) and z_detail (B, d, H/32, W/32)."""
+        x = self.from_detail(torch.cat([z_detail, _coordinates(z_detail)], 1))
+        x = F.silu(x + self.from_global(z)[:, :, None, None])
+        return self.up8(self.up16(self.block32(x)))
+
+    def decode_features(self, trunk: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Predicted standardised features and their log-variance, (B, C, H/8, W/8) each."""
+        if not self.n_features:
+            return None, None
+        feature_mu, feature_logvar = self.feature_head(trunk).chunk(2, 1)
+        return feature_mu, feature_logvar.clamp(*LOGVAR_RANGE)
+
+    def decode_pixels(self, trunk: Tensor, images: Tensor, surprise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction (B, 3, H, W) in [0, 1] and pixel log-variance (B, 1, H, W).
+
+        All three arguments may be the same crop of a larger image (sides multiples of 8).
+        """
+        x = self.up4(trunk)
+        if self.settings.skips:
+            skip2 = self.stem2(images)
+            x = self.skip4(x, self.stem4(skip2), surprise)
+        x = self.up2(self.detail4(x))
+        x = self.detail2(self.skip2(x, skip2, surprise) if self.settings.skips else x)
+        mean, pixel_logvar = self.pixel_head(x).split((3, 1), 1)
+        return torch.sigmoid(mean), pixel_logvar.clamp(*LOGVAR_RANGE)
+
+    def describe(self, images: Tensor, features: Tensor | None = None) -> DetailOutput:
+        """Everything the model says of images (B, 3, H, W) in [0, 1]; ``features`` where already computed."""
+        features = self.grid_features(images) if features is None else features
+        mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
+        trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
+        feature_mu, feature_logvar = self.decode_features(trunk)
+        surprise = feature_surprise(features, feature_mu, feature_logvar, trunk)
+        reconstruction, pixel_logvar = self.decode_pixels(trunk, images, surprise)
+        vae = VAEOutput(reconstruction, mu, logvar, detail_mu, detail_logvar)
+        return DetailOutput(vae, pixel_logvar, features, feature_mu, feature_logvar)
+
+    def forward(self, images: Tensor) -> VAEOutput:
+        return self.describe(images).vae
+
+    def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
+
+
+def _coordinates(like: Tensor) -> Tensor:
+    """Normalised (y, x) in [-1, 1] for every place of a map, (B, 2, h, w): a convolution alone has no place."""
+    batch, _, height, width = like.shape
+    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype).view(1, 1, height, 1)
+    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype).view(1, 1, 1, width)
+    return torch.cat([y.expand(batch, 1, height, width), x.expand(batch, 1, height, width)], 1)
+
+
+def feature_surprise(features: Tensor | None, feature_mu: Tensor | None, feature_logvar: Tensor | None, like: Tensor) -> Tensor:
+    """log(1 + mean squared error over predicted variance) at every place, (B, 1, H/8, W/8), no gradient."""
+    if features is None:
+        return torch.zeros_like(like[:, :1])
+    with torch.no_grad():
+        return torch.log1p(((features - feature_mu) ** 2 * torch.exp(-feature_logvar)).mean(1, keepdim=True))
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats, mean over all latent variables of the batch.
+
+    Kingma & Welling 2014, appendix B: -1/2 (1 + logvar - mu^2 - exp(logvar)), divided by the number of
+    variables, so that one weight serves every latent size and image size.
+
+    >>> round(kl_divergence(torch.ones(1, 4), torch.zeros(1, 4)).item(), 6)
+    0.5
+    """
+    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
+
+
+def gaussian_nll(squared_error: Tensor, logvar: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats of a Gaussian with that log-variance, without the constant.
+
+    Kendall & Gal 2017, eq. 5. The caller detaches the error where only the variance is to learn from it.
+    """
+    return 0.5 * (logvar + squared_error * torch.exp(-logvar)).mean()
+
+
+def corrupt_features(features: Tensor, noise: float, paste_probability: float) -> Tensor:
+    """Features (B, C, h, w) with Gaussian noise and, in some images, a rectangle pasted from another image.
+
+    The decoder still has to predict the clean features: the latents learn to leave out what does not belong.
+    """
+    seen = features + noise * torch.randn_like(features)
+    batch, _, height, width = features.shape
+    for index in torch.nonzero(torch.rand(batch) < paste_probability).flatten().tolist():
+        h, w = (int(torch.randint(1, max(2, side // 4) + 1, ())) for side in (height, width))
+        (y, x), (from_y, from_x) = ((int(torch.randint(0, height - h + 1, ())), int(torch.randint(0, width - w + 1, ()))) for _ in range(2))
+        donor = int(torch.randint(0, batch, ()))
+        seen[index, :, y : y + h, x : x + w] = features[donor, :, from_y : from_y + h, from_x : from_x + w]
+    return seen
+
+
+class DetailLoss:
+    """Named loss terms of DetailVAE on good images, some of them with a drawn defect to repair.
+
+    Args:
+        settings: weights of the terms, crop sizes, feature corruption.
+        perceptual: a ``PerceptualLoss``, or None when its weight is 0.
+    """
+
+    def __init__(self, settings: LossSettings, perceptual: nn.Module | None):
+        self.settings, self.perceptual = settings, perceptual
+
+    def __call__(
+        self, model: DetailVAE, images: Tensor, corrupted: Tensor, kl_scale: float, clean: Tensor | None = None, actual: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Terms for a batch: what the model makes of ``corrupted`` against the clean ``images``.
+
+        Both (B, 3, H, W) in [0, 1]; ``clean`` and ``actual`` are their standardised features where already
+        computed. In training the pixel branch runs on a random crop of some images of the batch (its
+        convolutions are local, so a crop teaches the same for less). Returns a dict of scalars; "total" is the
+        weighted sum of the others.
+        """
+        clean = model.grid_features(images) if clean is None else clean
+        actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
+        seen = self._corrupt(actual) if model.training else actual
+        mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
+        trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
+        feature_mu, feature_logvar = model.decode_features(trunk)
+        surprise = feature_surprise(actual, feature_mu, feature_logvar, trunk)
+        crop, crop8 = random_window(images, self.settings.pixel_crop_px, self.settings.pixel_share) if model.training else full_window()
+        reconstruction, pixel_logvar = model.decode_pixels(trunk[crop8], corrupted[crop], surprise[crop8])
+        terms = self._pixel_terms(reconstruction, pixel_logvar, images[crop])
+        terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
+        if clean is not None:
+            error = (clean - feature_mu) ** 2
+            terms["feature"], terms["feature_nll"] = error.mean(), gaussian_nll(error.detach(), feature_logvar)
+        terms["total"] = self._weigh(terms, kl_scale)
+        return terms
+
+    def _corrupt(self, features: Tensor | None) -> Tensor | None:
+        return None if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
+
+    def _pixel_terms(self, reconstruction: Tensor, pixel_logvar: Tensor, target: Tensor) -> dict[str, Tensor]:
+        error = mse(reconstruction, target)
+        terms = {"mse": error.mean(), "l1": mae(reconstruction, target).mean()}
+        squared = ((reconstruction - target) ** 2).mean(1, keepdim=True)
+        terms["pixel_nll"] = gaussian_nll(squared.detach(), pixel_logvar)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, target)
+        return terms
+
+    def _weigh(self, terms: dict[str, Tensor], kl_scale: float) -> Tensor:
+        s = self.settings
+        weights = {
+            "mse": s.mse_weight,
+            "l1": s.l1_weight,
+            "perceptual": s.perceptual_weight,
+            "kl": s.kl_weight * kl_scale,
+            "kl_detail": s.detail_kl_weight * kl_scale,
+            "feature": s.feature_weight,
+            "feature_nll": s.likelihood_weight,
+            "pixel_nll": s.pixel_likelihood_weight,
+        }
+        return sum(weights[name] * term for name, term in terms.items())
+
+
+def full_window() -> tuple[tuple, tuple]:
+    """Index of whole images and of their whole stride-8 maps."""
+    everything = (slice(None),)
+    return everything, everything
+
+
+def random_window(images: Tensor, side_px: int, share: float) -> tuple[tuple, tuple]:
+    """Index of a random square crop (multiples of 8 px) of the first images of a batch, and the same at stride 8."""
+    batch, _, height, width = images.shape
+    first = slice(0, max(1, round(share * batch)))
+    if side_px <= 0 or side_px >= min(height, width):
+        return (first,), (first,)
+    side = max(1, side_px // FEATURE_STRIDE)
+    y, x = (int(torch.randint(0, length // FEATURE_STRIDE - side + 1, ())) for length in (height, width))
+    small = (first, slice(None), slice(y, y + side), slice(x, x + side))
+    large = (*small[:2], *(slice(part.start * FEATURE_STRIDE, part.stop * FEATURE_STRIDE) for part in small[2:]))
+    return large, small
+
+
+class FeatureCache:
+    """Standardised features of training samples, computed once for each key and kept in half precision.
+
+    One image at a time, so that the values do not depend on which images happen to share a batch.
+
+    Args:
+        capacity_bytes: when so much is kept, features of further keys are computed each time.
+    """
+
+    def __init__(self, model: DetailVAE, capacity_bytes: int = 3 * 2**29):
+        self.model, self.capacity_bytes = model, capacity_bytes
+        self.kept: dict[int, Tensor] = {}
+        self.n_bytes = 0
+
+    def __call__(self, keys: list[int], images: Tensor) -> Tensor | None:
+        """Features (B, C, H/8, W/8) of images (B, 3, H, W) with these keys, on the device of the images."""
+        if self.model.backbone is None:
+            return None
+        stacked = torch.stack([self._one(key, images[index : index + 1]) for index, key in enumerate(keys)])
+        return stacked.to(images.device, torch.float32, memory_format=torch.channels_last)
+
+    def _one(self, key: int, image: Tensor) -> Tensor:
+        if key in self.kept:
+            return self.kept[key]
+        features = self.model.grid_features(image)[0].half().cpu()
+        size = features.numel() * features.element_size()
+        if self.n_bytes + size <= self.capacity_bytes:
+            self.kept[key], self.n_bytes = features, self.n_bytes + size
+        return features
+
+
+# --------------------------------------------------------------------------------------- from a file
+
+
+def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:
+    """The model in a checkpoint that ``engine.load_checkpoint`` has read, in evaluation mode."""
+    model = DetailVAE(from_dict(ModelSettings, contents["settings"]))
+    return load_weights(model, contents["model"], path).eval()
+
+
+def load_detail_vae(path: Path | str, device: torch.device | str = "cpu") -> DetailVAE:
+    """The trained DetailVAE in a checkpoint of train_with_validation.py, in evaluation mode.
+
+    Raises:
+        InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
+    """
+    return detail_vae_from_checkpoint(load_checkpoint(path, KIND), path).to(device)
