@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib
+import math
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -91,8 +92,8 @@ def _check_value(field: dataclasses.Field, value) -> None:
             raise UsageError(f"{field.name} is {item!r}; expected one of {', '.join(limits['choices'])}.")
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
-        if item != item:
-            raise UsageError(f"{field.name} is not a number.")
+        if not math.isfinite(item):
+            raise UsageError(f"{field.name} is {item}; expected a finite number.")
         if limits["minimum"] is not None and item < limits["minimum"]:
             raise UsageError(f"{field.name} is {item}; expected at least {limits['minimum']}.")
         if limits["maximum"] is not None and item > limits["maximum"]:
@@ -300,6 +301,8 @@ def save(settings: Settings, path: Path) -> None:
 def _coerce(key: str, value, hint):
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
+        if not isinstance(value, (str, list, tuple)):
+            raise UsageError(f"{key} is {value!r}; expected a list of {item.__name__}.")
         return tuple(_coerce(key, part, item) for part in ([value] if isinstance(value, str) else value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -334,7 +337,7 @@ def read_yaml(path: str) -> dict:
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UsageError(f"The configuration file {path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise UsageError(f"The configuration file {path} holds no settings; expected lines such as 'epochs: 60'.")
@@ -413,11 +416,13 @@ def run_script(settings_class: type[Settings], description: str, main: Callable[
     """
     try:
         main(parse(settings_class, description, argv, prog))
+        sys.stdout.flush()
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has seen enough; the flush at exit must not fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import platform
 import random
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -26,9 +28,12 @@ from config import InputError
 FORMAT = 1
 """Format number written into every checkpoint; a reader refuses any other."""
 
+DAMAGED_FILE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error, zipfile.BadZipFile)
+"""What ``torch.load`` was seen to raise for files that are cut, damaged or of another program."""
+
 
 class DivergedError(InputError):
-    """The loss became infinite or not a number."""
+    """The loss or its gradient became infinite or not a number."""
 
 
 # -------------------------------------------------------------------------------------------- runtime
@@ -129,7 +134,7 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, ru
     """Backward, clip, step: the only optimizer step in the repository.
 
     Raises:
-        DivergedError: the loss is not finite; weights are left as they were.
+        DivergedError: the loss or the gradient is not finite; weights are left as they were.
     """
     if not torch.isfinite(loss):
         raise DivergedError(f"The loss became {loss.item()}; training stops, the last good checkpoint is kept (try a lower --learning-rate).")
@@ -137,8 +142,9 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, ru
     runtime.scaler.scale(loss).backward()
     runtime.scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if gradient_clip:
-        nn.utils.clip_grad_norm_(parameters, gradient_clip)
+    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
+    if not runtime.scaler.is_enabled() and not torch.isfinite(norm):  # an enabled scaler skips such a step itself
+        raise DivergedError("The gradient became infinite; training stops, the last good checkpoint is kept (try a lower --learning-rate).")
     runtime.scaler.step(optimizer)
     runtime.scaler.update()
     scheduler.step()
@@ -207,42 +213,56 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
     """Write a checkpoint of plain values, whole or not at all: temporary file, sync, rename.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
     """
     path = Path(path)
+    content, temporary = io.BytesIO(), None
+    torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)  # on a full disk it would hide the reason
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}; expected a writable folder (--output-dir).") from None
-    try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}; expected a writable folder with room in it (--output-dir).") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path | str, kind: str) -> dict:
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> dict:
     """Read a checkpoint onto the CPU without ever running code from it.
 
+    Args:
+        needs: names that must be among the contents.
+
     Raises:
-        InputError: no such file, truncated, not a checkpoint of ours, of another format or kind.
+        InputError: no such file, truncated, not a checkpoint of ours, of another format or kind, or incomplete.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no checkpoint at {path}; expected the file that training writes.")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except DAMAGED_FILE:
         raise InputError(f"{path} is not a readable checkpoint: it is truncated, of another program, or holds code, which is never run.") from None
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(contents, dict) or not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
         raise InputError(f"{path} is not a checkpoint of format {FORMAT}; expected a file written by this version's training.")
     if contents.get("kind") != kind:
         raise InputError(f"{path} holds a '{contents.get('kind')}'; expected a '{kind}'.")
+    missing = [name for name in needs if contents.get(name) is None]
+    if missing:
+        raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; train again or take another checkpoint.")
     return contents
 
 

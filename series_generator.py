@@ -127,10 +127,7 @@ def _betise_series(base: str, features: dict[str, dict], length: int) -> np.ndar
     parameters = load_config()["params"]
     generator = TimeSeriesGenerator(length=length)
     table, info = generate_base_series(generator, base, parameters)
-    state = {"seasonal_period": None, "seasonal_info": None}
-    if base.endswith("seasonality"):
-        periods = [int(period) for period in info["periods"]]
-        state = {"seasonal_period": periods[0] if len(periods) == 1 else periods, "seasonal_info": info}
+    state = {"seasonal_info": info if base.endswith("seasonality") else None}
     for name, options in features.items():
         table, info = apply_feature(generator, table, name, {"enabled": True, **options}, parameters, state)
         if info is None:

@@ -478,7 +478,7 @@ def good_images(tmp_path):
 
 
 def same(a, b):
-    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+    return all(torch.equal(torch.as_tensor(left), torch.as_tensor(right)) for left, right in zip(a, b, strict=True))
 
 
 def test_training_samples(good_images):
@@ -502,6 +502,14 @@ def test_samples_depend_on_seed_epoch_and_index_only(good_images):
     assert all(same(a, b) for a, b in zip(forward, reversed(backward), strict=True))
     assert not torch.equal(dataset[2].images, dataset[7].images), "another epoch, another augmentation"
     assert not torch.equal(dataset[2].images, good_images(seed=4)[2].images)
+
+
+def test_a_limited_number_of_variants_comes_round_again(good_images):
+    dataset = good_images(n_variants=2)
+    first, second, third = dataset[3], dataset[3 + 5], dataset[3 + 10]
+    assert same(first, third) and (first.key, second.key, third.key) == (3, 8, 3)
+    assert not torch.equal(first.images, second.images)
+    assert good_images()[3 + 10].key == 13, "without a limit every epoch is new"
 
 
 def test_without_memory_files_are_read_again(good_images, monkeypatch):

@@ -522,7 +522,7 @@ def test_the_map_shows_where(loss):
     x = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(5))
     x_hat = x.clone()
     x_hat[1, :, 16:24, 32:40] = 1 - x_hat[1, :, 16:24, 32:40]
-    found = loss.distance_map(x_hat, x)
+    found = loss.distance_map(x_hat.requires_grad_(), x)
     assert found.shape == (2, 1, 48, 64)
     assert not found.requires_grad
     assert found[0].max() == 0
@@ -584,6 +584,8 @@ def test_every_tap_equals_torchvisions_network():
             if index in mine:
                 torch.testing.assert_close(mine[index], x, atol=1e-3, rtol=1e-3)
     assert index > max(mine)
+    # every tap is the last ReLU before a pooling
+    assert all(type(features[index + 1]).__name__ == "MaxPool2d" for index in mine)
 
 
 def test_the_first_layers_equal_scipys_convolution():

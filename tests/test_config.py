@@ -1,0 +1,322 @@
+"""Settings: what beats what, what is refused and in which words, and how a script ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+
+ROOT = Path(__file__).parent.parent
+CLASSES = config.all_settings()
+LEAVES = [cls for cls in CLASSES if not cls.__subclasses__()]
+STAGES = [ROOT / name for name in ("train_with_validation.py", "test_vae.py", "classify_images.py", "data_loader.py")]
+
+
+def parse(cls, *argv):
+    return config.parse(cls, "A stage.", list(argv), prog="stage.py")
+
+
+def write_yaml(folder, text):
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refused(cls, *argv):
+    with pytest.raises(config.UsageError) as caught:
+        parse(cls, *argv)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- the table of settings
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_says_what_it_means_and_has_a_fitting_default(cls):
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        about, default = field.metadata, field.default
+        assert about["meaning"][0].isupper() and about["meaning"].endswith("."), field.name
+        expected = tuple if typing.get_origin(hints[field.name]) is tuple else hints[field.name]
+        assert type(default) is expected, field.name
+        if about["choices"]:
+            assert default in about["choices"], field.name
+        if expected in (int, float):
+            low = float("-inf") if about["minimum"] is None else about["minimum"]
+            high = float("inf") if about["maximum"] is None else about["maximum"]
+            assert low <= default <= high, field.name
+            assert not about["multiple_of"] or default % about["multiple_of"] == 0, field.name
+
+
+def test_settings_of_one_name_agree_in_type_wherever_they_stand():
+    seen = {}
+    for cls in CLASSES:
+        for name, hint in typing.get_type_hints(cls).items():
+            assert seen.setdefault(name, hint) == hint, f"{cls.__name__}.{name}"
+
+
+def test_the_table_has_a_row_for_each_field_and_marks_bare_arguments():
+    rows = config.field_table(config.ClassifySettings)
+    assert len(rows) == len(dataclasses.fields(config.ClassifySettings))
+    by_flag = {row[0]: row for row in rows}
+    assert by_flag["--batch-size"][1:3] == ("8", "images")
+    assert "images" in by_flag and "--images" not in by_flag
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_settings_survive_yaml_and_come_back_equal(cls):
+    settings = cls()
+    if dataclasses.fields(cls):
+        changed = {field.name: ("a", "b") for field in dataclasses.fields(cls) if field.default == ()}
+        settings = settings.replace(**changed, **({"seed": 3} if hasattr(settings, "seed") else {}))
+    plain = config.as_dict(settings)
+    assert all(isinstance(value, (str, int, float, bool, list)) for value in plain.values())
+    assert config.from_dict(cls, yaml.safe_load(yaml.safe_dump(plain))) == settings
+
+
+def test_from_dict_ignores_other_classes_keys_but_checks_its_own():
+    assert config.from_dict(config.MapSettings, {"epochs": 3, "top_frac": 0.5}).top_frac == 0.5
+    with pytest.raises(config.UsageError, match=r"top_frac is 2\.0; expected at most 1\.0"):
+        config.from_dict(config.MapSettings, {"top_frac": 2.0})
+
+
+def test_settings_are_frozen_and_a_copy_is_checked():
+    settings = config.DataSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.image_size = 64
+    with pytest.raises(config.UsageError, match="multiple of 32"):
+        settings.replace(image_size=100)
+
+
+def test_saved_settings_are_read_again_by_config(tmp_path):
+    settings = config.TrainSettings(epochs=7, flip_vertical=True, learning_rate=3e-5)
+    config.save(settings, tmp_path / "models" / "config.yaml")
+    assert parse(config.TrainSettings, "--config", str(tmp_path / "models" / "config.yaml")) == settings
+
+
+# ------------------------------------------------------------------------------------------ what beats what
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
+    path = write_yaml(tmp_path, "epochs: 5\nbatch_size: 3\n")
+    settings = parse(config.TrainSettings, "--config", path, "--epochs", "9")
+    default = config.TrainSettings()
+    assert (settings.epochs, settings.batch_size, settings.latent_dim) == (9, 3, default.latent_dim)
+
+
+def test_a_flag_set_to_the_default_still_beats_the_file(tmp_path):
+    default = config.TrainSettings().batch_size
+    path = write_yaml(tmp_path, f"batch_size: {default + 1}\n")
+    assert parse(config.TrainSettings, "--config", path, "--batch-size", str(default)).batch_size == default
+
+
+def test_switches_can_be_turned_both_ways(tmp_path):
+    path = write_yaml(tmp_path, "skips: false\nflip_vertical: true\n")
+    off = parse(config.TrainSettings, "--config", path)
+    on = parse(config.TrainSettings, "--config", path, "--skips", "--no-flip-vertical")
+    assert (off.skips, off.flip_vertical) == (False, True)
+    assert (on.skips, on.flip_vertical) == (True, False)
+
+
+def test_bare_arguments_become_a_tuple_and_one_is_needed():
+    assert parse(config.ClassifySettings, "a.png", "b", "--batch-size", "2").images == ("a.png", "b")
+    assert "required" in refused(config.ClassifySettings)
+
+
+def test_yaml_keys_may_have_dashes_and_numbers_may_be_written_1e_3(tmp_path):
+    settings = parse(config.TrainSettings, "--config", write_yaml(tmp_path, "learning-rate: 1e-3\nkl_weight: 2\nbatch-size: 4"))
+    assert (settings.learning_rate, settings.kl_weight, settings.batch_size) == (0.001, 2.0, 4)
+    assert type(settings.kl_weight) is float
+
+
+def test_a_file_may_serve_several_stages(tmp_path):
+    path = write_yaml(tmp_path, "epochs: 5\nbatch_size: 3\n")
+    assert parse(config.DetailTestSettings, "--config", path).batch_size == 3
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert parse(config.TrainSettings, "--config", write_yaml(tmp_path, "# nothing\n")) == config.TrainSettings()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_preset_is_valid_for_every_stage_that_can_take_it(path):
+    values = config.read_yaml(str(path))
+    assert values
+    taken = set()
+    for cls in LEAVES:
+        settings = config.from_dict(cls, values)
+        taken |= {key for key in values if hasattr(settings, key)}
+    assert taken == set(values)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_an_unknown_flag_names_the_nearest():
+    message = refused(config.TrainSettings, "--epoch", "3")
+    assert "'--epoch'" in message and "did you mean '--epochs'?" in message and "--help" in message
+
+
+def test_flags_are_not_guessed_from_their_beginning():
+    assert "--image-size" in refused(config.TrainSettings, "--image", "64")
+
+
+def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path):
+    path = write_yaml(tmp_path, "batchsize: 3\n")
+    message = refused(config.TrainSettings, "--config", path)
+    assert "'batchsize'" in message and "did you mean 'batch_size'?" in message and path in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--image-size", "100"], "image_size is 100; expected a multiple of 32"),
+        (["--image-size", "32"], "image_size is 32; expected at least 64"),
+        (["--image-size", "2048"], "image_size is 2048; expected at most 1024"),
+        (["--device", "gpu"], "device is 'gpu'; expected one of auto, cpu, cuda"),
+        (["--seed", "-1"], "seed is -1; expected at least 0"),
+        (["--learning-rate", "nan"], "learning_rate is nan; expected a finite number"),
+        (["--learning-rate", "inf"], "learning_rate is inf; expected a finite number"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--epochs"], "expected one argument"),
+    ],
+)
+def test_values_out_of_bounds_are_refused_with_what_was_expected(argv, words):
+    message = refused(config.TrainSettings, *argv)
+    assert words in message and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs: many", "epochs is 'many'; expected int"),
+        ("epochs: 1.5", "epochs is 1.5; expected int"),
+        ("epochs: true", "epochs is True; expected int"),
+        ("epochs:", "epochs is None; expected int"),
+        ("kl_weight: true", "kl_weight is True; expected float"),
+        ("kl_weight: little", "kl_weight is 'little'; expected float"),
+        ("skips: 1", "skips is 1; expected bool"),
+        ("data_dir: 5", "data_dir is 5; expected str"),
+        ("image_size: 70", "expected a multiple of 32"),
+        ("- epochs", "holds no settings"),
+        ("epochs: [", "cannot be read"),
+        ("data_dir: 2020-13-45", "cannot be read"),
+    ],
+)
+def test_wrong_values_in_a_file_are_refused(tmp_path, text, words):
+    message = refused(config.TrainSettings, "--config", write_yaml(tmp_path, text))
+    assert words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["5", "", "[1, 2]", "{a: b}"])
+def test_a_list_of_names_in_a_file_must_hold_text(value):
+    with pytest.raises(config.UsageError) as caught:
+        config.from_dict(config.ClassifySettings, yaml.safe_load(f"images: {value}"))
+    message = str(caught.value)
+    assert "images" in message and "\n" not in message
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path):
+    assert "no_such.yaml cannot be read" in refused(config.TrainSettings, "--config", str(tmp_path / "no_such.yaml"))
+    (tmp_path / "image.yaml").write_bytes(bytes(range(256)))
+    assert "cannot be read" in refused(config.TrainSettings, "--config", str(tmp_path / "image.yaml"))
+
+
+# --------------------------------------------------------------------------------------- how a script ends
+
+
+def run(main, capsys, *argv):
+    code = config.run_script(config.RunSettings, "A stage.", main, list(argv), prog="stage.py")
+    return code, capsys.readouterr()
+
+
+def raising(error):
+    def main(settings):
+        raise error
+
+    return main
+
+
+def test_a_script_that_works_returns_0_and_gets_its_settings(capsys):
+    got = []
+    code, said = run(got.append, capsys, "--seed", "4")
+    assert code == 0 and got == [config.RunSettings(seed=4)] and said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (config.InputError("The folder x is empty; expected images."), 1, "error: The folder x is empty; expected images."),
+        (config.UsageError("alpha is 2; expected at most 1."), 2, "error: alpha is 2; expected at most 1."),
+        (FileNotFoundError(2, "No such file or directory", "a/b.png"), 1, "error: No such file or directory (a/b.png)."),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device."),
+        (OSError("the disk is odd"), 1, "error: the disk is odd."),
+        (KeyboardInterrupt(), 130, "interrupted: what was already written is kept."),
+    ],
+    ids=["input", "usage", "missing", "full", "plain", "interrupted"],
+)
+def test_a_failure_is_one_line_on_stderr_and_an_exit_code(capsys, error, code, words):
+    got, said = run(raising(error), capsys)
+    assert got == code and said.err == words + "\n" and said.out == ""
+
+
+def test_a_bug_is_not_hidden(capsys):
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()), capsys)
+
+
+def test_wrong_usage_ends_with_2_before_main_runs(capsys):
+    got = []
+    code, said = run(got.append, capsys, "--sed", "4")
+    assert code == 2 and got == [] and said.err.count("\n") == 1 and "'--seed'" in said.err
+
+
+def python(*argv, **options):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=ROOT, check=False, **options)
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""], ids=["breaks in print", "breaks at exit"])
+def test_a_reader_that_leaves_early_is_no_failure(tmp_path, unbuffered):
+    script = tmp_path / "stage.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport config\n"
+        "def main(settings):\n    sys.stdin.readline()\n    print('late')\n"
+        "sys.exit(config.run_script(config.RunSettings, 'A stage.', main))\n"
+    )
+    process = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_importing_config_imports_nothing_heavy():
+    done = python("-c", "import sys, config; print(sorted({'torch', 'numpy', 'cv2', 'yaml'} & set(sys.modules)))")
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.name)
+def test_help_and_wrong_usage_are_answered_before_heavy_imports(stage):
+    done = python("-X", "importtime", stage, "--help")
+    assert done.returncode == 0 and "--output-dir" in done.stdout and "--config" in done.stdout
+    assert "| torch\n" not in done.stderr and " torch\n" not in done.stderr
+    wrong = python(stage, "--sed", "3", "x")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "did you mean '--seed'?" in wrong.stderr
+
+
+@pytest.mark.parametrize("cls", LEAVES, ids=lambda cls: cls.__name__)
+def test_help_shows_every_flag_with_its_meaning(cls):
+    text = " ".join(config.build_parser(cls, "A stage.", "stage.py").format_help().split())
+    for flag, _, unit, meaning in config.field_table(cls):
+        assert flag in text and meaning.split()[0] in text
+        assert not unit or f"[{unit}]" in text

@@ -1,0 +1,320 @@
+"""Maps, morphology and scores against plain arithmetic; the promise of the threshold by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import defect_maps
+import engine
+import vae_model
+from config import InputError, LossSettings, MapSettings, as_dict
+from defect_maps import Calibration, Detector, calibrate, conformal_threshold, image_score, map_shares, p_value, refine
+from evaluation import ssim_map
+
+# ------------------------------------------------------------------------------------------------ the promise
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "rank", "promised"),
+    [(19, 0.05, 19, True), (20, 0.05, 20, True), (39, 0.05, 38, True), (9, 0.1, 9, True), (99, 0.1, 90, True), (4, 0.2, 4, True), (1, 0.5, 1, True),
+     (18, 0.05, 18, False), (8, 0.1, 8, False), (1, 0.05, 1, False), (22, 0.01, 22, False)],
+)  # fmt: skip
+def test_the_threshold_is_the_score_of_the_conformal_rank(n, alpha, rank, promised):
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
+    assert conformal_threshold(scores, alpha) == (float(rank), promised)
+
+
+@pytest.mark.parametrize("n", [4, 9, 19, 22, 50])
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
+def test_false_alarms_stay_below_the_rate_asked_for(n, alpha):
+    """The realised rate over 4,000 calibrations is the exact one, (n + 1 - rank) / (n + 1), within 4 standard errors."""
+    n_draws = 4000
+    scores = np.random.default_rng(n).lognormal(size=(n_draws, n + 1))
+    found = [conformal_threshold(row[:-1], alpha) for row in scores]
+    rate = np.mean([row[-1] > each.threshold for row, each in zip(scores, found, strict=True)])
+    enough = n >= 1 / alpha - 1 - 1e-9
+    assert {each.promised for each in found} == {enough}
+    bound = alpha if enough else 1 / (n + 1)
+    exact = math.floor((n + 1) * bound + 1e-9) / (n + 1)
+    error = 4 * math.sqrt(bound * (1 - bound) / n_draws)
+    assert exact <= bound + 1e-12 and rate <= bound + error
+    assert abs(rate - exact) <= error
+
+
+def test_the_p_value_counts_good_scores_that_are_as_high():
+    good = np.array([3.0, 1.0, 2.0, 2.0])
+    assert [p_value(score, good) for score in (0.0, 1.0, 2.0, 2.5, 3.0, 4.0)] == pytest.approx([1.0, 1.0, 0.8, 0.4, 0.4, 0.2])
+
+
+def test_p_values_of_good_images_are_not_too_small():
+    """P(p <= u) <= u for every u, whatever the distribution of scores; ties only make p larger."""
+    rng = np.random.default_rng(0)
+    for draw in (rng.normal(size=(4000, 20)), rng.integers(0, 4, (4000, 20)).astype(float)):
+        p = np.array([p_value(row[-1], row[:-1]) for row in draw])
+        for u in (0.05, 0.1, 0.25, 0.5, 0.9):
+            assert np.mean(p <= u + 1e-12) <= u + 4 * math.sqrt(u * (1 - u) / len(p))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
+def test_a_score_is_above_the_threshold_exactly_where_its_p_value_is_at_most_alpha(alpha):
+    rng = np.random.default_rng(1)
+    for n in (19, 25, 40):
+        good = rng.integers(0, 15, n).astype(float)  # with ties
+        threshold = conformal_threshold(good, alpha).threshold
+        for score in np.arange(-1, 17, 0.5):
+            assert (score > threshold) == (p_value(score, good) <= alpha + 1e-12) or score <= threshold
+            if score > threshold:
+                assert p_value(score, good) <= alpha + 1e-12
+
+
+# ----------------------------------------------------------------------------------------- scores, morphology
+
+
+@pytest.mark.parametrize("top_frac", [0.0, 0.0005, 0.01, 0.3, 1.0])
+def test_the_image_score_is_the_mean_of_the_largest_values(top_frac):
+    defect_map = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
+    n_top = max(1, round(top_frac * 2000))
+    assert image_score(defect_map, top_frac) == pytest.approx(np.sort(defect_map.ravel())[::-1][:n_top].mean(), rel=1e-5, abs=1e-6)
+
+
+def test_refining_keeps_a_constant_and_adds_nothing_to_zero():
+    for value in (0.0, 0.7):
+        np.testing.assert_allclose(refine(np.full((40, 64), value, np.float32), 0.02, 0.1), value, rtol=1e-5)
+    noise = np.random.default_rng(0).random((48, 48)).astype(np.float32)
+    refined = refine(noise, 0.02, 0.1)
+    assert refined.dtype == np.float32 and refined.shape == (48, 48)
+    assert refined.min() >= noise.min() and refined.max() <= noise.max() + 1e-6
+
+
+def test_closing_fills_a_hole_and_leaves_the_outline():
+    defect_map = np.zeros((64, 64), np.float32)
+    defect_map[20:40, 20:40] = 1.0
+    whole = defect_map.copy()
+    defect_map[30, 30] = 0.0
+    np.testing.assert_array_equal(refine(defect_map, 0.0, 3 / 64), whole)
+    np.testing.assert_array_equal(refine(defect_map, 0.0, 0.0), defect_map)
+
+
+def test_closing_never_lowers_a_map():
+    noise = np.random.default_rng(1).random((40, 40)).astype(np.float32)
+    assert (refine(noise, 0.0, 0.1) >= noise).all()
+    assert (refine(noise, 0.0, 0.1) > noise).any()
+
+
+def test_smoothing_is_a_gaussian_of_that_share_of_the_longer_side():
+    from scipy import ndimage
+
+    point = np.zeros((60, 100), np.float32)
+    point[30, 50] = 1.0
+    np.testing.assert_allclose(refine(point, 0.03, 0.0), ndimage.gaussian_filter(point, 3.0, mode="mirror"), atol=2e-5)
+    kept = point.copy()
+    refine(point, 0.03, 0.1)
+    np.testing.assert_array_equal(point, kept)
+
+
+def test_shares_add_up_and_fall_back_to_pixels():
+    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5)
+    assert map_shares(settings, True) == pytest.approx({"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125})
+    assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
+    only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
+    assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
+    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0)
+    assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
+
+
+# ------------------------------------------------------------------------------------------- maps of a network
+
+PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
+
+
+def good_images(n, seed=0, side=64):
+    """One smooth scene, a little lighter or darker, with a little grain."""
+    generator = torch.Generator().manual_seed(seed)
+    ramp = torch.linspace(0.3, 0.6, side).view(1, 1, 1, side).expand(n, 3, side, side)
+    light = 0.05 * torch.randn(n, 1, 1, 1, generator=generator)
+    return (ramp + light + 0.01 * torch.randn(n, 3, side, side, generator=generator)).clamp(0, 1)
+
+
+def detector_of(model, maps=PIXELS, n_good=12):
+    detector = Detector(model, maps, None, {"image_size": 64, "resize": "stretch"})
+    detector.calibration = calibrate(detector, good_images(n_good, seed=5).split(5))
+    return detector
+
+
+class Distance:
+    def distance_map(self, x_hat, x):
+        return (x_hat - x).abs().amax(1, keepdim=True)
+
+
+def test_raw_maps_are_what_their_names_say(make_model):
+    model, images = make_model("efficientnet_lite0").eval(), good_images(2)
+    with torch.inference_mode():
+        maps, told = defect_maps.raw_maps(model, images, ALL, Distance())
+    reconstruction = told.vae.reconstruction
+    assert set(maps) == {"pixel", "ssim", "perceptual", "feature", "likelihood"}
+    assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
+    torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
+    torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
+    torch.testing.assert_close(maps["perceptual"], (reconstruction - images).abs().amax(1, keepdim=True))
+    error = told.features - told.feature_mu
+    cells = torch.nn.functional.adaptive_avg_pool2d(maps["feature"], 8)  # bilinear growth keeps the middle of cells about
+    correlation = np.corrcoef(cells.flatten(), (error**2).mean(1).flatten())[0, 1]
+    assert correlation > 0.9
+    torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
+    torch.testing.assert_close(defect_maps.feature_likelihood(told), (error.abs() / torch.exp(told.feature_logvar).sqrt()).mean(1, keepdim=True))
+
+
+def test_maps_with_no_share_are_not_computed(make_model):
+    maps, _ = defect_maps.raw_maps(make_model().eval(), good_images(1), PIXELS.replace(map_ssim=0.0))
+    assert list(maps) == ["pixel"]
+
+
+def test_the_fused_map_is_the_weighted_mean_of_the_scaled_maps(make_model):
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0))
+    smooth, _ = detector.refined_maps(good_images(2, seed=1))
+    scales = {"pixel": (0.1, 0.3), "likelihood": (1.0, 2.0)}
+    expected = 0.75 * (smooth["pixel"] - 0.1) / 0.2 + 0.25 * (smooth["likelihood"] - 1.0)
+    np.testing.assert_allclose(detector.fuse(smooth, scales), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
+    detector, images = detector_of(make_model()), good_images(12, seed=5)
+    found = detector.calibration
+    smooth, _ = detector.refined_maps(images)
+    fused = 0.0
+    for name, maps in smooth.items():
+        low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
+        assert found.scales[name] == pytest.approx((low, high), rel=1e-4)
+        fused = fused + 0.5 * (maps - low) / (high - low)
+    scores = sorted(np.sort(each.ravel())[::-1][: round(0.01 * 64 * 64)].mean() for each in fused)
+    assert found.good_scores == pytest.approx(scores, rel=1e-3)
+    assert found.threshold == found.good_scores[-1] and found.alpha == 0.05 and not found.promised  # 12 < 19
+
+
+def test_calibration_depends_on_the_good_images_alone(make_model):
+    detector = detector_of(make_model(), n_good=20)
+    first = detector.calibration
+    detector.detect(torch.rand(3, 3, 64, 64))
+    assert calibrate(detector, good_images(20, seed=5).split(5)) == first and first.promised
+    shuffled = calibrate(detector, good_images(20, seed=5)[torch.randperm(20)].split(7))
+    assert shuffled.threshold == pytest.approx(first.threshold, rel=1e-4)
+    detector.calibration = None
+    assert calibrate(detector, good_images(20, seed=6).split(5)).threshold != first.threshold
+
+
+def test_a_calibration_survives_a_checkpoint(make_model, tmp_path):
+    calibration = detector_of(make_model()).calibration
+    engine.save_checkpoint(tmp_path / "a.pth", "kind", {"calibration": calibration.as_dict()})
+    assert Calibration.from_dict(engine.load_checkpoint(tmp_path / "a.pth", "kind")["calibration"]) == calibration
+
+
+def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
+    scores = [float(score) for score in range(1, 51)]
+    calibration = Calibration({"pixel": (0.0, 1.0)}, scores, 0.05, 49.0, True)
+    alphas = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    moved = [calibration.at(alpha) for alpha in alphas]
+    thresholds = [each.threshold for each in moved]
+    assert thresholds == sorted(thresholds, reverse=True) and len(set(thresholds)) > 4
+    assert [each.alpha for each in moved] == list(alphas)
+    assert [each.promised for each in moved] == [False, False, True, True, True, True, True]
+    assert all(each.scales == calibration.scales and each.good_scores == scores for each in moved)
+    assert calibration.at(0.05) == calibration
+
+
+def test_labels_p_values_and_maps_follow_the_calibration(make_model):
+    detector = detector_of(make_model())
+    images = torch.cat([good_images(3, seed=9), torch.rand(2, 3, 64, 64)])
+    found = detector.detect(images)
+    fused = detector.fuse(detector.refined_maps(images)[0], detector.calibration.scales)
+    assert len(found) == 5
+    for detection, defect_map in zip(found, fused, strict=True):
+        np.testing.assert_array_equal(detection.defect_map, defect_map)
+        assert detection.defect_map.dtype == np.float32 and detection.reconstruction.shape == (3, 64, 64)
+        assert detection.score == image_score(defect_map, 0.01)
+        assert detection.p_value == p_value(detection.score, np.array(detector.calibration.good_scores))
+        assert detection.label == ("defective" if detection.score > detector.calibration.threshold else "good")
+    assert {detection.label for detection in found[3:]} == {"defective"}
+    middle = sorted(detection.score for detection in found)[2]
+    detector.calibration = Calibration(detector.calibration.scales, detector.calibration.good_scores, 0.05, middle, False)
+    assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
+
+
+def test_detection_leaves_no_training_mode_behind(make_model):
+    model = make_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    detector = detector_of(model)
+    first, second = detector.detect(good_images(2)), detector.detect(good_images(2))
+    assert [each.score for each in first] == [each.score for each in second]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def trained(model, n_steps=40):
+    images = good_images(8, seed=3)
+    model.fit_feature_scale([images])
+    loss = vae_model.DetailLoss(LossSettings(perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0), None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    engine.train_epoch(model, [images] * n_steps, lambda batch: (loss(model, batch, batch, 1.0), 8), optimizer, schedule, engine.Runtime(torch.device("cpu")), 1.0)
+    return model
+
+
+@pytest.mark.parametrize(("backbone", "skips"), [("none", False), ("efficientnet_lite0", True)])
+def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
+    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01)
+    detector = detector_of(trained(make_model(backbone, skips=skips)), maps, n_good=19)
+    damaged = good_images(2, seed=8)
+    damaged[0, :, 16:28, 36:48] = 1.0
+    bad, good = detector.detect(damaged)
+    assert bad.label == "defective" and bad.p_value == 0.05 and bad.score > good.score
+    inside = np.zeros((64, 64), bool)
+    inside[12:32, 32:52] = True  # the stride of 8 px blurs the outline
+    assert inside[np.unravel_index(bad.defect_map.argmax(), (64, 64))]
+    assert bad.defect_map[16:28, 36:48].mean() > 3 * max(bad.defect_map[~inside].mean(), 0.1)
+
+
+# --------------------------------------------------------------------------------------------------- from a file
+
+
+def contents_of(detector):
+    settings = {**as_dict(detector.model.settings), **as_dict(detector.maps), "image_size": 64, "resize": "letterbox"}
+    return {"settings": settings, "model": detector.model.state_dict(), "calibration": detector.calibration.as_dict()}
+
+
+def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_path):
+    detector = detector_of(make_model("efficientnet_lite0"))
+    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents_of(detector))
+    loaded = defect_maps.load_detector(tmp_path / "a.pth")
+    assert (loaded.image_size, loaded.resize, loaded.maps) == (64, "letterbox", PIXELS)
+    assert loaded.calibration == detector.calibration
+    images = good_images(2, seed=4)
+    for a, b in zip(loaded.detect(images), detector.detect(images), strict=True):
+        assert (a.score, a.p_value, a.label) == (b.score, b.p_value, b.label)
+        np.testing.assert_array_equal(a.defect_map, b.defect_map)
+
+
+@pytest.mark.xfail(reason="load_detector does not ask for what it needs", strict=True)
+@pytest.mark.parametrize("missing", ["settings", "model", "calibration"])
+def test_a_file_with_a_part_missing_is_refused_in_a_sentence(make_model, tmp_path, missing):
+    contents = contents_of(detector_of(make_model()))
+    del contents[missing]
+    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
+    with pytest.raises(InputError) as caught:
+        defect_maps.load_detector(tmp_path / "a.pth")
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.xfail(reason="a score that is not a number is above no threshold", strict=True)
+def test_a_map_that_is_not_a_number_is_never_called_good(make_model):
+    detector = detector_of(make_model())
+    images = good_images(2)
+    images[0, 0, 3, 3] = float("nan")
+    try:
+        labels = [detection.label for detection in detector.detect(images)]
+    except (InputError, ValueError):
+        return
+    assert labels[0] == "defective"

@@ -1,0 +1,181 @@
+"""The house rules, read off the syntax trees: who may import whom, and what no file may hold."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {
+    "config": 0,
+    "evaluation": 0,
+    "plots": 0,
+    "data_loader": 1,
+    "drawn_defects": 1,
+    "engine": 1,
+    "perceptual_loss": 1,
+    "series_generator": 1,
+    "series_plots": 1,
+    "data_loader_supervised": 2,
+    "defect_maps": 2,
+    "vae_model": 2,
+    "vae_classifier": 3,
+    "train_with_validation": 4,
+    "test_vae": 4,
+    "classify_images": 4,
+    "train_vae_classifier": 4,
+    "inference_vae_classifier": 4,
+}
+SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("data_loader", "drawn_defects"), ("defect_maps", "vae_model")}
+"""Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
+PRINTS = {
+    "config": {"run_script"},
+    "data_loader": {"main"},
+    "data_loader_supervised": {"render_main", "generate_main", "run"},
+    "perceptual_loss": {"fetch_weights"},
+}
+"""Functions outside the stages that may print: those that run only when the file is run as a command."""
+KWARGS = {("config", "replace")}
+"""Functions that may take ** arguments: each hands them on to something that checks their names."""
+
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+STAGES = [name for name in TREES if LEVELS.get(name) == 4]
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+each_module = pytest.mark.parametrize("name", TREES)
+
+
+def nodes(name, *kinds):
+    return [node for node in ast.walk(TREES[name]) if isinstance(node, kinds)]
+
+
+def imported(name):
+    """Top names of all imports, those inside functions too."""
+    found = {alias.name.split(".")[0] for node in nodes(name, ast.Import) for alias in node.names}
+    return found | {node.module.split(".")[0] for node in nodes(name, ast.ImportFrom) if node.module}
+
+
+def parts(node):
+    """a.b.c as ["a", "b", "c"]; [] for anything else."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    return [*parts(node.value), node.attr] if isinstance(node, ast.Attribute) and parts(node.value) else []
+
+
+def test_every_module_has_a_level():
+    assert TREES.keys() <= LEVELS.keys()
+    assert {"config", "engine", "vae_model", "train_with_validation"} <= TREES.keys()
+
+
+def test_named_arrows_within_a_level_are_level_and_have_no_circle():
+    assert all(LEVELS[a] == LEVELS[b] for a, b in SAME_LEVEL)
+    left = set(SAME_LEVEL)
+    while left:
+        ends = {(a, b) for a, b in left if b not in {first for first, _ in left}}
+        assert ends, f"a circle among {left}"
+        left -= ends
+
+
+@each_module
+def test_imports_only_go_down(name):
+    for other in imported(name) & LEVELS.keys():
+        assert LEVELS[other] < LEVELS[name] or (name, other) in SAME_LEVEL, f"{name} imports {other}"
+
+
+@each_module
+def test_no_relative_or_star_imports(name):
+    for node in nodes(name, ast.ImportFrom):
+        assert node.level == 0 and all(alias.name != "*" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_never_import_one_another(name):
+    assert not imported(name) & (set(STAGES) | {f"{ROOT.name}.{stage}" for stage in STAGES})
+
+
+@each_module
+def test_heavy_libraries_have_one_home(name):
+    if name != "plots":
+        assert not imported(name) & {"matplotlib", "seaborn"}
+    if name != "config":
+        assert not imported(name) & {"argparse", "yaml"}
+    else:
+        assert not imported(name) & {"torch", "numpy", "cv2"}
+    if name != "series_generator":
+        assert "betise" not in imported(name)
+
+
+@each_module
+def test_no_argument_sinks(name):
+    sinks = {node.name for node in nodes(name, *FUNCTION) if node.args.kwarg}
+    sinks |= {"lambda" for node in nodes(name, ast.Lambda) if node.args.kwarg}
+    assert {(name, sink) for sink in sinks} <= KWARGS
+
+
+@each_module
+def test_no_error_is_swallowed_whole(name):
+    for node in nodes(name, ast.ExceptHandler):
+        assert node.type is not None, f"{name}.py:{node.lineno}: bare except"
+        caught = {parts(each)[-1] for each in getattr(node.type, "elts", [node.type]) if parts(each)}
+        if caught & {"Exception", "BaseException"}:
+            assert any(isinstance(inner, ast.Raise) for inner in ast.walk(node)), f"{name}.py:{node.lineno}"
+
+
+@each_module
+def test_files_are_never_opened_in_a_way_that_could_run_code(name):
+    for node in nodes(name, ast.Call):
+        called = parts(node.func)
+        if called[-1:] == ["load"] and called[0] == "torch":
+            safe = {keyword.arg: keyword.value for keyword in node.keywords}.get("weights_only")
+            assert isinstance(safe, ast.Constant) and safe.value is True, f"{name}.py:{node.lineno}"
+        assert called not in (["eval"], ["exec"], ["pickle", "load"], ["pickle", "loads"], ["yaml", "load"], ["yaml", "unsafe_load"]), f"{name}.py:{node.lineno}"
+        allowed = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in allowed), f"{name}.py:{node.lineno}"
+
+
+@each_module
+def test_only_what_is_run_prints(name):
+    if name in STAGES:
+        return
+    for function in nodes(name, *FUNCTION):
+        prints = [node for node in ast.walk(function) if isinstance(node, ast.Call) and parts(node.func) == ["print"]]
+        assert not prints or function.name in PRINTS.get(name, ()), f"{name}.py:{prints[0].lineno}"
+
+
+def test_config_prints_to_stderr_only():
+    for node in nodes("config", ast.Call):
+        if parts(node.func) == ["print"]:
+            assert any(key.arg == "file" and parts(key.value) == ["sys", "stderr"] for key in node.keywords)
+
+
+@each_module
+def test_nothing_happens_at_import(name):
+    allowed = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Assign, ast.AnnAssign, *FUNCTION)
+    for node in TREES[name].body:
+        if isinstance(node, ast.If):
+            assert {"__name__", "TYPE_CHECKING"} & {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}, f"{name}.py:{node.lineno}"
+        elif isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant) and isinstance(node.value.value, str), f"{name}.py:{node.lineno}"
+        else:
+            assert isinstance(node, allowed), f"{name}.py:{node.lineno}"
+
+
+@each_module
+def test_functions_are_short_and_files_say_what_they_are(name):
+    assert ast.get_docstring(TREES[name])
+    for node in nodes(name, *FUNCTION):
+        length = node.end_lineno - node.lineno + 1
+        assert length <= 60, f"{name}.{node.name} has {length} lines"
+
+
+def test_the_median_function_is_small():
+    lengths = [node.end_lineno - node.lineno + 1 for name in TREES for node in nodes(name, *FUNCTION)]
+    assert statistics.median(lengths) <= 16
+
+
+def test_pytest_never_takes_a_script_for_a_test():
+    assert not (ROOT / "tests" / "test_vae.py").exists()
+    assert not (ROOT / "utils.py").exists()
+    assert [node.name for name in TREES for node in nodes(name, *FUNCTION, ast.ClassDef) if node.name.startswith("test_")] == []

@@ -1,0 +1,468 @@
+"""DetailVAE: closed forms, shapes, gradients, what passes through a skip, and the way through a file."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions
+
+import engine
+import vae_model
+from config import InputError, LossSettings, as_dict
+from vae_model import DetailLoss, FeatureCache, corrupt_features, gaussian_nll, kl_divergence, random_window
+
+ROOT = Path(__file__).parent.parent
+BACKBONES = ("none", "efficientnet_lite0")
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+LOSS = LossSettings(perceptual_weight=0.0, pixel_crop_px=32)
+
+
+def smooth_images(n, height=64, width=64, seed=0):
+    """Images with structure: a few colour waves in each."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+
+
+def shake(model, amount=0.1, seed=1):
+    """Move every parameter off its initial value, so that no zero at the start hides a path."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# --------------------------------------------------------------------------------------------- closed forms
+
+
+def test_kl_divergence_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(3, 5, 2, 2), torch.randn(3, 5, 2, 2)
+    expected = distributions.kl_divergence(distributions.Normal(mu, torch.exp(0.5 * logvar)), distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_divergence(mu, logvar), expected.mean())
+    assert kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0.0
+
+
+def test_gaussian_nll_is_that_of_torch_distributions_up_to_the_constant():
+    torch.manual_seed(0)
+    x, mean, logvar = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 6)
+    expected = -distributions.Normal(mean, torch.exp(0.5 * logvar)).log_prob(x).mean() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(gaussian_nll((x - mean) ** 2, logvar), expected)
+
+
+def test_the_sample_has_the_mean_and_spread_it_was_given(make_model):
+    model = make_model().train()
+    mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
+    draws = model.sample(mu.expand(40_000, 3), logvar.expand(40_000, 3))
+    torch.testing.assert_close(draws.mean(0), mu, atol=0.03, rtol=0)
+    torch.testing.assert_close(draws.std(0), torch.exp(0.5 * logvar), atol=0, rtol=0.02)
+    assert torch.equal(model.eval().sample(mu, logvar), mu)
+
+
+# ------------------------------------------------------------------------------------ shapes, chance, gradients
+
+
+@each_backbone
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 96), (128, 256), (1024, 1024)])
+def test_shapes_and_ranges(make_model, backbone, height, width):
+    model = make_model(backbone).eval()
+    n = 1 if height == 1024 else 2
+    with torch.inference_mode():
+        told = model.describe(smooth_images(n, height, width))
+    out = told.vae
+    assert out.reconstruction.shape == (n, 3, height, width)
+    assert out.mu.shape == out.logvar.shape == (n, 4)
+    assert out.detail_mu.shape == out.detail_logvar.shape == (n, 2, height // 32, width // 32)
+    assert told.pixel_logvar.shape == (n, 1, height, width)
+    assert out.reconstruction.min() >= 0 and out.reconstruction.max() <= 1
+    assert all(torch.isfinite(each).all() for each in (*out, told.pixel_logvar))
+    grid = (n, 6, height // 8, width // 8)
+    if backbone == "none":
+        assert told.features is told.feature_mu is told.feature_logvar is None
+    else:
+        assert told.features.shape == told.feature_mu.shape == told.feature_logvar.shape == grid
+
+
+def test_forward_is_the_vae_part_of_describe(make_model):
+    model, images = make_model().eval(), smooth_images(2)
+    names = ("reconstruction", "mu", "logvar", "detail_mu", "detail_logvar")
+    out, told = model(images), model.describe(images).vae
+    assert out._fields == names and all(torch.equal(a, b) for a, b in zip(out, told, strict=True))
+
+
+@each_backbone
+def test_evaluation_is_deterministic_and_training_samples(make_model, backbone):
+    model, images = shake(make_model(backbone, skip_noise=0.0)), smooth_images(2)
+    model.train()
+    first, second = model(images).reconstruction, model(images).reconstruction
+    assert (first - second).abs().max() > 1e-4
+    model.eval()
+    assert torch.equal(model(images).reconstruction, model(images).reconstruction)
+
+
+def test_one_image_is_judged_alike_alone_and_in_a_batch(make_model):
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(3)
+    together, alone = model.describe(images), model.describe(images[1:2])
+    torch.testing.assert_close(together.vae.reconstruction[1:2], alone.vae.reconstruction, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.feature_mu[1:2], alone.feature_mu, atol=1e-4, rtol=1e-4)
+
+
+@each_backbone
+def test_every_parameter_learns(make_model, backbone):
+    model, images = shake(make_model(backbone)).train(), smooth_images(3)
+    DetailLoss(LOSS, None)(model, images, images, 1.0)["total"].backward()
+    idle = [name for name, each in model.named_parameters() if each.grad is None or not each.grad.abs().sum() > 0]
+    assert idle == []
+
+
+@each_backbone
+def test_a_batch_can_be_learned_by_heart(make_model, backbone):
+    """40 steps cut the squared error of pixels (and of features) of two images to a fifth or less."""
+    model, images = make_model(backbone, latent_dim=16), smooth_images(2)
+    model.fit_feature_scale([images])
+    settings = LossSettings(perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0, feature_noise=0.0, feature_paste=0.0)
+    loss, optimizer = DetailLoss(settings, None), torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    runtime = engine.Runtime(torch.device("cpu"))
+
+    def terms(batch):
+        return loss(model, batch, batch, 0.0), len(batch)
+
+    first = engine.train_epoch(model, [images], terms, optimizer, schedule, runtime, 1.0)
+    engine.train_epoch(model, [images] * 40, terms, optimizer, schedule, runtime, 1.0)
+    last = engine.train_epoch(model, [images], terms, optimizer, schedule, runtime, 1.0)
+    assert last["mse"] < 0.2 * first["mse"]
+    if backbone != "none":
+        assert last["feature"] < 0.2 * first["feature"]
+        assert last["feature_nll"] < first["feature_nll"]
+
+
+# ------------------------------------------------------------------------------------------- skips and crops
+
+
+def decoder_inputs(model, images, surprise=0.0):
+    """A trunk that does not depend on the images, and an even surprise."""
+    torch.manual_seed(3)
+    height, width = images.shape[-2] // 8, images.shape[-1] // 8
+    return torch.randn(len(images), model.widths[3], height, width), torch.full((len(images), 1, height, width), surprise)
+
+
+def test_pixels_can_pass_through_a_skip_and_without_skips_cannot(make_model):
+    for skips in (True, False):
+        model, images = make_model(skips=skips).eval(), smooth_images(2).requires_grad_()
+        trunk, surprise = decoder_inputs(model, images)
+        reconstruction, _ = model.decode_pixels(trunk, images, surprise)
+        gradient = torch.autograd.grad(reconstruction.sum(), images, allow_unused=True)[0]
+        assert (gradient is not None and gradient.abs().sum() > 0) if skips else gradient is None
+
+
+def test_the_gate_sees_the_surprise_and_can_close(make_model):
+    model, images = make_model().eval(), smooth_images(1)
+    other = 1 - images
+    for skip in (model.skip2, model.skip4):
+        torch.nn.init.zeros_(skip.gate[0].weight)
+        torch.nn.init.zeros_(skip.gate[0].bias)
+        torch.nn.init.constant_(skip.gate[2].bias, 5.0)
+        skip.gate[0].weight.data[:, -1] = 1.0  # the last channel of the gate's input is the surprise
+        torch.nn.init.constant_(skip.gate[2].weight, -10.0)
+    copied = {}
+    for level in (0.0, 10.0):
+        trunk, surprise = decoder_inputs(model, images, level)
+        pair = [model.decode_pixels(trunk, each, surprise)[0] for each in (images, other)]
+        copied[level] = (pair[0] - pair[1]).abs().max().item()
+    assert copied[0.0] > 1e-3 and copied[10.0] < 1e-3 * copied[0.0]
+
+
+def test_skip_noise_is_drawn_in_training_only(make_model):
+    skip = vae_model.GatedSkip(4, noise=1.0)
+    decoded, features, surprise = torch.zeros(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.zeros(2, 1, 2, 2)
+    assert not torch.equal(skip(decoded, features, surprise), skip(decoded, features, surprise))
+    skip.eval()
+    assert torch.equal(skip(decoded, features, surprise), skip(decoded, features, surprise))
+
+
+def test_decoding_a_crop_is_cropping_the_decoded(make_model):
+    """Away from the crop's border, where convolutions see the padding: 40 px are enough."""
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2, 192, 256)
+    trunk, surprise = torch.randn(2, model.widths[3], 24, 32), torch.rand(2, 1, 24, 32)
+    whole = model.decode_pixels(trunk, images, surprise)
+    small, large = (slice(3, 19), slice(5, 21)), (slice(24, 152), slice(40, 168))
+    part = model.decode_pixels(trunk[:, :, *small], images[:, :, *large], surprise[:, :, *small])
+    inner = (..., slice(40, -40), slice(40, -40))
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a[:, :, *large][inner], b[inner], atol=1e-5, rtol=0)
+        assert not torch.allclose(a[:, :, *large], b, atol=1e-3)  # the border does differ, so the test can see
+
+
+@pytest.mark.parametrize(("side", "share", "n", "height", "width"), [(32, 0.5, 4, 64, 128), (24, 1.0, 3, 96, 64), (8, 0.01, 5, 64, 64)])
+def test_the_large_window_is_the_small_one_at_eight_times_the_size(side, share, n, height, width):
+    images = torch.arange(n * height * width, dtype=torch.float32).view(n, 1, height, width)
+    grid = images[:, :, ::8, ::8]
+    starts = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        large, small = random_window(images, side, share)
+        count = max(1, round(share * n))
+        assert images[large].shape == (count, 1, side, side) and grid[small].shape == (count, 1, side // 8, side // 8)
+        assert torch.equal(images[large][:, :, ::8, ::8], grid[small])
+        starts.add((small[2].start, small[3].start))
+    rows, columns = (height - side) // 8, (width - side) // 8
+    assert {row for row, _ in starts} == set(range(rows + 1))  # every place is reached, the last one too
+    assert max(column for _, column in starts) == columns
+
+
+@pytest.mark.parametrize("side", [0, 64, 100])
+def test_a_window_as_large_as_the_image_is_the_whole(side):
+    images = torch.rand(4, 3, 64, 96)
+    large, small = random_window(images, side, 0.5)
+    assert torch.equal(images[large], images[:2]) and torch.rand(4, 1, 8, 12)[small].shape == (2, 1, 8, 12)
+
+
+# -------------------------------------------------------------------------------------------------- features
+
+
+def test_features_are_standardised_over_all_images_of_ragged_batches(make_model):
+    model, images = make_model("efficientnet_lite0"), smooth_images(7)
+    raw = model.backbone.grid(images)
+    assert raw.mean() > 1.0
+    model.fit_feature_scale(images.split(3))
+    features = model.grid_features(images)
+    torch.testing.assert_close(features.mean((0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std((0, 2, 3), unbiased=False), torch.ones(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features * model.feature_std + model.feature_mean, raw)
+
+
+def test_a_channel_that_never_moves_stays_finite_in_half_precision(make_model, tiny_backbone):
+    tiny_backbone.kernel[0] = 0.0  # constant on every image
+    model, images = make_model("efficientnet_lite0"), smooth_images(2)
+    model.fit_feature_scale([images])
+    assert torch.isfinite(model.grid_features(images).half()).all()
+
+
+@pytest.mark.xfail(reason="fit_feature_scale divides by 1e-4 where a channel rests", strict=True)
+def test_a_channel_that_rested_in_training_does_not_overflow_when_it_wakes(make_model, tiny_backbone, monkeypatch):
+    model, images, grid = make_model("efficientnet_lite0"), smooth_images(2), tiny_backbone.grid
+    monkeypatch.setattr(tiny_backbone, "grid", lambda images: grid(images) * torch.tensor([0.0, 1, 1, 1, 1, 1]).view(1, 6, 1, 1))
+    model.fit_feature_scale([images])
+    monkeypatch.setattr(tiny_backbone, "grid", grid)
+    assert torch.isfinite(FeatureCache(model)([0, 1], images)).all()
+
+
+def test_the_backbone_is_neither_saved_nor_trained(make_model, tiny_backbone):
+    model = make_model("efficientnet_lite0")
+    frozen = tiny_backbone.kernel.data_ptr()
+    assert frozen not in {each.data_ptr() for each in (*model.state_dict().values(), *model.parameters())}
+    assert not [name for name in model.state_dict() if "backbone" in name]
+    assert {"feature_mean", "feature_std"} <= model.state_dict().keys()
+    assert not model.grid_features(smooth_images(1).requires_grad_()).requires_grad
+
+
+def test_corrupted_features_keep_shape_and_change_by_the_noise():
+    torch.manual_seed(0)
+    features = torch.randn(4, 5, 12, 16)
+    kept = features.clone()
+    assert torch.equal(corrupt_features(features, 0.0, 0.0), features)
+    noisy = corrupt_features(features, 0.3, 0.0)
+    assert noisy.shape == features.shape and (noisy - features).std().item() == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(features, kept)
+
+
+def test_pasted_features_are_a_rectangle_from_some_image_of_the_batch():
+    torch.manual_seed(0)
+    features = torch.arange(3 * 8 * 12, dtype=torch.float32).view(3, 1, 8, 12).repeat(1, 2, 1, 1)
+    n_changed = 0
+    for _ in range(40):
+        seen = corrupt_features(features, 0.0, 1.0)
+        for image, original in zip(seen, features, strict=True):
+            changed = (image != original).any(0)
+            rows, columns = torch.nonzero(changed.any(1)).flatten(), torch.nonzero(changed.any(0)).flatten()
+            if not len(rows):
+                continue  # pasted onto itself
+            n_changed += 1
+            patch = image[0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert patch.shape[0] <= 2 and patch.shape[1] <= 3 and torch.equal(image[0], image[1])
+            source, offset = divmod(int(patch[0, 0]), 96)
+            y, x = divmod(offset, 12)
+            assert torch.equal(patch, features[source, 0, y : y + patch.shape[0], x : x + patch.shape[1]])
+    assert n_changed > 60
+    torch.manual_seed(0)
+    share = np.mean([(corrupt_features(features, 0.0, 0.25) != features).flatten(1).any(1).float().mean() for _ in range(200)])
+    assert 0.15 < share < 0.3
+
+
+def test_cached_features_are_the_direct_ones_and_computed_once(make_model, tiny_backbone):
+    model, images = make_model("efficientnet_lite0"), smooth_images(4)
+    model.fit_feature_scale([images])
+    direct = model.grid_features(images)
+    cache = FeatureCache(model)
+    tiny_backbone.n_calls = 0
+    first = cache([10, ~10, 3, 0], images)
+    assert tiny_backbone.n_calls == 4
+    again = cache([0, 3], torch.zeros(2, 3, 64, 64))  # what is kept wins over what is shown
+    assert tiny_backbone.n_calls == 4
+    assert first.dtype == torch.float32 and torch.equal(again, first[[3, 2]])
+    torch.testing.assert_close(first, direct, atol=2e-3, rtol=2e-3)
+    assert torch.equal(first, direct.half().float()) or (first - direct).abs().max() < 4e-3
+
+
+def test_a_full_cache_computes_without_keeping_and_says_the_same(make_model, tiny_backbone):
+    model, images = make_model("efficientnet_lite0"), smooth_images(3)
+    size = 6 * 8 * 8 * 2  # channels x height x width x bytes of half precision
+    cache = FeatureCache(model, capacity_bytes=2 * size + 1)
+    tiny_backbone.n_calls = 0
+    first = cache([0, 1, 2], images)
+    assert sorted(cache.kept) == [0, 1] and cache.n_bytes == 2 * size
+    assert torch.equal(cache([0, 1, 2], images), first) and tiny_backbone.n_calls == 4
+    assert FeatureCache(make_model("none"))([0], images[:1]) is None
+
+
+# ------------------------------------------------------------------------------------------------------ loss
+
+
+class Distance(torch.nn.Module):
+    def forward(self, x_hat, x):
+        return (x_hat - x).abs().max()
+
+
+WEIGHTS = {
+    "mse_weight": "mse",
+    "l1_weight": "l1",
+    "perceptual_weight": "perceptual",
+    "kl_weight": "kl",
+    "detail_kl_weight": "kl_detail",
+    "feature_weight": "feature",
+    "likelihood_weight": "feature_nll",
+    "pixel_likelihood_weight": "pixel_nll",
+}
+
+
+@pytest.mark.parametrize(("setting", "term"), WEIGHTS.items())
+def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
+    base = LossSettings()
+    plain = DetailLoss(base, Distance())(model, images, images, 0.5)
+    heavier = DetailLoss(base.replace(**{setting: getattr(base, setting) + 2.0}), Distance())(model, images, images, 0.5)
+    scale = 0.5 if "kl" in term else 1.0
+    assert (heavier["total"] - plain["total"]).item() == pytest.approx(2.0 * scale * plain[term].item(), rel=1e-3)
+    assert plain[term].item() != 0.0
+
+
+def test_the_terms_are_those_of_the_clean_image_not_of_the_damaged_one(make_model):
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
+    damaged = images.clone()
+    damaged[:, :, 20:30, 20:30] = 1.0
+    terms, told = DetailLoss(LOSS, None)(model, images, damaged, 1.0), model.describe(damaged)
+    out, clean = told.vae, model.grid_features(images)
+    assert terms["mse"].item() == pytest.approx(((out.reconstruction - images) ** 2).mean().item(), rel=1e-5)
+    assert terms["l1"].item() == pytest.approx((out.reconstruction - images).abs().mean().item(), rel=1e-5)
+    assert terms["feature"].item() == pytest.approx(((clean - told.feature_mu) ** 2).mean().item(), rel=1e-5)
+    assert terms["kl"].item() == pytest.approx(kl_divergence(out.mu, out.logvar).item(), rel=1e-5)
+    squared = ((out.reconstruction - images) ** 2).mean(1, keepdim=True)
+    assert terms["pixel_nll"].item() == pytest.approx(gaussian_nll(squared, told.pixel_logvar).item(), rel=1e-5)
+
+
+def test_features_given_are_used_and_not_computed_again(make_model, tiny_backbone):
+    model, images = make_model("efficientnet_lite0").eval(), smooth_images(2)
+    damaged = images.flip(3)
+    loss, clean, actual = DetailLoss(LOSS, None), model.grid_features(images), model.grid_features(damaged)
+    expected = loss(model, images, damaged, 1.0)
+    tiny_backbone.n_calls = 0
+    given = loss(model, images, damaged, 1.0, clean, actual)
+    assert tiny_backbone.n_calls == 0
+    assert {name: term.item() for name, term in given.items()} == pytest.approx({name: term.item() for name, term in expected.items()})
+
+
+def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(make_model):
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
+    terms = DetailLoss(LOSS, None)(model, images, images, 1.0)
+    head = model.feature_head[2].weight
+    gradient = torch.autograd.grad(terms["feature_nll"], head)[0]
+    assert gradient[:6].abs().sum() == 0 and gradient[6:].abs().sum() > 0  # the first half predicts means
+
+
+def test_without_backbone_there_are_no_feature_terms(make_model):
+    terms = DetailLoss(LOSS, None)(make_model().train(), smooth_images(2), smooth_images(2), 1.0)
+    assert terms.keys() == {"mse", "l1", "pixel_nll", "kl", "kl_detail", "total"}
+
+
+# ------------------------------------------------------------------------------------------------ from a file
+
+
+def save(network, path, **changes):
+    contents = {"settings": as_dict(network.settings), "model": network.state_dict(), **changes}
+    engine.save_checkpoint(path, vae_model.KIND, contents)
+    return path
+
+
+LOAD = """
+import sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from vae_model import load_detail_vae
+images = torch.from_numpy(np.load(sys.argv[3]))
+model = load_detail_vae(sys.argv[2])
+assert not model.training
+with torch.inference_mode():
+    np.savez(sys.argv[4], *model(images))
+"""
+
+
+def test_a_saved_model_says_the_same_in_a_new_process(make_model, tmp_path):
+    model, images = shake(make_model(detail_channels=3, skips=True)), smooth_images(2)
+    model.train()(images)  # running statistics are part of the model
+    path = save(model.eval(), tmp_path / "model.pth")
+    np.save(tmp_path / "images.npy", images.numpy())
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(ROOT), str(path), str(tmp_path / "images.npy"), str(tmp_path / "out.npz")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        expected = model(images)
+    with np.load(tmp_path / "out.npz") as got:
+        for number, tensor in enumerate(expected):
+            np.testing.assert_allclose(got[f"arr_{number}"], tensor.numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_model_with_features_comes_back_with_their_scale(make_model, tmp_path):
+    model, images = make_model("efficientnet_lite0"), smooth_images(2)
+    model.fit_feature_scale([images])
+    path = save(model.eval(), tmp_path / "model.pth")
+    loaded = vae_model.load_detail_vae(path)
+    for a, b in zip(loaded.describe(images)[1:], model.describe(images)[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_file_that_does_not_hold_the_model_is_refused(make_model, tmp_path):
+    model = make_model()
+    engine.save_checkpoint(tmp_path / "other.pth", "classifier", {})
+    with pytest.raises(InputError, match="holds a 'classifier'; expected a 'detail_vae'"):
+        vae_model.load_detail_vae(tmp_path / "other.pth")
+    wider = {**as_dict(model.settings), "base_channels": 8}
+    with pytest.raises(InputError, match="do not fit its own architecture"):
+        vae_model.load_detail_vae(save(model, tmp_path / "wider.pth", settings=wider))
+
+
+INCOMPLETE = pytest.mark.xfail(reason="detail_vae_from_checkpoint does not ask for what it needs", strict=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"settings": None}, marks=INCOMPLETE),
+        pytest.param({"model": None}, marks=INCOMPLETE),
+        {"settings": {"latent_dim": 0}},
+    ],
+    ids=["no settings", "no weights", "odd settings"],
+)
+def test_a_file_with_parts_missing_is_refused_in_a_sentence(make_model, tmp_path, changes):
+    with pytest.raises(InputError) as caught:
+        vae_model.load_detail_vae(save(make_model(), tmp_path / "part.pth", **changes))
+    assert str(caught.value).endswith(".")
