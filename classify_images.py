@@ -63,12 +63,11 @@ def main(settings: config.ClassifySettings) -> None:
 
 
 def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime: engine.Runtime) -> Iterator[Classified]:
-    """One result a file, in the order of the paths; memory does not grow with their number."""
+    """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n."""
     for batch in data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size):
-        detections = detector.detect(runtime.put(batch.images)) if len(batch.images) else []
-        found = {path: Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)}
-        found |= {path: Classified(path, None, reason) for path, reason in batch.errors}
-        yield from (found[path] for path in sorted(found))
+        detections = detector.detect(runtime.put(batch.images), paint=False) if len(batch.images) else []
+        yield from (Classified(path, None, reason) for path, reason in batch.errors)
+        yield from (Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True))
 
 
 def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8) -> list[Classified]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import math
 import os
 import sys
@@ -150,7 +151,7 @@ class ModelSettings(Settings):
     detail_channels: int = setting(16, "Channels of the detail latent map (a place for every 32 px).", minimum=1, maximum=512)
     base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
     skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
-    skip_noise: float = setting(0.2, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
+    skip_noise: float = setting(0.05, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
     backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
 
 
@@ -159,7 +160,7 @@ class LossSettings(Settings):
     mse_weight: float = setting(1.0, "Weight of the squared pixel error.", minimum=0.0)
     l1_weight: float = setting(1.0, "Weight of the absolute pixel error.", minimum=0.0)
     perceptual_weight: float = setting(0.1, "Weight of the VGG16 perceptual term; 0 switches it off (no weights needed).", minimum=0.0)
-    perceptual_crop_px: int = setting(64, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=0)
+    perceptual_crop_px: int = setting(48, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=0)
     vgg16_weights: str = setting("", "File with torchvision's VGG16 weights; empty means look in the cache, then fetch.")
     kl_weight: float = setting(0.001, "Weight of the global latent's KL divergence, in nats per latent variable.", minimum=0.0)
     detail_kl_weight: float = setting(0.001, "Weight of the detail latent's KL divergence, in nats per latent variable.", minimum=0.0)
@@ -167,8 +168,9 @@ class LossSettings(Settings):
     feature_weight: float = setting(1.0, "Weight of the squared error of predicted features.", minimum=0.0)
     likelihood_weight: float = setting(0.5, "Weight of the Gaussian likelihood that trains the features' predicted variance.", minimum=0.0)
     pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
-    pixel_crop_px: int = setting(128, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
-    pixel_share: float = setting(0.5, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
+    pixel_crop_px: int = setting(96, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
+    pixel_share: float = setting(1.0, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
+    repair_weight: float = setting(4.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
 
@@ -189,8 +191,8 @@ class MapSettings(Settings):
 @dataclass(frozen=True)
 class OptimiserSettings(Settings):
     epochs: int = setting(0, "Passes over the training images; 0 takes as many as show train_samples of them.", unit="epochs", minimum=0)
-    batch_size: int = setting(8, "Images in one optimizer step.", unit="images", minimum=1)
-    learning_rate: float = setting(0.001, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
+    batch_size: int = setting(4, "Images in one optimizer step.", unit="images", minimum=1)
+    learning_rate: float = setting(0.003, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
     weight_decay: float = setting(0.0001, "Decoupled weight decay of AdamW.", minimum=0.0)
     gradient_clip: float = setting(1.0, "Largest gradient norm.", minimum=0.0)
     patience: int = setting(0, "Stop after this many validations without a better one; 0 never stops early.", minimum=0)
@@ -201,9 +203,10 @@ class OptimiserSettings(Settings):
 @dataclass(frozen=True)
 class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
-    train_samples: int = setting(5000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
+    train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Augmented variants of each training image; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
     drawn_defects: float = setting(0.5, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
+    validate_every: int = setting(0, "Epochs between validations; 0 validates after about every 300 training images.", unit="epochs", minimum=0)
     picture_every: int = setting(20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1)
 
 
@@ -245,6 +248,99 @@ class SupervisedDataSettings(Settings):
     stretch_frac: float = setting(0.04, "Largest stretch of a training plot along each axis, either way.", unit="fraction", minimum=0.0, maximum=0.3)
     shift_frac: float = setting(0.02, "Largest shift of a training plot along each axis, either way.", unit="fraction", minimum=0.0, maximum=0.3)
     line_jitter: float = setting(0.3, "Largest share of a one-pixel thicker line blended into a training plot.", unit="fraction", minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class GeneratedDataSettings(Settings):
+    generated_home: int = setting(300, "Series of each class generated in the style of the home plots and mixed into training, where the classes are betise's nine kinds.", unit="series", minimum=0)
+    generated_present: int = setting(150, "Series of each class generated with betise's present parameters and mixed into training.", unit="series", minimum=0)
+    fresh_per_class: int = setting(20, "Series of each class with betise's present parameters kept for a validation of their own.", unit="series", minimum=0)
+    real_share: float = setting(0.5, "Share of an epoch's plots that come from the data set, the others are generated ones.", unit="fraction", minimum=0.01, maximum=1.0)
+    epoch_samples: int = setting(0, "Plots shown in one epoch; 0 shows each plot of the data set once.", unit="plots", minimum=0)
+
+
+@dataclass(frozen=True)
+class ClassifierModelSettings(Settings):
+    latent_dim: int = setting(128, "Length of the latent vector.", minimum=1, maximum=4096)
+    widths: tuple[int, ...] = setting((32, 64, 128, 256), "Channels of the encoder at a quarter of the side, an eighth and so on.", minimum=4, maximum=1024)
+    blocks: int = setting(1, "Residual blocks of the encoder at each resolution.", minimum=1, maximum=8)
+    profile_channels: int = setting(48, "Channels of the branch that reads the trace column by column; 0 leaves it out.", minimum=0, maximum=512)
+    ink: bool = setting(True, "Let the encoder see the distance from white instead of three colours.")
+    dropout: float = setting(0.2, "Share of latent means silenced before the classifier head in training.", unit="fraction", minimum=0.0, maximum=0.9)
+    decoder_widths: tuple[int, ...] = setting((96, 64, 48, 32), "Channels of the decoder, from its coarsest grid to a quarter of the side.", minimum=4, maximum=1024)
+    reconstruction_size: int = setting(224, "Side of the reconstruction, whatever the encoder sees.", unit="px", minimum=32, maximum=1024, multiple_of=32)
+
+
+@dataclass(frozen=True)
+class ClassifierLossSettings(Settings):
+    reconstruction_weight: float = setting(1.0, "Weight of the reconstruction error, which is 1 for the mean training plot.", minimum=0.0)
+    kl_weight: float = setting(1.0, "Weight of the KL divergence, in nats per latent variable.", minimum=0.0)
+    class_weight: float = setting(1.0, "Weight of the cross-entropy in nats.", minimum=0.0)
+    ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared and absolute error in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
+    reconstruction_share: float = setting(0.25, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
+    label_smoothing: float = setting(0.1, "Probability moved from the true class to all classes.", unit="fraction", minimum=0.0, maximum=0.9)
+    mixup_alpha: float = setting(0.0, "Beta distribution's parameter of mixing two plots and their labels; 0 never mixes.", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class TrainClassifierSettings(ClassifierLossSettings, ClassifierModelSettings, GeneratedDataSettings, SupervisedDataSettings, RunSettings):
+    epochs: int = setting(30, "Passes over the training plots.", unit="epochs", minimum=1)
+    batch_size: int = setting(32, "Plots in one optimizer step.", unit="plots", minimum=1)
+    learning_rate: float = setting(0.002, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
+    warmup_frac: float = setting(0.1, "Share of the steps over which the learning rate rises.", unit="fraction", minimum=0.0, maximum=0.9)
+    weight_decay: float = setting(0.05, "Decoupled weight decay of AdamW.", minimum=0.0)
+    gradient_clip: float = setting(1.0, "Largest gradient norm.", minimum=0.0)
+    ema_decay: float = setting(0.998, "Decay per step of the running average of weights that is validated and kept; 0 keeps the plain weights.", minimum=0.0, maximum=0.99999)
+    precision: str = setting("auto", "Number format of the forward pass; auto takes float32 on CPU.", choices=("auto", "float32", "bfloat16"))
+    flips_at_test: bool = setting(True, "Average the prediction over the plot, backwards, upside down and both, in validation and test.")
+    target_false_alarms: float = setting(0.05, "Share of plots of the known kinds that may be called none of these.", unit="fraction", minimum=0.0001, maximum=0.5)
+    picture_every: int = setting(5, "Write a reconstruction picture every so many epochs, and after the last.", unit="epochs", minimum=1)
+    bootstrap: int = setting(1000, "Resamples behind each 95 % interval.", minimum=0)
+    resume: bool = setting(False, "Go on from the last checkpoint in the output folder.")
+
+
+@dataclass(frozen=True)
+class InferClassifierSettings(RunSettings):
+    inputs: tuple[str, ...] = setting((), "Images, CSV series, folders of them (searched recursively) or quoted globs.", positional="*")
+    model: str = setting("vae_models/best_vae_classifier.pth", "Checkpoint written by train_vae_classifier.py.")
+    batch_size: int = setting(32, "Plots in one forward pass.", unit="plots", minimum=1)
+    flips: str = setting("auto", "Average over four flips of a plot; auto does as the model was calibrated.", choices=("auto", "on", "off"))
+    pictures: bool = setting(True, "Write a picture of original, reconstruction and class probabilities.")
+    max_pictures: int = setting(200, "Pictures written at most, those of the first plots.", unit="pictures", minimum=0)
+    encode: bool = setting(False, "Also write the latent means of every plot as results/latent/latent.csv.")
+    scatter: str = setting("none", "Also draw the latent means of all plots in two dimensions, coloured by predicted class.", choices=("none", "pca", "tsne"))
+    generate: str = setting("", "Generate plots of this class as a picture; needs no inputs.")
+    interpolate: bool = setting(False, "Draw the way through latent space from the first plot to the second; takes exactly two.")
+    n_pictured: int = setting(8, "Plots that --generate and --interpolate draw.", unit="plots", minimum=2, maximum=64)
+
+
+CLASSES = (
+    "collective_anomaly",
+    "contextual_anomaly",
+    "deterministic_trend",
+    "mean_shift",
+    "point_anomaly",
+    "stochastic_trend",
+    "trend_shift",
+    "variance_shift",
+    "volatility",
+)
+"""The nine kinds of series; a data set may have other classes."""
+LATENT_DIM = ClassifierModelSettings.latent_dim
+RECONSTRUCTION_WEIGHT = ClassifierLossSettings.reconstruction_weight
+KL_WEIGHT = ClassifierLossSettings.kl_weight
+CLASS_WEIGHT = ClassifierLossSettings.class_weight
+EPOCHS = TrainClassifierSettings.epochs
+BATCH_SIZE = TrainClassifierSettings.batch_size
+LEARNING_RATE = TrainClassifierSettings.learning_rate
+IMAGE_SIZE = SupervisedDataSettings.image_size
+
+
+def __getattr__(name: str):
+    """``config.DEVICE``, for notebooks: found out when it is first asked for, so that flags and --help need no torch."""
+    if name != "DEVICE":
+        raise AttributeError(f"module 'config' has no attribute {name!r}")
+    return "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

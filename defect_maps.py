@@ -30,14 +30,20 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual=None) -> tuple[dict[str, Tensor], DetailOutput]:
+FEATURE_MAPS = {"feature", "likelihood"}
+"""Maps that need no reconstruction in pixels."""
+
+
+def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual=None, paint: bool = True) -> tuple[dict[str, Tensor], DetailOutput]:
     """Every map whose share is above 0, by name, each (B, 1, H, W) and at least 0; and what the model said.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         perceptual: a ``PerceptualLoss``, needed only where ``map_perceptual`` is above 0.
+        paint: reconstruct pixels even where no map needs them.
     """
-    output = model.describe(images)
+    shares = map_shares(settings, model.n_features > 0)
+    output = model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(shares))
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
@@ -45,7 +51,7 @@ def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual
         "feature": lambda: _to_size(feature_error(output), images),
         "likelihood": lambda: _to_size(feature_likelihood(output), images),
     }
-    return {name: makers[name]().float() for name in map_shares(settings, model.n_features > 0)}, output
+    return {name: makers[name]().float() for name in shares}, output
 
 
 def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
@@ -174,7 +180,7 @@ class Detection(NamedTuple):
     p_value: float
     label: str  # "good" or "defective"
     defect_map: np.ndarray  # float32 (H, W) at the network's input size; 1 is the top 0.1 % of good pixels
-    reconstruction: np.ndarray  # float32 (3, H, W) in [0, 1]
+    reconstruction: np.ndarray | None  # float32 (3, H, W) in [0, 1]; None where it was not asked for
 
 
 @dataclass
@@ -199,16 +205,16 @@ class Detector:
     def resize(self) -> str:
         return self.settings["resize"]
 
-    def refined_maps(self, images: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Smoothed raw maps by name, each (B, H, W), and reconstructions (B, 3, H, W), of images (B, 3, H, W)."""
+    def refined_maps(self, images: Tensor, paint: bool) -> tuple[dict[str, np.ndarray], list[np.ndarray | None]]:
+        """Smoothed raw maps by name, each (B, H, W), and with ``paint`` reconstructions, of images (B, 3, H, W)."""
         self.model.eval()
         with torch.inference_mode():
-            raw, output = raw_maps(self.model, images, self.maps, self.perceptual)
+            raw, output = raw_maps(self.model, images, self.maps, self.perceptual, paint)
         smooth = {
             name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()])
             for name, maps in raw.items()
         }
-        return smooth, output.vae.reconstruction.float().cpu().numpy()
+        return smooth, list(output.vae.reconstruction.float().cpu().numpy()) if paint else [None] * len(images)
 
     def fuse(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
         """The weighted mean of the maps after each is brought to its scale, (B, H, W)."""
@@ -216,14 +222,14 @@ class Detector:
         scaled = (share * (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, share in shares.items())
         return sum(scaled).astype(np.float32)
 
-    def detect(self, images: Tensor) -> list[Detection]:
-        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device."""
-        smooth, reconstructions = self.refined_maps(images)
+    def detect(self, images: Tensor, paint: bool = True) -> list[Detection]:
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; ``paint`` adds reconstructions."""
+        smooth, reconstructions = self.refined_maps(images, paint)
         return [self._judge(*pair) for pair in zip(self.fuse(smooth, self.calibration.scales), reconstructions, strict=True)]
 
     def _judge(self, defect_map: np.ndarray, reconstruction: np.ndarray) -> Detection:
         score = image_score(defect_map, self.maps.top_frac)
-        label = "defective" if score > self.calibration.threshold else "good"
+        label = "good" if score <= self.calibration.threshold else "defective"  # so that a map that is not a number is no pass
         return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label, defect_map, reconstruction)
 
 
@@ -231,7 +237,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W)."""
     collected: dict[str, list[np.ndarray]] = {}
     for images in batches:
-        for name, maps in detector.refined_maps(images)[0].items():
+        for name, maps in detector.refined_maps(images, paint=False)[0].items():
             collected.setdefault(name, []).extend(maps)
     smooth = {name: np.stack(maps) for name, maps in collected.items()}
     scales = {name: _scale(maps) for name, maps in smooth.items()}
@@ -252,7 +258,7 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     Raises:
         InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
     """
-    contents = load_checkpoint(path, KIND)
+    contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     settings = contents["settings"]
     maps = from_dict(MapSettings, settings)
     model = detail_vae_from_checkpoint(contents, path).to(device)

@@ -38,7 +38,7 @@ class Run:
     runtime: engine.Runtime
     folder: data_loader.MVTecFolder
     training: data_loader.GoodImages
-    held_out: list[Tensor]  # batches of good images (B, 3, S, S)
+    held_out: list[tuple[Tensor, Tensor | None]]  # good images (B, 3, S, S) and their features (B, C, S/8, S/8)
     model: DetailVAE
     loss: DetailLoss
     features: FeatureCache
@@ -91,9 +91,10 @@ def prepare(settings: config.TrainSettings) -> Run:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = runtime.put_model(DetailVAE(settings))
     model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
+    held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, list(held.images.split(settings.batch_size)), model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(settings, runtime, folder, training, held_out, model, DetailLoss(settings, perceptual), features, epochs)
 
 
 def warn(sentences: list[str]) -> None:
@@ -117,18 +118,33 @@ def train(run: Run) -> list[dict]:
             loader.sampler.set_epoch(epoch)
             kl_scale = min(1.0, epoch / s.kl_warmup_epochs) if s.kl_warmup_epochs else 1.0
             trained = engine.train_epoch(run.model, ticking(loader, bar), training_terms(run, kl_scale), optimizer, scheduler, runtime, s.gradient_clip)
-            validated = validate(run)
-            run.history.append({"epoch": epoch, **prefixed("train", trained), **prefixed("val", validated)})
-            is_best = keep_if_best(run, epoch, validated["total"])
-            save_last(run, optimizer, scheduler)
+            run.history.append({"epoch": epoch, **prefixed("train", trained)})
+            line = f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}"
+            if epoch % validate_every(run) == 0 or epoch == run.epochs:
+                line += check_in(run, epoch, optimizer, scheduler)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth")
             if epoch % s.picture_every == 0 or epoch == run.epochs:
                 write_pictures(run, epoch)
-            bar.write(epoch_line(run, epoch, trained, validated, is_best), file=sys.stderr)
+            bar.write(line, file=sys.stderr)
             if s.patience and epoch - run.best_epoch >= s.patience:
                 break
     return run.history
+
+
+def validate_every(run: Run) -> int:
+    """Epochs between validations: as set, or so many that about 300 training images lie between two."""
+    return run.settings.validate_every or max(1, round(300 / len(run.training)))
+
+
+def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) -> str:
+    """Validate and keep what is worth keeping; returns the rest of the epoch's line."""
+    validated = validate(run)
+    run.history[-1].update(prefixed("val", validated))
+    is_best = keep_if_best(run, epoch, validated["total"])
+    save_last(run, optimizer, scheduler)
+    shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
+    return f"  validation {validated['total']:.4f}  ({shown}){'  best' if is_best else ''}"
 
 
 def ticking(loader, bar: tqdm) -> Iterator[data_loader.TrainSample]:
@@ -146,7 +162,7 @@ def training_terms(run: Run, kl_scale: float):
         clean = run.features(keys, images)
         # a sample without a drawn defect is its own clean image
         actual = run.features([~key if mask.any() else key for key, mask in zip(keys, batch.defect_mask, strict=True)], corrupted)
-        return run.loss(run.model, images, corrupted, kl_scale, clean, actual), len(images)
+        return run.loss(run.model, images, corrupted, kl_scale, batch.defect_mask, clean, actual), len(images)
 
     return terms
 
@@ -154,9 +170,9 @@ def training_terms(run: Run, kl_scale: float):
 def validate(run: Run) -> dict[str, float]:
     """Mean loss terms on the held-out good images, with the same random crops at every epoch."""
 
-    def terms(images: Tensor) -> tuple[dict[str, Tensor], int]:
-        images = run.runtime.put(images)
-        return run.loss(run.model, images, images, 1.0), len(images)
+    def terms(batch: tuple[Tensor, Tensor | None]) -> tuple[dict[str, Tensor], int]:
+        images, features = batch
+        return run.loss(run.model, images, images, 1.0, clean=features), len(images)
 
     with torch.random.fork_rng():
         torch.manual_seed(run.settings.seed)
@@ -167,11 +183,6 @@ def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def epoch_line(run: Run, epoch: int, trained: dict, validated: dict, is_best: bool) -> str:
-    shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
-    return f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}  validation {validated['total']:.4f}  ({shown}){'  best' if is_best else ''}"
-
-
 # ----------------------------------------------------------------------------------- what is kept of a run
 
 
@@ -180,7 +191,7 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
     maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
     perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
     detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
-    detector.calibration = defect_maps.calibrate(detector, (run.runtime.put(batch) for batch in run.held_out))
+    detector.calibration = defect_maps.calibrate(detector, (images for images, _ in run.held_out))
     return detector
 
 
@@ -203,7 +214,7 @@ def model_contents(run: Run, calibration: defect_maps.Calibration) -> dict:
 
 def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
     """Write models/best_model.pth when the validation loss is the lowest so far."""
-    if loss >= run.best:
+    if not loss < run.best:  # also where it is not a number
         return False
     run.best, run.best_epoch = loss, epoch
     save_model(run, "best_model.pth")

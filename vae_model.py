@@ -24,7 +24,10 @@ from perceptual_loss import load_backbone
 
 KIND = "detail_vae"
 LOGVAR_RANGE = (-8.0, 8.0)
-LATENT_STRIDE = 32
+BATCH_NORM_MOMENTUM = 0.05
+"""Small, because a step sees few images (Ioffe & Szegedy 2015 leave it open; torch takes 0.1)."""
+GATE_SHARPNESS = 4.0
+"""Slope of a skip's gate against the surprise."""
 FEATURE_STRIDE = 8
 
 
@@ -42,7 +45,7 @@ class DetailOutput(NamedTuple):
     """What ``DetailVAE.describe`` returns; C = channels of the backbone's grid, None without a backbone."""
 
     vae: VAEOutput
-    pixel_logvar: Tensor  # (B, 1, H, W)
+    pixel_logvar: Tensor | None  # (B, 1, H, W), None where the pixel branch did not run
     features: Tensor | None  # (B, C, H/8, W/8) standardised features of the input
     feature_mu: Tensor | None  # (B, C, H/8, W/8) predicted from the latents alone
     feature_logvar: Tensor | None  # (B, C, H/8, W/8)
@@ -53,7 +56,7 @@ class DetailOutput(NamedTuple):
 
 def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution and batch normalisation; the bias is left to the normalisation."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out))
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out, momentum=BATCH_NORM_MOMENTUM))
 
 
 class ResidualBlock(nn.Module):
@@ -105,13 +108,16 @@ class DetailEnhancement(nn.Module):
 class GatedSkip(nn.Module):
     """A skip connection that closes where the features came as a surprise.
 
-    In training the normalised skip gets noise, so that the decoder leans on the latents.
+    Two factors open it: one learned from what is decoded and the surprise, and one that falls with the surprise by
+    construction, at a learned level, so that a defect unlike all drawn ones closes it too. In training the
+    normalised skip gets noise, so that the decoder leans on the latents.
     """
 
     def __init__(self, channels: int, noise: float):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.norm = nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM, affine=False)
         self.gate = nn.Sequential(nn.Conv2d(channels + 1, channels, 1), nn.SiLU(), nn.Conv2d(channels, 1, 3, padding=1))
+        self.level = nn.Parameter(torch.tensor(1.2))  # good places lie near log(2), see feature_surprise
         self.mix = conv_norm(channels, channels)
         self.noise = noise
 
@@ -120,7 +126,7 @@ class GatedSkip(nn.Module):
         if self.training and self.noise:
             skip = skip + self.noise * (12**0.5) * (torch.rand_like(skip) - 0.5)
         surprise = F.interpolate(surprise, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1)))
+        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1))) * torch.sigmoid(GATE_SHARPNESS * (self.level - surprise))
         return decoded + self.mix(openness * skip)
 
 
@@ -204,7 +210,8 @@ class DetailVAE(nn.Module):
             total, square = total + grid.sum((0, 2, 3)), square + (grid**2).sum((0, 2, 3))
             count += grid.shape[0] * grid.shape[2] * grid.shape[3]
         mean = total / count
-        std = (square / count - mean**2).clamp_min(1e-12).sqrt().clamp_min(1e-4)
+        std = (square / count - mean**2).clamp_min(1e-12).sqrt()
+        std = torch.maximum(std, 0.01 * std.mean()).clamp_min(1e-4)  # a channel at rest here may wake on a defect
         self.feature_mean.copy_(mean.float().view(1, -1, 1, 1))
         self.feature_std.copy_(std.float().view(1, -1, 1, 1))
 
@@ -245,14 +252,21 @@ class DetailVAE(nn.Module):
         mean, pixel_logvar = self.pixel_head(x).split((3, 1), 1)
         return torch.sigmoid(mean), pixel_logvar.clamp(*LOGVAR_RANGE)
 
-    def describe(self, images: Tensor, features: Tensor | None = None) -> DetailOutput:
-        """Everything the model says of images (B, 3, H, W) in [0, 1]; ``features`` where already computed."""
+    def describe(self, images: Tensor, features: Tensor | None = None, paint: bool = True) -> DetailOutput:
+        """Everything the model says of images (B, 3, H, W) in [0, 1].
+
+        Args:
+            features: their standardised features, where already computed.
+            paint: run the pixel branch; without it reconstruction and pixel_logvar are None, for a third of the time.
+        """
         features = self.grid_features(images) if features is None else features
         mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
         trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
-        surprise = feature_surprise(features, feature_mu, feature_logvar, trunk)
-        reconstruction, pixel_logvar = self.decode_pixels(trunk, images, surprise)
+        reconstruction = pixel_logvar = None
+        if paint:
+            surprise = feature_surprise(features, feature_mu, feature_logvar, trunk)
+            reconstruction, pixel_logvar = self.decode_pixels(trunk, images, surprise)
         vae = VAEOutput(reconstruction, mu, logvar, detail_mu, detail_logvar)
         return DetailOutput(vae, pixel_logvar, features, feature_mu, feature_logvar)
 
@@ -332,13 +346,20 @@ class DetailLoss:
         self.settings, self.perceptual = settings, perceptual
 
     def __call__(
-        self, model: DetailVAE, images: Tensor, corrupted: Tensor, kl_scale: float, clean: Tensor | None = None, actual: Tensor | None = None
+        self,
+        model: DetailVAE,
+        images: Tensor,
+        corrupted: Tensor,
+        kl_scale: float,
+        defect_mask: Tensor | None = None,
+        clean: Tensor | None = None,
+        actual: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Terms for a batch: what the model makes of ``corrupted`` against the clean ``images``.
 
         Both (B, 3, H, W) in [0, 1]; ``clean`` and ``actual`` are their standardised features where already
-        computed. In training the pixel branch runs on a random crop of some images of the batch (its
-        convolutions are local, so a crop teaches the same for less). Returns a dict of scalars; "total" is the
+        computed. In training, where ``defect_mask`` (B, 1, H, W) is given, the pixel branch runs on a crop of
+        some images of the batch (its convolutions are local, so a crop teaches the same for less). Returns a dict of scalars; "total" is the
         weighted sum of the others.
         """
         clean = model.grid_features(images) if clean is None else clean
@@ -348,9 +369,7 @@ class DetailLoss:
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
         surprise = feature_surprise(actual, feature_mu, feature_logvar, trunk)
-        crop, crop8 = random_window(images, self.settings.pixel_crop_px, self.settings.pixel_share) if model.training else full_window()
-        reconstruction, pixel_logvar = model.decode_pixels(trunk[crop8], corrupted[crop], surprise[crop8])
-        terms = self._pixel_terms(reconstruction, pixel_logvar, images[crop])
+        terms = self._pixel_terms(*self._paint(model, trunk, images, corrupted, surprise, defect_mask))
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
             error = (clean - feature_mu) ** 2
@@ -358,12 +377,22 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
+    def _paint(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, surprise: Tensor, defect_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(reconstruction, pixel log-variance, target, weight of each pixel): crops in training, else whole images."""
+        if not model.training or defect_mask is None:
+            return (*model.decode_pixels(trunk, corrupted, surprise), images, torch.ones_like(images[:, :1]))
+        windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
+        painted = model.decode_pixels(cut(trunk, windows, 1), cut(corrupted, windows, FEATURE_STRIDE), cut(surprise, windows, 1))
+        weight = 1 + self.settings.repair_weight * cut(defect_mask, windows, FEATURE_STRIDE).to(images.device)
+        return (*painted, cut(images, windows, FEATURE_STRIDE), weight)
+
     def _corrupt(self, features: Tensor | None) -> Tensor | None:
         return None if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
 
-    def _pixel_terms(self, reconstruction: Tensor, pixel_logvar: Tensor, target: Tensor) -> dict[str, Tensor]:
-        error = mse(reconstruction, target)
-        terms = {"mse": error.mean(), "l1": mae(reconstruction, target).mean()}
+    def _pixel_terms(self, reconstruction: Tensor, pixel_logvar: Tensor, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
+        scale = (weight / weight.mean()).sqrt()
+        terms = {"mse": mse(scale * reconstruction, scale * target).mean(), "l1": mae(scale**2 * reconstruction, scale**2 * target).mean()}
         squared = ((reconstruction - target) ** 2).mean(1, keepdim=True)
         terms["pixel_nll"] = gaussian_nll(squared.detach(), pixel_logvar)
         if self.perceptual is not None:
@@ -385,23 +414,40 @@ class DetailLoss:
         return sum(weights[name] * term for name, term in terms.items())
 
 
-def full_window() -> tuple[tuple, tuple]:
-    """Index of whole images and of their whole stride-8 maps."""
-    everything = (slice(None),)
-    return everything, everything
+def crop_windows(defect_mask: Tensor, side_px: int, share: float) -> list[tuple[int, int, int, int]]:
+    """(top, left, height, width) in stride-8 places for each of the first images of a batch, a square for each.
+
+    A crop is placed at random around a random pixel of the image's drawn defect (where it has one), so that most
+    crops hold something to repair.
+
+    Args:
+        defect_mask: (B, 1, H, W), above 0 on drawn defects.
+        side_px: side of the crop, a multiple of 8; 0, or more than the image has, takes whole images.
+        share: share of the batch that is cropped and used.
+    """
+    n_used = max(1, round(share * len(defect_mask)))
+    height, width = (length // FEATURE_STRIDE for length in defect_mask.shape[-2:])
+    side = side_px // FEATURE_STRIDE
+    if side <= 0 or side >= min(height, width):
+        return [(0, 0, height, width)] * n_used
+    windows = []
+    for mask in defect_mask[:n_used, 0]:
+        on_defect = torch.nonzero(mask)
+        if len(on_defect):
+            y, x = (on_defect[int(torch.randint(0, len(on_defect), ()))] // FEATURE_STRIDE).tolist()
+            top, left = (place - int(torch.randint(0, side, ())) for place in (y, x))
+        else:
+            top, left = (int(torch.randint(0, length - side + 1, ())) for length in (height, width))
+        windows.append((min(max(top, 0), height - side), min(max(left, 0), width - side), side, side))
+    return windows
 
 
-def random_window(images: Tensor, side_px: int, share: float) -> tuple[tuple, tuple]:
-    """Index of a random square crop (multiples of 8 px) of the first images of a batch, and the same at stride 8."""
-    batch, _, height, width = images.shape
-    first = slice(0, max(1, round(share * batch)))
-    if side_px <= 0 or side_px >= min(height, width):
-        return (first,), (first,)
-    side = max(1, side_px // FEATURE_STRIDE)
-    y, x = (int(torch.randint(0, length // FEATURE_STRIDE - side + 1, ())) for length in (height, width))
-    small = (first, slice(None), slice(y, y + side), slice(x, x + side))
-    large = (*small[:2], *(slice(part.start * FEATURE_STRIDE, part.stop * FEATURE_STRIDE) for part in small[2:]))
-    return large, small
+def cut(maps: Tensor, windows: list[tuple[int, int, int, int]], scale: int) -> Tensor:
+    """One window of each of the first maps, (N, C, h * scale, w * scale); ``scale`` is pixels a stride-8 place."""
+    return torch.stack([
+        each[:, scale * top : scale * (top + height), scale * left : scale * (left + width)]
+        for each, (top, left, height, width) in zip(maps, windows, strict=False)
+    ])
 
 
 class FeatureCache:
@@ -450,4 +496,4 @@ def load_detail_vae(path: Path | str, device: torch.device | str = "cpu") -> Det
     Raises:
         InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
     """
-    return detail_vae_from_checkpoint(load_checkpoint(path, KIND), path).to(device)
+    return detail_vae_from_checkpoint(load_checkpoint(path, KIND, ("settings", "model")), path).to(device)

@@ -18,6 +18,7 @@ from torch import nn
 import engine
 from config import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # said of damaged and foreign files
 RUNTIME = engine.Runtime(torch.device("cpu"))
 
 

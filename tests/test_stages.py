@@ -1,0 +1,353 @@
+"""The DetailVAE stages from end to end on tiny images: what they write, what they promise, how they fail."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import classify_images
+import config
+import data_loader
+import test_vae as test_stage
+import train_with_validation as train_stage
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "image_size": 64, "backbone": "none", "perceptual_weight": 0.0, "base_channels": 4, "epochs": 2, "batch_size": 4,
+    "latent_dim": 8, "detail_channels": 4, "device": "cpu", "picture_every": 2, "validate_every": 1,
+}  # fmt: skip
+
+
+def photograph(rng, scratch=False):
+    """A 64 px picture of soft stripes, with a white line on it where asked, and the mask of the line."""
+    x = np.linspace(0, 6, 64)
+    image = np.stack([np.tile(120 + 40 * np.sin(x + rng.uniform(0, 1)), (64, 1))] * 3, -1) + rng.normal(0, 3, (64, 64, 3))
+    mask = np.zeros((64, 64), np.uint8)
+    if scratch:
+        cv2.line(mask, (10, int(rng.integers(10, 50))), (50, int(rng.integers(10, 50))), 255, 3)
+        image[mask > 0] = 255
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+def make_data(root):
+    rng = np.random.default_rng(0)
+    for folder, count in (("train/good", 12), ("test/good", 4), ("test/scratch", 4)):
+        (root / folder).mkdir(parents=True)
+        for index in range(count):
+            image, mask = photograph(rng, "scratch" in folder)
+            cv2.imwrite(str(root / folder / f"{index:03d}.png"), image)
+            if "scratch" in folder:
+                (root / "ground_truth" / "scratch").mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(root / "ground_truth" / "scratch" / f"{index:03d}_mask.png"), mask)
+    return root
+
+
+def train(data, out, **changes):
+    settings = config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(out), **changes})
+    train_stage.main(settings)
+    return out / "models" / "best_model.pth"
+
+
+def run_cli(script, *arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Output folder of a finished training run."""
+    out = tmp_path_factory.mktemp("out")
+    train(data, out)
+    return out
+
+
+# ------------------------------------------------------------------------------------ what the stages write
+
+
+def test_training_writes_what_the_contract_names(trained):
+    for name in ("models/best_model.pth", "models/last.pth", "models/config.yaml", "metrics/training_curves.png", "metrics/training_history.json",
+                 "reconstructions/train/epoch_2.png", "reconstructions/validation/scratch_epoch_2.png", "reconstructions/validation/good_epoch_2.png"):  # fmt: skip
+        assert (trained / name).stat().st_size > 0, name
+    history = json.loads((trained / "metrics" / "training_history.json").read_text())["epochs"]
+    assert [each["epoch"] for each in history] == [1, 2]
+    assert {"train/total", "val/total", "train/l1", "train/kl", "train/kl_detail"} <= set(history[0])
+
+
+def test_numbered_checkpoints_can_infer(data, tmp_path):
+    train(data, tmp_path, checkpoint_every=1)
+    detector = classify_images.load_detector(tmp_path / "models" / "epoch_0001.pth")
+    assert len(classify_images.classify_folder(data / "test", detector)) == 8
+
+
+def test_test_stage_reports_figures_scores_and_maps(data, trained, tmp_path, capsys):
+    model = trained / "models" / "best_model.pth"
+    test_stage.main(config.DetailTestSettings(model=str(model), data_dir=str(data), output_dir=str(tmp_path), save_maps=True, bootstrap=20, device="cpu"))
+    out = tmp_path / "test_results"
+    rows = list(csv.DictReader((out / "scores.csv").open(encoding="utf-8")))
+    assert list(rows[0]) == ["image", "category", "score", "p_value", "label"]
+    assert {row["image"] for row in rows} == {f"test/{kind}/{i:03d}.png" for kind in ("good", "scratch") for i in range(4)}
+    report = json.loads((out / "metrics" / "test_metrics.json").read_text())
+    assert {"auroc", "average_precision", "f1"} <= set(report["image"])
+    assert {"auroc", "average_precision", "aupro", "f1", "iou", "f1_max", "iou_max"} <= set(report["pixel"])
+    assert {"mse", "psnr", "ssim", "skip_leak"} <= set(report["reconstruction"])
+    assert {"categories", "threshold", "alpha", "false_alarm_rate"} <= set(report)
+    threshold = report["threshold"]
+    for row in rows:
+        assert row["label"] == ("defective" if float(row["score"]) > threshold else "good")
+        assert (out / row["category"] / f"{Path(row['image']).stem}.png").exists()
+        saved = np.load(out / "maps" / row["category"] / f"{Path(row['image']).stem}.npy")
+        assert saved.shape == (64, 64) and saved.dtype == np.float32
+    assert f"{report['image']['auroc']['value']:.3f}" in capsys.readouterr().out
+
+
+def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "deep er").mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    for name in ("it's ä \"quoted\" 名.png", "deep er/wide.jpg", "grey.png"):
+        image, _ = photograph(rng)
+        image = cv2.resize(image, (90, 40)) if "wide" in name else image
+        encoded = cv2.imencode(Path(name).suffix, image[:, :, 0] if "grey" in name else image)[1]
+        (photos / name).write_bytes(encoded.tobytes())
+    white = np.full((64, 64, 3), 255, np.uint8)
+    cv2.imwrite(str(photos / "white.png"), white)
+    (photos / "text.png").write_text("no picture")
+    (photos / "empty.png").write_bytes(b"")
+    settings = config.ClassifySettings(images=(str(photos),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), device="cpu", target_false_alarms=0.5)
+    classify_images.main(settings)
+    rows = {Path(row["image"]).name: row for row in csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8"))}
+    assert len(rows) == 6
+    assert {name for name, row in rows.items() if row["label"] == "error" and row["reason"]} == {"text.png", "empty.png"}
+    assert rows["white.png"]["label"] == "defective"
+    overlays = [path.name for path in (tmp_path / "classification_results" / "overlays").iterdir()]
+    assert any("white" in name for name in overlays)
+    assert "2 unreadable" in capsys.readouterr().out
+
+
+def test_result_does_not_depend_on_batch_size(data, trained):
+    detector = classify_images.load_detector(trained / "models" / "best_model.pth")
+    one, many = (classify_images.classify_folder(data / "test", detector, batch_size=size) for size in (1, 5))
+    assert [each.path for each in one] == [each.path for each in many]
+    np.testing.assert_allclose([each.detection.score for each in one], [each.detection.score for each in many], rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- promises
+
+
+def test_same_seed_gives_same_history_and_scores(data, trained, tmp_path):
+    model = train(data, tmp_path)
+    assert (tmp_path / "metrics" / "training_history.json").read_text() == (trained / "metrics" / "training_history.json").read_text()
+    scores = [[each.detection.score for each in classify_images.classify_folder(data / "test", classify_images.load_detector(path))]
+              for path in (model, trained / "models" / "best_model.pth")]  # fmt: skip
+    assert scores[0] == scores[1]
+
+
+def test_another_seed_gives_another_history(data, trained, tmp_path):
+    train(data, tmp_path, seed=1)
+    assert (tmp_path / "metrics" / "training_history.json").read_text() != (trained / "metrics" / "training_history.json").read_text()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole", epochs=3)
+    validate, calls = train_stage.validate, []
+
+    def interrupted(run):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(run)
+
+    monkeypatch.setattr(train_stage, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "parts", epochs=3)
+    monkeypatch.setattr(train_stage, "validate", validate)
+    train(data, tmp_path / "parts", epochs=3, resume=True)
+    whole, parts = (torch.load(tmp_path / name / "models" / "last.pth", weights_only=True) for name in ("whole", "parts"))
+    assert whole["history"] == parts["history"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
+
+
+def test_nothing_is_fitted_on_the_test_split(data, trained, tmp_path):
+    """With the images of test/good and test/scratch exchanged, checkpoint and calibration stay the same."""
+    shuffled = tmp_path / "data"
+    for path in data.rglob("*.png"):
+        parts = path.relative_to(data).parts
+        if parts[0] == "test":
+            parts = ("test", {"good": "scratch", "scratch": "good"}[parts[1]], parts[2])
+        target = shuffled.joinpath(*parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    model = train(shuffled, tmp_path / "out")
+    original, again = (torch.load(path, weights_only=True) for path in (trained / "models" / "best_model.pth", model))
+    assert original["calibration"] == again["calibration"]
+    for name, value in original["model"].items():
+        assert torch.equal(value, again["model"][name]), name
+
+
+def test_resume_with_other_settings_is_refused(data, trained):
+    with pytest.raises(config.InputError, match="latent_dim"):
+        train(data, trained, latent_dim=9, resume=True)
+
+
+def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+    train(data, tmp_path, epochs=1)
+    before = (tmp_path / "models" / "best_model.pth").read_bytes()
+    monkeypatch.setattr(train_stage.DetailLoss, "_weigh", lambda self, terms, scale: terms["mse"] * float("nan"))
+    with pytest.raises(config.InputError, match="nan"):
+        train(data, tmp_path, epochs=2, resume=True)
+    assert (tmp_path / "models" / "best_model.pth").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_no_data_folder_is_one_sentence(tmp_path):
+    result = run_cli("train_with_validation.py", "--data-dir", tmp_path / "none", "--output-dir", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().count("\n") == 0 and "none" in result.stderr and "expected" in result.stderr
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_too_few_images(tmp_path, count):
+    (tmp_path / "d" / "train" / "good").mkdir(parents=True)
+    for index in range(count):
+        cv2.imwrite(str(tmp_path / "d" / "train" / "good" / f"{index}.png"), photograph(np.random.default_rng(index))[0])
+    with pytest.raises(config.InputError, match="expected 3 or more"):
+        train(tmp_path / "d", tmp_path / "o")
+
+
+def test_broken_training_image_is_skipped_with_a_warning(data, tmp_path, capsys):
+    root = make_data(tmp_path / "d")
+    (root / "train" / "good" / "000.png").write_bytes((root / "train" / "good" / "000.png").read_bytes()[:200])
+    train(root, tmp_path / "o", epochs=1)
+    assert "000.png is skipped" in capsys.readouterr().err
+    assert (tmp_path / "o" / "models" / "best_model.pth").exists()
+
+
+def test_test_folder_without_defects_or_masks(tmp_path, trained):
+    root = make_data(tmp_path / "d")
+    for path in (root / "test" / "scratch").iterdir():
+        path.unlink()
+    settings = config.DetailTestSettings(model=str(trained / "models" / "best_model.pth"), data_dir=str(root), output_dir=str(tmp_path), device="cpu", bootstrap=5)
+    test_stage.main(settings)
+    report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
+    assert "auroc" not in report.get("image", {}) and report["reconstruction"]["psnr"]["value"] > 0
+
+
+def test_mask_of_another_size_and_a_missing_mask(tmp_path, trained, capsys):
+    root = make_data(tmp_path / "d")
+    masks = root / "ground_truth" / "scratch"
+    cv2.imwrite(str(masks / "000_mask.png"), cv2.resize(cv2.imread(str(masks / "000_mask.png"), 0), (200, 200)))
+    (masks / "001_mask.png").unlink()
+    settings = config.DetailTestSettings(model=str(trained / "models" / "best_model.pth"), data_dir=str(root), output_dir=str(tmp_path), device="cpu", bootstrap=5)
+    test_stage.main(settings)
+    assert "001.png has no mask" in capsys.readouterr().err
+    assert (tmp_path / "test_results" / "scratch" / "001.png").exists()
+
+
+def test_unwritable_output_folder(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_cli("train_with_validation.py", "--data-dir", data, "--output-dir", tmp_path / "file", *flags(TINY))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert str(tmp_path / "file") in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"])
+def test_unreadable_checkpoint(tmp_path, data, content):
+    (tmp_path / "m.pth").write_bytes(content)
+    with pytest.raises(config.InputError, match=r"m\.pth"):
+        classify_images.main(config.ClassifySettings(images=(str(data),), model=str(tmp_path / "m.pth"), device="cpu"))
+
+
+def test_training_state_is_no_model(trained, data):
+    with pytest.raises(config.InputError, match="expected a 'detail_vae'"):
+        classify_images.main(config.ClassifySettings(images=(str(data),), model=str(trained / "models" / "last.pth"), device="cpu"))
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(data, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_with_validation.py"), "--data-dir", str(data), "--output-dir", str(tmp_path), *flags({**TINY, "epochs": 10_000})],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "models" / "best_model.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert torch.load(tmp_path / "models" / "last.pth", weights_only=True)["kind"] == "detail_vae_training"
+
+
+def flags(values):
+    return [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+# ------------------------------------------------------------------------------------- help and the README
+
+
+SCRIPTS = {
+    "data_loader.py": config.PreprocessSettings,
+    "train_with_validation.py": config.TrainSettings,
+    "test_vae.py": config.DetailTestSettings,
+    "classify_images.py": config.ClassifySettings,
+    "perceptual_loss.py": config.FetchWeightsSettings,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(script):
+    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "--output-dir" in result.stdout
+
+
+def test_wrong_flag_exits_with_2():
+    result = run_cli("train_with_validation.py", "--epoch", "3")
+    assert result.returncode == 2 and "--epochs" in result.stderr
+
+
+def test_image_size_not_a_multiple_of_32_exits_with_2():
+    result = run_cli("train_with_validation.py", "--image-size", "100")
+    assert result.returncode == 2 and "multiple of 32" in result.stderr
+
+
+def readme_commands():
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+        for command in re.split(r"&&|\n", block):
+            words = shlex.split(command)
+            if words[:1] == ["python"] and words[1] in SCRIPTS:
+                yield words[1:]
+    for cell in re.findall(r"`python ([^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8")):
+        words = shlex.split(cell)
+        if words[0] in SCRIPTS:
+            yield words
+
+
+@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
+def test_readme_commands_are_understood(words):
+    config.parse(SCRIPTS[words[0]], "", words[1:])
+
+
+def test_demo_is_used_when_no_data_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = train_stage.use_demo(config.TrainSettings(output_dir=str(tmp_path), batch_size=3))
+    assert settings.image_size == 128 and settings.batch_size == 3
+    assert len(data_loader.MVTecFolder(settings.data_dir).train_good) >= 50
+    assert "demo" in capsys.readouterr().err
