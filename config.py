@@ -262,12 +262,12 @@ class GeneratedDataSettings(Settings):
 @dataclass(frozen=True)
 class ClassifierModelSettings(Settings):
     latent_dim: int = setting(128, "Length of the latent vector.", minimum=1, maximum=4096)
-    widths: tuple[int, ...] = setting((32, 64, 128, 256), "Channels of the encoder at a quarter of the side, an eighth and so on.", minimum=4, maximum=1024)
+    widths: tuple[int, ...] = setting((24, 64, 128, 256), "Channels of the encoder at a quarter of the side, an eighth and so on.", minimum=4, maximum=1024)
     blocks: int = setting(1, "Residual blocks of the encoder at each resolution.", minimum=1, maximum=8)
     profile_channels: int = setting(48, "Channels of the branch that reads the trace column by column; 0 leaves it out.", minimum=0, maximum=512)
     ink: bool = setting(True, "Let the encoder see the distance from white instead of three colours.")
     dropout: float = setting(0.2, "Share of latent means silenced before the classifier head in training.", unit="fraction", minimum=0.0, maximum=0.9)
-    decoder_widths: tuple[int, ...] = setting((96, 64, 48, 32), "Channels of the decoder, from its coarsest grid to a quarter of the side.", minimum=4, maximum=1024)
+    decoder_widths: tuple[int, ...] = setting((96, 64, 48, 24), "Channels of the decoder, from its coarsest grid to a quarter of the side.", minimum=4, maximum=1024)
     reconstruction_size: int = setting(224, "Side of the reconstruction, whatever the encoder sees.", unit="px", minimum=32, maximum=1024, multiple_of=32)
 
 

@@ -78,17 +78,27 @@ def ssim(reconstruction: torch.Tensor, images: torch.Tensor, data_range: float) 
     return ssim_map(reconstruction, images, data_range)[..., border, border].flatten(1).mean(1)
 
 
-def surviving_contrast(reconstructions: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> float:
-    """Share of a defect's contrast that survives reconstruction: 0 repaired, 1 copied.
+def surviving_contrast(reconstructions: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """How much of a pasted defect a reconstruction keeps: (<x_hat_d - x_hat, x_d - x>, <x_d - x, x_d - x>).
 
-    The least-squares slope <x_hat_d - x_hat, x_d - x> / <x_d - x, x_d - x> over the defect's pixels.
+    The quotient of the two, or of their sums over images, is the least-squares share of the defect's contrast that
+    survives: 0 repaired, 1 copied.
 
     Args:
         reconstructions, images: (2, 3, H, W), first the good image, then the same with a defect pasted in.
         mask: bool (H, W), true on the defect.
     """
     contrast, kept = ((pair[1] - pair[0])[:, mask] for pair in (images, reconstructions))
-    return float((kept * contrast).sum() / (contrast * contrast).sum().clamp_min(1e-12))
+    return float((kept * contrast).sum()), float((contrast * contrast).sum())
+
+
+def surviving_share(pairs: Sequence[tuple[float, float]], n_resamples: int, seed: int) -> dict | None:
+    """The share of contrast that survives over many images, from ``surviving_contrast``, with a bootstrap interval."""
+    kept, contrast = np.asarray(pairs, float).reshape(-1, 2).T
+    if not contrast.sum() > 0:
+        return None
+    interval = bootstrap_interval(lambda index: kept[index].sum() / contrast[index].sum(), len(kept), n_resamples, seed)
+    return figure(kept.sum() / contrast.sum(), interval)
 
 
 def _assert_same_shape(reconstruction: torch.Tensor, images: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ class Results:
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
-    skip_leak: list[float] = field(default_factory=list)
+    skip_leak: list[tuple[float, float]] = field(default_factory=list)
 
 
 def main(settings: config.DetailTestSettings) -> None:
@@ -140,7 +140,7 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
         settings.seed,
     )
     quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
-    leak = evaluation.summarise(results.skip_leak, settings.bootstrap, settings.seed)
+    leak = evaluation.surviving_share(results.skip_leak, settings.bootstrap, settings.seed)
     report["reconstruction"] = {name: figure for name, figure in {**quality, "skip_leak": leak}.items() if figure is not None}
     return {**report, "threshold": calibration.threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
 

@@ -441,3 +441,16 @@ def test_expected_calibration_error_follows_the_definition():
     assert evaluation.expected_calibration_error(probabilities, true) == pytest.approx(expected)
     assert evaluation.expected_calibration_error(np.eye(3), [0, 1, 2]) == 0.0
     assert evaluation.expected_calibration_error(np.zeros((0, 3)), []) is None
+
+
+def test_surviving_share_of_a_copy_a_repair_and_a_half():
+    generator = torch.Generator().manual_seed(3)
+    good = torch.rand(1, 3, 8, 8, generator=generator)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 3:6] = True
+    images = torch.cat([good, good + 0.3 * mask])
+    for share in (0.0, 0.5, 1.0):
+        reconstructions = torch.cat([good - 0.1, good - 0.1 + 0.3 * share * mask])
+        pairs = [evaluation.surviving_contrast(reconstructions, images, mask)] * 4
+        assert evaluation.surviving_share(pairs, 20, 0)["value"] == pytest.approx(share, abs=1e-5)
+    assert evaluation.surviving_share([], 20, 0) is None
