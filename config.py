@@ -180,7 +180,7 @@ class MapSettings(Settings):
     map_pixel: float = setting(0.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
     map_ssim: float = setting(0.0, "Share of the 1 - SSIM map.", minimum=0.0)
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
-    map_feature: float = setting(1.0, "Share of the plain feature error.", minimum=0.0)
+    map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the feature error divided by its predicted variance.", minimum=0.0)
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)

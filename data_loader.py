@@ -696,6 +696,8 @@ def training_loader(
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
         worker_init_fn=_one_thread,
+        # a forked worker inherits OpenCV's thread pool without its threads and can wait for them for ever
+        multiprocessing_context="spawn" if num_workers else None,
     )
 
 
