@@ -279,7 +279,7 @@ def trained(model, n_steps=12):
 
 @pytest.mark.parametrize(("backbone", "skips"), [("none", False), ("efficientnet_lite0", True)])
 def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
-    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01)
+    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01, map_feature=1.0)
     detector = detector_of(trained(make_model(backbone, skips=skips)), maps, n_good=19)
     damaged = good_images(2, seed=8)
     damaged[0, :, 16:28, 36:48] = 1.0

@@ -260,15 +260,17 @@ def test_the_pixel_branch_trains_on_crops_of_all_it_compares(make_model, monkeyp
     monkeypatch.setattr(model, "decode_pixels", watched)
     damaged, mask = images.clone(), mask_of(4, 64, 96, (0, 40, 50), (1, 8, 8))
     damaged[:2] = torch.where(mask[:2] > 0, 1 - images[:2], images[:2])
-    loss = DetailLoss(LOSS.replace(pixel_share=0.5), None)
+    loss = DetailLoss(LOSS.replace(pixel_share=0.5, repair_weight=0.0), None)
     terms = loss(model, images, damaged, 1.0, mask)
+    heavier = DetailLoss(LOSS.replace(pixel_share=0.5, repair_weight=4.0), None)(model, images, damaged, 1.0, mask)
+    assert heavier["mse"] > terms["mse"] and heavier["l1"] > terms["l1"]  # the copied defect counts for more
     trunk, crops, surprise = seen[0]
     assert crops.shape == (2, 3, 32, 32) and trunk.shape[2:] == surprise.shape[2:] == (4, 4)
     expected = sum((images[i] - damaged[i]).square().sum() for i in range(2)) / (2 * 3 * 32 * 32)  # the target is clean
     assert terms["mse"].item() == pytest.approx(expected.item(), rel=1e-4)
     model.eval()
     loss(model, images, damaged, 1.0, mask)
-    assert torch.equal(seen[1][1], damaged)
+    assert torch.equal(seen[-1][1], damaged)
 
 
 # -------------------------------------------------------------------------------------------------- features
