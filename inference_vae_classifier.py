@@ -1,0 +1,283 @@
+"""Name the anomaly in plots and CSV series: a table, pictures and top classes; also draws and walks through the latent space."""
+
+from __future__ import annotations
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.InferClassifierSettings, __doc__)
+
+import csv
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data_loader_supervised as plot_loader
+import engine
+import plots
+import vae_classifier
+from vae_classifier import VAEClassifier, load_vae_classifier
+
+__all__ = ["batch_predict", "load_vae_classifier", "predict", "predict_from_csv", "predict_single_image"]
+
+PREDICTIONS, LATENT = Path("results") / "vae_classifier_predictions", Path("results") / "latent"
+FEW_FILES = 20
+
+
+class Predicted(NamedTuple):
+    """What is said of one file; where it cannot be used, ``error`` says why and the rest is empty."""
+
+    path: Path
+    probabilities: dict[str, float] = {}  # by falling probability  # noqa: RUF012
+    p_value: float = 1.0
+    image: Tensor | None = None  # (3, S, S) in [0, 1] as the network saw it
+    reconstruction: Tensor | None = None  # (3, R, R) in [0, 1]
+    mu: np.ndarray | None = None  # (D,)
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The likeliest class, or "error"."""
+        return "error" if self.error else next(iter(self.probabilities))
+
+    @property
+    def confidence(self) -> float:
+        return 0.0 if self.error else next(iter(self.probabilities.values()))
+
+
+# ---------------------------------------------------------------------------------------- for notebooks
+
+
+def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 32, flips: bool | None = None) -> Iterator[Predicted]:
+    """One result a file, image or CSV, in the order of the paths; memory does not grow with their number.
+
+    Args:
+        flips: average over four flips; None does as the model was calibrated.
+    """
+    runtime = engine.Runtime(torch.device(engine.resolve_device(device)) if isinstance(device, str) else device)
+    paths = [Path(path) for path in paths]
+    place = {path: number for number, path in enumerate(paths)}
+    for batch in plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size):
+        found = [Predicted(path, error=reason) for path, reason in batch.errors]
+        if len(batch.images):
+            found += _judged(batch, model, class_names, runtime, flips)
+        yield from sorted(found, key=lambda each: place[each.path])
+
+
+def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips: bool | None) -> Iterator[Predicted]:
+    said = vae_classifier.judge(model, runtime.put(batch.images), flips)
+    for i, path in enumerate(batch.paths):
+        order = np.argsort(-said.probabilities[i], kind="stable")
+        ranked = {class_names[k]: float(said.probabilities[i, k]) for k in order}
+        yield Predicted(path, ranked, float(said.p_values[i]), batch.images[i], torch.from_numpy(said.reconstruction[i]), said.mu[i])
+
+
+def predict_single_image(image_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", save_visualization: str | Path | None = None) -> tuple[str, dict[str, float], Tensor]:
+    """(class, probabilities by falling size, reconstruction (3, R, R) in [0, 1]) of an image or the plot of a CSV.
+
+    Args:
+        save_visualization: file for the picture of original, reconstruction and classes; none when None.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    found = _one(image_path, model, class_names, device)
+    if save_visualization:
+        write_panel(found, model, Path(save_visualization))
+    return found.name, found.probabilities, found.reconstruction
+
+
+def _one(path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str) -> Predicted:
+    found = next(predict([path], model, class_names, device))
+    if found.error:
+        raise config.InputError(f"{path} {found.error}.")
+    return found
+
+
+def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", output_dir: str | Path | None = None) -> list[tuple[str, str, float]]:
+    """[(name, class, confidence), ...] for every image and CSV below a folder; unreadable ones as ("...", "error", 0.0).
+
+    With ``output_dir``, predictions.csv and a picture of each plot (200 at most) are written there.
+
+    Raises:
+        InputError: there is no such folder, or nothing in it.
+    """
+    paths = plot_loader.find_plots(image_dir)
+    results = predict(paths, model, class_names, device)
+    if output_dir is not None:
+        settings = config.InferClassifierSettings()
+        results = recorded(results, model, Path(output_dir), settings.max_pictures, Tally())
+    base = Path(image_dir) if Path(image_dir).is_dir() else None
+    return [(each.path.relative_to(base).as_posix() if base else each.path.name, each.name, each.confidence) for each in results]
+
+
+def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", save_plot: bool = True, output_dir: str | Path = PREDICTIONS) -> tuple[str, dict[str, float]]:
+    """(class, probabilities by falling size) of a CSV series; its plot is kept as ``output_dir/<stem>_plot.png``.
+
+    Raises:
+        InputError: the CSV cannot be used.
+    """
+    found = _one(csv_path, model, class_names, device)
+    if save_plot:
+        write_picture(Path(output_dir) / f"{Path(csv_path).stem}_plot.png", plot_loader.read_plot(csv_path))
+    return found.name, found.probabilities
+
+
+# ------------------------------------------------------------------------------------- the command line
+
+
+@dataclass
+class Tally:
+    """What the command counts on its way."""
+
+    names: Counter = field(default_factory=Counter)
+    n_unknown: int = 0
+    n_pictures: int = 0
+    picture_s: float = 0.0
+
+
+def main(settings: config.InferClassifierSettings) -> None:
+    """Predict, write predictions.csv and pictures, print top classes or a summary; then what the latent flags ask for."""
+    if not settings.inputs and not settings.generate:
+        raise config.UsageError("No plots given; expected images, CSVs or folders (or --generate CLASS). See inference_vae_classifier.py --help.")
+    device = engine.resolve_device(settings.device)
+    paths = plot_loader.find_plots(settings.inputs) if settings.inputs else []
+    if settings.interpolate and len(paths) != 2:
+        raise config.UsageError(f"--interpolate takes exactly two plots; got {len(paths)}.")
+    model, names = load_vae_classifier(settings.model, device)
+    if settings.generate:
+        write_generated(model, settings)
+    if paths:
+        kept = predict_all(paths, model, names, device, settings)
+        write_latent(kept, model, settings)
+
+
+def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], device: torch.device, settings: config.InferClassifierSettings) -> list[Predicted]:
+    """Predict every file; returns the results without pictures where a latent flag needs them, else nothing."""
+    out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
+    flips = {"auto": None, "on": True, "off": False}[settings.flips]
+    keep, kept, started = settings.encode or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
+    results = recorded(predict(paths, model, names, device, settings.batch_size, flips), model, out, settings.max_pictures if settings.pictures else 0, tally)
+    for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
+        if each.error:
+            tqdm.write(f"warning: {each.path} {each.error}.", file=sys.stderr)
+        if len(paths) <= FEW_FILES:
+            print(top_three(each, model))
+        if keep:
+            kept.append(each if settings.interpolate else each._replace(image=None, reconstruction=None))
+    seconds = time.perf_counter() - started - tally.picture_s
+    print(summary(tally, len(paths), seconds, model))
+    print(f"table: {out / 'predictions.csv'}" + (f"   pictures: {out} ({tally.n_pictures} of {len(paths)}, {tally.picture_s:.1f} s; --max-pictures sets how many)" if tally.n_pictures else ""))
+    return kept
+
+
+def recorded(results: Iterator[Predicted], model: VAEClassifier, out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
+    """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "predicted", "confidence", "p_value", *model.class_names, "reason"])
+        for number, each in enumerate(results, 1):
+            writer.writerow(row(each, model.class_names))
+            tally.names[each.name] += 1
+            tally.n_unknown += is_unknown(each, model)
+            if tally.n_pictures < max_pictures and not each.error:
+                begun = time.perf_counter()
+                write_panel(each, model, out / f"{number:05d}_{each.path.stem}.png")
+                tally.n_pictures += 1
+                tally.picture_s += time.perf_counter() - begun
+            yield each
+
+
+def row(each: Predicted, class_names: Sequence[str]) -> list[str]:
+    if each.error:
+        return [str(each.path), "error", "", "", *[""] * len(class_names), each.error]
+    return [str(each.path), each.name, f"{each.confidence:.6g}", f"{each.p_value:.6g}", *(f"{each.probabilities[name]:.6g}" for name in class_names), ""]
+
+
+def is_unknown(each: Predicted, model: VAEClassifier) -> bool:
+    """Whether the picture is none of the known kinds, at the calibrated rate of false alarms."""
+    return not each.error and each.p_value <= model.calibration.alpha
+
+
+def top_three(each: Predicted, model: VAEClassifier) -> str:
+    if each.error:
+        return f"{each.path}: error: {each.error}"
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in list(each.probabilities.items())[:3])
+    return f"{each.path}: " + (f"none of these (p = {each.p_value:.3f}; nearest: {shown})" if is_unknown(each, model) else f"{shown} (p = {each.p_value:.2f})")
+
+
+def summary(tally: Tally, n_files: int, seconds: float, model: VAEClassifier) -> str:
+    lines = [f"{name:<24s}{tally.names[name]:>7d}" for name in [*model.class_names, "error"] if tally.names[name]] if n_files > FEW_FILES else []
+    alpha, note = model.calibration.alpha, "" if model.calibration.promised else "; too few validation plots to call anything so"
+    lines.append(f"{n_files} files, {tally.names['error']} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s")
+    return "\n".join(lines)
+
+
+def write_panel(each: Predicted, model: VAEClassifier, path: Path) -> None:
+    """Original, reconstruction and class probabilities of one plot."""
+    said = f"none of these (nearest: {each.name})" if is_unknown(each, model) else each.name
+    title = f"{each.path.name}: {said.replace('_', ' ')}, {each.confidence:.1%}, p = {each.p_value:.3f}"
+    plots.save(plots.class_probability_panel(each.image.numpy(), each.reconstruction.numpy(), each.probabilities, title), path)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
+
+
+# ---------------------------------------------------------------------------------------- latent space
+
+
+def write_generated(model: VAEClassifier, settings: config.InferClassifierSettings) -> None:
+    """results/latent/generated_<class>.png: plots drawn from the class's latent Gaussian."""
+    drawn = vae_classifier.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
+    path = Path(settings.output_dir) / LATENT / f"generated_{settings.generate}.png"
+    write_picture(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
+    print(f"{len(drawn)} plots of {settings.generate}: {path}")
+
+
+def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.InferClassifierSettings) -> None:
+    """The table, scatter and interpolation that the flags ask for."""
+    out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
+    if settings.encode:
+        out.mkdir(parents=True, exist_ok=True)
+        write_table(kept, out / "latent.csv")
+        print(f"latent means: {out / 'latent.csv'}")
+    if settings.scatter != "none":
+        points = vae_classifier.project_2d(np.array([each.mu for each in kept]), settings.scatter, settings.seed)
+        plots.save(plots.latent_scatter(points, [label_of(each, model) for each in kept]), out / f"scatter_{settings.scatter}.png")
+        print(f"scatter: {out / f'scatter_{settings.scatter}.png'}")
+    if settings.interpolate:
+        if len(kept) != 2:
+            raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
+        drawn, probabilities = vae_classifier.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
+        write_picture(out / "interpolation.png", vae_classifier.tiled([drawn]))
+        print(f"interpolation: {out / 'interpolation.png'} ({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})")
+
+
+def label_of(each: Predicted, model: VAEClassifier) -> str:
+    """The class whose folder the plot lies in, else the predicted one."""
+    return each.path.parent.name if each.path.parent.name in model.class_names else each.name
+
+
+def write_table(kept: list[Predicted], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "predicted", *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0))])
+        writer.writerows([str(each.path), each.name, *(f"{value:.6g}" for value in each.mu)] for each in kept)
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.InferClassifierSettings, __doc__, main))

@@ -1,0 +1,425 @@
+"""The classifier's two stages from end to end, on tiny drawn plots of three easy classes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import config
+import data_loader_supervised as plot_loader
+import engine
+import inference_vae_classifier as inference
+import series_generator
+import train_vae_classifier as training
+import vae_classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["flat", "jump", "rise"]
+TINY = {"image_size": 64, "widths": (8, 8), "profile_channels": 4, "decoder_widths": (8, 8), "reconstruction_size": 32, "latent_dim": 4}
+N_TRAIN, N_TEST = 8, 3
+
+
+def write_plot(path, kind, rng):
+    """A plot of 100 x 80 px with spines, as a PNG."""
+    x = np.linspace(0, 1, 84)
+    heights = {"flat": 36 + 0 * x, "rise": 60 - 48 * x, "jump": np.where(x > rng.uniform(0.3, 0.7), 16, 56)}[kind] + rng.normal(0, 2, 84)
+    image = np.full((80, 100, 3), 255, np.uint8)
+    image[4:74, 8] = image[73, 8:98] = 0
+    points = np.stack([np.arange(84) + 11, heights.clip(5, 70)], 1).round().astype(np.int32)
+    cv2.polylines(image, [points], False, (180, 119, 31), 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return path
+
+
+def make_data(root):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", N_TRAIN), ("test", N_TEST)):
+        for kind in CLASSES:
+            for i in range(n):
+                write_plot(root / part / kind / f"{i}.png", kind, rng)
+    return root
+
+
+def settings_for(data, out, **changes):
+    values = {**TINY, "data_dir": str(data), "output_dir": str(out), "epochs": 2, "picture_every": 2, "bootstrap": 20, "validation_frac": 0.25, "batch_size": 8}
+    return config.TrainClassifierSettings(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(data set, output folder) of a finished run of two epochs."""
+    root = tmp_path_factory.mktemp("classifier")
+    data = make_data(root / "data_set")
+    training.main(settings_for(data, root / "out"))
+    return data, root / "out"
+
+
+@pytest.fixture
+def model(trained):
+    return inference.load_vae_classifier(trained[1] / training.BEST)[0]
+
+
+def run_inference(*argv):
+    return config.run_script(config.InferClassifierSettings, "Infer.", inference.main, [str(each) for each in argv], prog="inference_vae_classifier.py")
+
+
+def run_training(*argv):
+    return config.run_script(config.TrainClassifierSettings, "Train.", training.main, [str(each) for each in argv], prog="train_vae_classifier.py")
+
+
+def one_sentence(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].endswith(".")
+    return lines[0]
+
+
+def read_rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def series_csv(path, text=None):
+    rng = np.random.default_rng(1)
+    path.write_text(text if text is not None else "data\n" + "\n".join(map(str, rng.normal(size=120).tolist())) + "\n")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_training_leaves_what_it_promises(trained):
+    _, out = trained
+    results = json.loads((out / "results" / "vae_classifier_results.json").read_text())
+    assert {"accuracy", "macro_f1", "macro_precision", "macro_recall"} <= results.keys()
+    assert results["accuracy"].keys() == {"value", "ci95"} and results["scored_on"] == "test" and results["n_images"] == 3 * N_TEST
+    assert set(results["per_class"]) == set(CLASSES) and np.sum(results["confusion_matrix"]) == 3 * N_TEST
+    assert results["validation"]["n_images"] == 6 and "fresh_series" not in results
+    assert results["expected_calibration_error"].keys() == {"before", "after", "temperature"}
+    assert results["reconstruction"]["ssim"]["value"] <= 1
+    for name in ("vae_models/config.yaml", "results/vae_classifier_curves.png", "results/vae_classifier_confusion.png", "reconstructions/vae_classifier_epoch_2.png"):
+        assert (out / name).stat().st_size > 100, name
+    assert not (out / "reconstructions" / "vae_classifier_epoch_1.png").exists()
+
+
+def test_the_history_names_every_number_and_no_time(trained):
+    history = json.loads((trained[1] / "results" / "vae_classifier_history.json").read_text())
+    assert [row["epoch"] for row in history["epochs"]] == [1, 2] and history["best_epoch"] in (1, 2)
+    terms = ("total", "reconstruction", "kl", "classification", "accuracy", "macro_f1", "macro_precision", "macro_recall")
+    assert history["epochs"][0].keys() == {"epoch", *(f"{part}/{term}" for part in ("train", "val") for term in terms)}
+    best = max(history["epochs"], key=lambda row: row["val/macro_f1"])
+    assert history["best_epoch"] == best["epoch"]
+
+
+def test_the_checkpoint_is_enough_for_inference(trained):
+    contents = engine.load_checkpoint(trained[1] / training.BEST, vae_classifier.KIND)
+    assert contents["class_names"] == CLASSES and contents["image_size"] == 64
+    assert contents["settings"]["crop_axes"] is True and list(contents["calibration"]["scores"]) == ["real"]
+    last = engine.load_checkpoint(trained[1] / training.LAST, f"{vae_classifier.KIND}_training")
+    assert {"optimizer", "scheduler", "random", "averaged"} <= last.keys()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothing(trained, tmp_path, monkeypatch):
+    data, out = trained
+    shutil.copytree(data, tmp_path / "data_set")
+    (tmp_path / "data_set" / "test" / "flat").rename(tmp_path / "data_set" / "test" / "other")
+    (tmp_path / "data_set" / "test" / "rise").rename(tmp_path / "data_set" / "test" / "flat")
+    (tmp_path / "data_set" / "test" / "other").rename(tmp_path / "data_set" / "test" / "rise")
+    settings = settings_for(tmp_path / "data_set", tmp_path / "out")
+    save_last = training.save_last
+
+    def stop_after_one(run, *rest):
+        save_last(run, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_last", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(settings)
+    monkeypatch.setattr(training, "save_last", save_last)
+    training.main(settings.replace(resume=True))
+    history = "results/vae_classifier_history.json"
+    assert (tmp_path / "out" / history).read_bytes() == (out / history).read_bytes()
+    ours, theirs = (engine.load_checkpoint(folder / training.BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out))
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert ours["calibration"]["scores"] == theirs["calibration"]["scores"] and ours["calibration"]["temperature"] == theirs["calibration"]["temperature"]
+    confusion = [json.loads((folder / "results" / "vae_classifier_results.json").read_text())["confusion_matrix"] for folder in (tmp_path / "out", out)]
+    assert confusion[0] == [confusion[1][2], confusion[1][1], confusion[1][0]]
+
+
+def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_path, capsys):
+    data, out = trained
+    shutil.copytree(out / "vae_models", tmp_path / "vae_models")
+    flags = ["--data-dir", data, "--resume", "--validation-frac", 0.25, "--output-dir"]
+    assert run_training(*flags, tmp_path, "--image-size", 64) == 1
+    assert "was trained with" in one_sentence(capsys)
+    assert run_training(*flags, tmp_path / "nowhere", "--image-size", 64) == 1
+    assert "no checkpoint at" in one_sentence(capsys)
+
+
+def test_the_average_forgets_its_start_and_follows_statistics():
+    model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    average = training.WeightAverage(model, averaged, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(2.0)
+        model.num_batches_tracked.fill_(5)
+    average.update()
+    assert averaged.weight.tolist() == pytest.approx([1 + 2 * 9 / 11] * 2) and averaged.num_batches_tracked == 5  # (1+1)/(10+1) of the old
+    for _ in range(60):
+        average.update()
+    assert averaged.running_mean.tolist() == pytest.approx([2.0, 2.0])
+
+
+# ---------------------------------------------------------------------------------------------- its data
+
+
+def test_every_real_plot_is_shown_once_an_epoch_and_generated_ones_in_turn():
+    sampler = training.MixedSampler(6, 10, 0.6, 0, seed=3)
+    seen = []
+    for epoch in (1, 2, 3):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert len(keys) == len(sampler) == 10
+        assert sorted(key % 16 for key in keys if key % 16 < 6) == list(range(6))
+        assert {key // 16 for key in keys if key % 16 < 6} == {epoch - 1}
+        seen += [key for key in keys if key % 16 >= 6]
+    assert sorted(key % 16 for key in seen) == sorted([*range(6, 16), *[key % 16 for key in seen if key >= 16]])
+    assert len(set(seen)) == 12
+    again = training.MixedSampler(6, 10, 0.6, 0, seed=3)
+    again.set_epoch(3)
+    assert list(again) == keys
+
+
+@pytest.mark.parametrize(("n_generated", "share", "samples", "expected"), [(0, 0.5, 0, (6, 0)), (10, 1.0, 0, (6, 0)), (10, 0.25, 40, (10, 30)), (10, 0.5, 3, (2, 1))])
+def test_shares_hold_for_any_number_of_samples(n_generated, share, samples, expected):
+    keys = list(training.MixedSampler(6, n_generated, share, samples, seed=0))
+    n_real = sum(key % (6 + n_generated) < 6 for key in keys)
+    assert (n_real, len(keys) - n_real) == expected and len(set(keys)) == len(keys)
+
+
+def fake_plots(job):
+    return np.full((job[3], job[3], 3), 10 * job[2][2] + job[2][3], np.uint8)
+
+
+def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypatch):
+    calls = []
+
+    def serial(work, jobs, num_workers):
+        calls.append(jobs)
+        return map(fake_plots, jobs)
+
+    monkeypatch.setattr(plot_loader, "_in_processes", serial)
+    settings = config.TrainClassifierSettings(image_size=32, generated_home=2, generated_present=1, fresh_per_class=1)
+    mixed_in, fresh = training.make_generated(settings, list(series_generator.KINDS), tmp_path)
+    assert [len(each.labels) for each in mixed_in] == [18, 9] and len(fresh.labels) == 9
+    assert mixed_in[0].labels.tolist() == sorted([*range(9)] * 2)
+    assert (mixed_in[0].images[:, 0, 0, 0] // 10 == mixed_in[0].labels).all()
+    assert [{job[1] for job in jobs} for jobs in calls] == [{"home"}, {"present"}, {"present"}]
+    assert not {job[2] for job in calls[1]} & {job[2] for job in calls[2]}
+    again, _ = training.make_generated(settings, list(series_generator.KINDS), tmp_path)
+    assert len(calls) == 3 and (again[0].images == mixed_in[0].images).all()
+    next(tmp_path.glob("generated_home*")).write_bytes(b"damaged")
+    training.make_generated(settings, list(series_generator.KINDS), tmp_path)
+    training.make_generated(settings.replace(seed=1, generated_home=0, generated_present=0), list(series_generator.KINDS), tmp_path)
+    assert len(calls) == 5 and calls[4][0][2] != calls[2][0][2]
+
+
+def test_a_generated_series_becomes_a_plot_of_the_networks_size():
+    plot = training.draw_generated(("mean_shift", "home", (0, 1, 3, 0), 64, True))
+    assert plot.shape == (64, 64, 3) and plot.dtype == np.uint8 and 5 < (plot.min(2) < 200).sum() < 4000
+    assert (plot == training.draw_generated(("mean_shift", "home", (0, 1, 3, 0), 64, True))).all()
+
+
+def test_other_classes_get_no_generated_plots_and_it_is_said(tmp_path, capsys):
+    mixed_in, fresh = training.make_generated(config.TrainClassifierSettings(data_dir="x"), CLASSES, tmp_path)
+    assert not mixed_in and not len(fresh.labels)
+    assert "no generated plots are mixed in" in capsys.readouterr().err
+
+
+def test_a_broken_plot_is_skipped_and_named(tmp_path, capsys):
+    data = make_data(tmp_path)
+    (data / "train" / "flat" / "1.png").write_bytes(b"broken")
+    read = training.read_data(settings_for(data, tmp_path / "out"))
+    assert len(read.training.labels) + len(read.validation["real"].labels) == 3 * N_TRAIN - 1
+    assert "1.png is skipped: " in capsys.readouterr().err
+
+
+def empty_class(data):
+    shutil.rmtree(data / "train" / "jump")
+    (data / "train" / "jump").mkdir()
+
+
+def one_class(data):
+    for name in ("jump", "rise"):
+        shutil.rmtree(data / "train" / name)
+
+
+def other_test_classes(data):
+    (data / "test" / "jump").rename(data / "test" / "leap")
+
+
+def unreadable_class(data):
+    for path in (data / "train" / "jump").iterdir():
+        path.write_bytes(b"broken")
+
+
+BAD_DATA = {
+    empty_class: "jump holds no image",
+    one_class: "holds 1 class folder(s); expected at least two",
+    other_test_classes: "has leap, which train does not and lacks jump",
+    unreadable_class: "jump holds 0 readable plot(s)",
+    lambda data: shutil.rmtree(data / "train"): "is no folder",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_DATA, ids=lambda spoil: spoil.__name__.strip("<>"))
+def test_a_bad_data_set_is_refused_in_one_sentence(tmp_path, capsys, spoil):
+    data = make_data(tmp_path / "data_set")
+    spoil(data)
+    assert run_training("--data-dir", data, "--output-dir", tmp_path, "--image-size", 32) == 1
+    assert BAD_DATA[spoil] in one_sentence(capsys)
+
+
+def test_fewer_plots_than_a_batch_and_no_test_set_still_train(tmp_path, capsys):
+    data = make_data(tmp_path / "data_set")
+    shutil.rmtree(data / "test")
+    training.main(settings_for(data, tmp_path / "out", epochs=1, batch_size=64, mixup_alpha=0.2, ema_decay=0.0))
+    results = json.loads((tmp_path / "out" / "results" / "vae_classifier_results.json").read_text())
+    assert results["scored_on"] == "validation" and "has no readable test plots" in capsys.readouterr().err
+
+
+def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot_loader, "make_demo", lambda root, progress: root)
+    settings = training.use_demo(config.TrainClassifierSettings(output_dir="out", epochs=3))
+    preset = config.read_yaml(str(ROOT / "configs" / "classifier_demo.yaml"))
+    assert settings.epochs == 3 and settings.image_size == preset["image_size"] and settings.data_dir == str(Path("out/data/demo_series"))
+    assert "built-in demo" in capsys.readouterr().err
+    (tmp_path / "data" / "train" / "good").mkdir(parents=True)  # a folder of DetailVAE's
+    assert training.use_demo(config.TrainClassifierSettings()).data_dir != "data"
+    (tmp_path / "data" / "train" / "flat").mkdir()
+    assert training.use_demo(config.TrainClassifierSettings()) == config.TrainClassifierSettings(data_dir="data")
+
+
+# --------------------------------------------------------------------------------------------- inference
+
+
+def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
+    data, out = trained
+    good_csv, bad_csv, empty = series_csv(tmp_path / "a.csv"), series_csv(tmp_path / "b.csv", "data\n1\n1\n1\n"), series_csv(tmp_path / "c.csv", "")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    noise = tmp_path / "noise.png"
+    noise.write_bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))[1].tobytes())
+    inputs = [data / "test" / "rise", good_csv, bad_csv, tmp_path / "broken.png", empty, noise]
+    assert run_inference(*inputs, "--model", out / training.BEST, "--output-dir", tmp_path, "--max-pictures", 2, "--batch-size", 2) == 0
+    folder = tmp_path / "results" / "vae_classifier_predictions"
+    rows = read_rows(folder / "predictions.csv")
+    assert list(rows[0]) == ["path", "predicted", "confidence", "p_value", *CLASSES, "reason"]
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png", "a.csv", "b.csv", "broken.png", "c.csv", "noise.png"]
+    assert [row["predicted"] == "error" for row in rows] == [False] * 4 + [True] * 3 + [False]
+    assert "constant" in rows[4]["reason"] and "is empty" in rows[6]["reason"] and rows[5]["reason"] and rows[4]["flat"] == ""
+    for row in (rows[0], rows[3]):
+        shares = {name: float(row[name]) for name in CLASSES}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-4) and row["predicted"] == max(shares, key=shares.get)
+        assert float(row["confidence"]) == pytest.approx(max(shares.values()), abs=1e-6) and 0 < float(row["p_value"]) <= 1
+    assert [path.name for path in sorted(folder.glob("*.png"))] == ["00001_0.png", "00002_1.png"]
+    said = capsys.readouterr()
+    assert "8 files, 3 unreadable" in said.out and "plots/s" in said.out and f"{noise}: " in said.out
+    assert "b.csv" in said.err and "Traceback" not in said.err
+
+
+def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, capsys):
+    data, out = trained
+    assert run_inference(data / "train", "--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures") == 0
+    said = capsys.readouterr().out
+    assert f"{3 * N_TRAIN} files, 0 unreadable" in said and "0.png" not in said
+    counted = {line.split()[0]: int(line.split()[1]) for line in said.splitlines() if line.split()[0] in CLASSES}
+    assert sum(counted.values()) == 3 * N_TRAIN
+    assert not list((tmp_path / "results" / "vae_classifier_predictions").glob("*.png"))
+
+
+def test_what_is_flagged_is_said_to_be_none_of_these(model):
+    calibration = model.calibration
+    calibration.alpha = 0.2
+    known, strange = (inference.Predicted(Path("x.png"), {"flat": 0.9, "rise": 0.07, "jump": 0.03}, p) for p in (0.3, 0.2))
+    assert inference.top_three(known, model) == "x.png: flat 90.0%, rise 7.0%, jump 3.0% (p = 0.30)"
+    assert inference.top_three(strange, model) == "x.png: none of these (p = 0.200; nearest: flat 90.0%, rise 7.0%, jump 3.0%)"
+    assert inference.row(strange, CLASSES)[1] == "flat"
+
+
+def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch):
+    data, out = trained
+    monkeypatch.chdir(tmp_path)
+    loaded, class_names = inference.load_vae_classifier(str(out / training.BEST), torch.device("cpu"))
+    path = data / "test" / "jump" / "0.png"
+    predicted, probs, reconstruction = inference.predict_single_image(image_path=str(path), model=loaded, class_names=class_names, device=torch.device("cpu"), save_visualization="result.png")
+    assert predicted == next(iter(probs)) and list(probs.values()) == sorted(probs.values(), reverse=True) and set(probs) == set(CLASSES)
+    assert reconstruction.shape == (3, 32, 32) and Path("result.png").stat().st_size > 1000
+    results = inference.batch_predict(image_dir=data / "test", model=loaded, class_names=class_names, device="cpu", output_dir="batch")
+    assert len(results) == 3 * N_TEST and ("jump/0.png", predicted, pytest.approx(probs[predicted], abs=1e-5)) in results
+    assert len(read_rows(Path("batch/predictions.csv"))) == 3 * N_TEST and len(list(Path("batch").glob("*.png"))) == 3 * N_TEST
+    named, shares = inference.predict_from_csv(csv_path=series_csv(tmp_path / "s.csv"), model=loaded, class_names=class_names, device="cpu", save_plot=True)
+    drawn = Path("results/vae_classifier_predictions/s_plot.png")
+    assert inference.predict_single_image(drawn, loaded, class_names)[0] == named == next(iter(shares))
+    with pytest.raises(config.InputError, match=r"bad\.csv holds a header and no rows"):
+        inference.predict_from_csv(series_csv(tmp_path / "bad.csv", "data\n"), loaded, class_names, "cpu")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "x.png").write_bytes(b"broken")
+    assert inference.batch_predict(tmp_path / "mixed", loaded, class_names, "cpu") == [("x.png", "error", 0.0)]
+
+
+def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, model):
+    paths = sorted((trained[0] / "test").glob("*/*.png"))
+    singly, together = ([(each.path, each.p_value, each.probabilities) for each in inference.predict(paths, model, CLASSES, batch_size=n)] for n in (1, 4))
+    for one, other in zip(singly, together, strict=True):
+        assert one[0] == other[0] and one[1] == other[1] and one[2] == pytest.approx(other[2], abs=1e-5)
+
+
+def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, capsys):
+    data, out = trained
+    flags = ["--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures"]
+    assert run_inference(data / "test", *flags, "--encode", "--scatter", "pca") == 0
+    rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
+    assert len(rows) == 3 * N_TEST and list(rows[0]) == ["path", "predicted", *(f"mu_{i}" for i in range(4))]
+    assert run_inference("--generate", "rise", "--n-pictured", 4, *flags) == 0
+    assert run_inference(data / "test" / "flat" / "0.png", data / "test" / "rise" / "0.png", "--interpolate", "--n-pictured", 5, *flags) == 0
+    shapes = {path.name: cv2.imread(str(path)).shape[:2] for path in (tmp_path / "results" / "latent").glob("*.png")}
+    assert shapes["generated_rise.png"] == (40, 160) and shapes["interpolation.png"] == (40, 200) and "scatter_pca.png" in shapes
+    capsys.readouterr()
+    assert run_inference("--generate", "seasonal", *flags) == 1
+    assert "no class 'seasonal'; expected one of flat, jump, rise" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, "No plots given"),
+        (["{data}/nowhere.png"], 1, "nowhere.png does not exist"),
+        (["{data}/test", "--interpolate"], 2, "--interpolate takes exactly two plots; got 9"),
+        (["{data}/test", "--model", "{data}/none.pth"], 1, "no checkpoint at"),
+        (["{data}/test", "--model", "{detail}"], 1, "holds a 'detail_vae'; expected a 'vae_classifier'"),
+        (["{data}/test", "--scater", "pca"], 2, "did you mean '--scatter'?"),
+    ],
+)
+def test_wrong_usage_is_answered_in_one_sentence(trained, tmp_path, capsys, argv, code, words):
+    data, out = trained
+    engine.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"model": {}})
+    given = [each.format(data=data, detail=tmp_path / "detail.pth") for each in argv]
+    assert run_inference("--model", out / training.BEST, *given, "--output-dir", tmp_path) == code
+    assert words in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("stage", ["train_vae_classifier.py", "inference_vae_classifier.py"])
+def test_help_needs_no_heavy_imports(stage):
+    code = f"import sys, runpy; sys.argv = ['{stage}', '--help']\ntry:\n    runpy.run_path('{ROOT / stage}', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and found.stdout.rstrip().endswith("False False") and "--batch-size" in found.stdout

@@ -1,0 +1,425 @@
+"""The classifier's network, loss, calibration and latent space, on tiny drawn plots."""
+
+import copy
+import math
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import data_loader
+import engine
+import evaluation
+import vae_classifier as vc
+
+TINY = {"latent_dim": 6, "widths": (8, 8, 12), "profile_channels": 6, "decoder_widths": (8, 8, 8), "reconstruction_size": 32}
+BLUE = (31, 119, 180)
+SIDE = 64
+
+
+def draw(heights, side=SIDE, thickness=1):
+    """A plot of heights (in px from the top, one a column) as uint8 side x side x 3."""
+    image = np.full((side, side, 3), 255, np.uint8)
+    points = np.stack([np.linspace(0, side - 1, len(heights)), heights], 1).round().astype(np.int32)
+    for first, second in pairwise(points):
+        cv2.line(image, first.tolist(), second.tolist(), BLUE, thickness)
+    return image
+
+
+def plots_of(kind, n, seed=0):
+    """Plots of three easy kinds: 0 flat with noise, 1 rising, 2 a jump."""
+    rng = np.random.default_rng((seed, kind))
+    x = np.linspace(0, 1, SIDE)
+    shapes = (lambda: 32 + 0 * x, lambda: 52 - 40 * x, lambda: np.where(x > rng.uniform(0.3, 0.7), 15, 49))
+    return np.stack([draw(shapes[kind]() + rng.normal(0, 3, SIDE)) for _ in range(n)])
+
+
+def three_kinds(n, seed=0):
+    images = np.concatenate([plots_of(kind, n, seed) for kind in range(3)])
+    return data_loader.to_tensor(images), torch.arange(3).repeat_interleave(n)
+
+
+def tiny(n_classes=3, **changes):
+    torch.manual_seed(0)
+    return vc.VAEClassifier(config.ClassifierModelSettings(**{**TINY, **changes}), n_classes)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """An untrained model, calibrated on drawn plots."""
+    model = tiny()
+    training, held = three_kinds(20), three_kinds(10, seed=1)
+    model.fit_reconstruction_scale([training[0]])
+    encoded = [vc.encode_plots(model, images.split(16), labels.numpy()) for images, labels in (training, held)]
+    model.calibration = vc.fit_calibration(encoded[0], {"real": encoded[1]}, 3, 0.1, flips=True)
+    return model
+
+
+# ------------------------------------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize(("side", "n_classes", "changes"), [(64, 9, {}), (96, 2, {"profile_channels": 0}), (32, 4, {"ink": False, "blocks": 2})])
+def test_shapes_and_ranges_for_any_side_and_number_of_classes(side, n_classes, changes):
+    output = tiny(n_classes, **changes).eval()(torch.rand(2, 3, side, side))
+    assert [tuple(each.shape) for each in output] == [(2, 3, 32, 32), (2, 6), (2, 6), (2, n_classes)]
+    assert output.reconstruction.min() >= 0 and output.reconstruction.max() <= 1
+    assert output._fields == ("reconstruction", "mu", "logvar", "logits")
+
+
+def test_the_shipped_network_is_small_and_draws_224_px():
+    model = vc.VAEClassifier()
+    assert 2e6 < sum(each.numel() for each in model.parameters()) < 6e6
+    with torch.inference_mode():
+        assert model.eval()(torch.rand(1, 3, 64, 64)).reconstruction.shape == (1, 3, 224, 224)
+    assert model.class_names == list(config.CLASSES)
+
+
+def test_a_decoder_that_cannot_fit_its_side_is_refused():
+    with pytest.raises(config.InputError, match="reconstruction_size is 32; expected a multiple of 64"):
+        tiny(decoder_widths=(4, 4, 4, 4, 4))
+
+
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch():
+    model, images = tiny().eval(), three_kinds(2)[0]
+    with torch.inference_mode():
+        together, alone = model(images), model(images[:1])
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[:1], b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_latent_is_sampled_in_training_only():
+    model, mu = tiny(), torch.zeros(500, 2)
+    assert torch.equal(model.eval().sample(mu, mu), mu)
+    sampled = model.train().sample(mu + 3, torch.full_like(mu, math.log(4.0)))
+    assert abs(sampled.mean() - 3) < 0.3 and abs(sampled.std() - 2) < 0.2
+
+
+def test_ink_is_the_distance_from_white():
+    pixels = torch.tensor([[1.0, 1, 1], [0, 0, 0], [31 / 255, 119 / 255, 180 / 255]]).T.view(1, 3, 1, 3)
+    torch.testing.assert_close(vc.ink_of(pixels).flatten(), torch.tensor([0.0, 1.0, 224 / 255]))
+
+
+# ---------------------------------------------------------------------------------- column by column
+
+
+def test_the_profile_follows_the_trace():
+    heights = 32 + 20 * np.sin(np.linspace(0, 6, SIDE))
+    image = data_loader.to_tensor(draw(heights))
+    profile = vc.column_profile(image)[0]
+    expected = 1 - 2 * heights.round() / (SIDE - 1)
+    assert np.abs(profile[0].numpy() - expected).max() < 3 * 2 / SIDE
+    assert (profile[2] >= profile[0] - 1e-6).all() and (profile[3] <= profile[0] + 1e-6).all()
+    assert (profile[5] == 1).all()
+
+
+def test_grid_lines_and_blank_columns_are_no_trace():
+    image = draw(np.full(SIDE, 20.0))
+    image[40] = 231  # a grid line
+    image[:, 50:] = 255
+    profile = vc.column_profile(data_loader.to_tensor(image))[0]
+    torch.testing.assert_close(profile[0, :50], torch.full((50,), 1 - 2 * 20 / 63))
+    assert profile[:, 50:].abs().max() == 0
+
+
+def test_flipping_a_plot_flips_its_profile():
+    images = three_kinds(1)[0]
+    profile, upside_down, backwards = (vc.column_profile(each) for each in (images, images.flip(2), images.flip(3)))
+    torch.testing.assert_close(backwards, profile.flip(2))
+    torch.testing.assert_close(upside_down[:, [0, 2, 3]], -profile[:, [0, 3, 2]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(upside_down[:, 1], profile[:, 1], atol=1e-3, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def loss_of(**changes):
+    return vc.ClassifierLoss(config.ClassifierLossSettings(**changes))
+
+
+def test_terms_are_named_and_total_is_their_weighted_sum():
+    images, labels = three_kinds(2)
+    terms = loss_of(reconstruction_weight=2.0, kl_weight=3.0, class_weight=5.0)(tiny().eval(), images, labels)
+    assert set(terms) == {"reconstruction", "kl", "classification", "total"}
+    torch.testing.assert_close(terms["total"], 2 * terms["reconstruction"] + 3 * terms["kl"] + 5 * terms["classification"])
+
+
+def test_terms_agree_with_torch():
+    images, labels = three_kinds(2)
+    model = tiny(dropout=0.0).eval()
+    a, b = torch.rand(2, 4, 3, 16, 16)
+    expected = 0.5 * (evaluation.mse(a, b) / 0.03 + evaluation.mae(a, b) / 0.1)
+    torch.testing.assert_close(vc.reconstruction_error(a, b, torch.tensor([0.03, 0.1]), 0.0), expected)
+    terms, logits = loss_of().terms(model, images, labels)
+    mu, logvar = model.encode(images)
+    torch.testing.assert_close(terms["classification"], F.cross_entropy(model.head(mu), labels))
+    exact = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(terms["kl"], exact.mean())
+    torch.testing.assert_close(logits, model.head(mu))
+    model.train()
+    with torch.no_grad():
+        terms, logits = loss_of(label_smoothing=0.3).terms(model, images, labels)
+    torch.testing.assert_close(terms["classification"], F.cross_entropy(logits, labels, label_smoothing=0.3))
+
+
+def test_the_mean_plot_has_error_one_at_any_size():
+    for side in (32, 64):
+        images, model = three_kinds(8)[0], tiny(reconstruction_size=side)
+        model.fit_reconstruction_scale(images.split(5))
+        target = model.target(images)
+        mean = torch.sigmoid(model.mean_logit).expand_as(target)
+        assert vc.reconstruction_error(mean, target, model.error_scale, 0.0).mean().item() == pytest.approx(1.0, abs=0.03)
+        assert vc.reconstruction_error(target, target, model.error_scale, 0.5).abs().max() < 1e-4
+
+
+def test_the_target_keeps_thin_lines():
+    image = data_loader.to_tensor(draw(np.full(SIDE, 21.0)))
+    assert tiny().target(image).shape == (1, 3, 32, 32)
+    torch.testing.assert_close(tiny().target(image).mean(), image.mean())
+    assert tiny().target(torch.rand(1, 3, 16, 16)).shape == (1, 3, 32, 32)
+
+
+def test_at_the_start_no_term_drowns_the_others():
+    """With weights of one, the gradients that the terms send into the encoder are within a factor of fifty of each other."""
+    images, labels = three_kinds(8)
+    model = tiny(9)
+    model.fit_reconstruction_scale([images])
+    model.train()
+    terms = loss_of(reconstruction_share=1.0)(model, images, labels)
+    norms = [torch.autograd.grad(terms[name], model.to_latent.weight, retain_graph=True)[0].norm().item() for name in ("reconstruction", "kl", "classification")]
+    assert max(norms) < 50 * min(norms), norms
+    assert 0.1 < terms["reconstruction"] / terms["classification"] < 3
+
+
+def test_only_a_share_of_a_training_batch_is_drawn(monkeypatch):
+    images, labels = three_kinds(4)
+    model, drawn = tiny(), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda z: drawn.append(len(z)) or decode(z))
+    loss = loss_of(reconstruction_share=0.25)
+    loss(model.train(), images, labels)
+    loss(model.eval(), images, labels)
+    assert drawn == [3, 12]
+
+
+def test_mixing_blends_plots_and_labels_alike():
+    torch.manual_seed(1)
+    images, targets = torch.eye(4).view(4, 1, 2, 2).repeat(1, 3, 1, 1), torch.eye(4)
+    blended, labels = vc.mixed(images, targets, 1.0)
+    torch.testing.assert_close(blended[:, 0].flatten(1), labels)
+    torch.testing.assert_close(labels.sum(1), torch.ones(4))
+    assert not torch.equal(labels, targets)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    images, labels = three_kinds(4)
+    model = tiny(dropout=0.0, latent_dim=16)
+    model.fit_reconstruction_scale([images])
+    loss, optimizer = loss_of(kl_weight=0.001, label_smoothing=0.0), torch.optim.Adam(model.parameters(), 5e-3)
+    first = loss(model.train(), images, labels)
+    for _ in range(40):
+        terms = loss(model, images, labels)
+        optimizer.zero_grad()
+        terms["total"].backward()
+        optimizer.step()
+    assert terms["classification"] < 0.1 * first["classification"]
+    assert terms["reconstruction"] < 0.9 * first["reconstruction"]
+
+
+# --------------------------------------------------------------------------------------- probabilities
+
+
+def test_the_temperature_is_the_likeliest():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (400, 4)), rng.integers(0, 4, 400)
+    logits[np.arange(400), labels] += 2
+    log_p = F.log_softmax(torch.from_numpy(logits), 1)
+    from scipy.optimize import minimize_scalar
+
+    exact = minimize_scalar(lambda t: F.cross_entropy(log_p / t, torch.from_numpy(labels)).item(), bounds=(0.1, 10), method="bounded").x
+    assert vc.fit_temperature(log_p.numpy(), labels) == pytest.approx(exact, rel=0.02)
+
+
+def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
+    images = three_kinds(2, seed=5)[0]
+    said = vc.judge(calibrated, images)
+    with torch.inference_mode():
+        views = [F.log_softmax(calibrated(view).logits, 1) for view in (images, images.flip(2), images.flip(3), images.flip(2, 3))]
+        alone = F.softmax(views[0].double() / calibrated.calibration.temperature, 1)
+    expected = F.softmax(torch.stack(views).mean(0).double() / calibrated.calibration.temperature_flips, 1)
+    np.testing.assert_allclose(said.probabilities, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(vc.judge(calibrated, images, flips=False).probabilities, alone.numpy(), atol=1e-5)
+    np.testing.assert_allclose(vc.judge(calibrated, images.flip(3)).probabilities, said.probabilities, atol=1e-5)
+    encoded = vc.encode_plots(calibrated, [images], [0] * 6)
+    np.testing.assert_allclose(vc.calibrated_probabilities(encoded, calibrated.calibration), said.probabilities, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- none of these
+
+
+def test_mahalanobis_agrees_with_scipy():
+    from scipy.spatial.distance import mahalanobis
+
+    rng = np.random.default_rng(0)
+    rows, means, precision = rng.normal(size=(5, 3)), rng.normal(size=(2, 3)), np.linalg.inv(np.cov(rng.normal(size=(20, 3)).T))
+    expected = [min(mahalanobis(row, mean, precision) for mean in means) for row in rows]
+    np.testing.assert_allclose(vc.mahalanobis(*map(torch.from_numpy, (rows, means, precision))).numpy(), expected, rtol=1e-6)
+
+
+def strangers():
+    rng = np.random.default_rng(0)
+    page = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    for line in range(10, SIDE, 10):
+        cv2.putText(page, "none of these", (0, line), cv2.FONT_HERSHEY_PLAIN, 0.6, (0, 0, 0), 1)
+    smooth = cv2.GaussianBlur(rng.integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8), (0, 0), 4)
+    return {
+        "noise": rng.integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8),
+        "blank": np.full((SIDE, SIDE, 3), 255, np.uint8),
+        "black": np.zeros((SIDE, SIDE, 3), np.uint8),
+        "text": page,
+        "photograph": cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX),
+    }
+
+
+@pytest.mark.parametrize("name", strangers())
+def test_what_is_no_plot_gets_the_smallest_p_value(calibrated, name):
+    said = vc.judge(calibrated, data_loader.to_tensor(strangers()[name]))
+    assert said.p_values[0] == pytest.approx(1 / 31)
+    assert said.p_values[0] <= calibrated.calibration.alpha
+
+
+def test_new_plots_of_the_known_kinds_are_rarely_flagged(calibrated):
+    p_values = vc.judge(calibrated, three_kinds(40, seed=9)[0]).p_values
+    assert (p_values <= 0.1).mean() < 0.2
+    assert 0.3 < np.median(p_values) < 0.7
+    assert calibrated.calibration.promised
+
+
+def test_a_plot_needs_to_be_strange_to_every_group(calibrated):
+    both = vc.ClassifierCalibration(**{**calibrated.calibration.__dict__, "scores": {"real": [0.0] * 9, "fresh": [5.0] * 19}})
+    np.testing.assert_allclose(both.p_values(np.array([6.0, 3.0, -1.0])), [1 / 10, 1.0, 1.0])
+    assert both.promised and not vc.ClassifierCalibration(**{**both.__dict__, "alpha": 0.05}).promised
+
+
+def test_scores_of_a_batch_are_those_it_was_calibrated_on(calibrated):
+    images, _ = three_kinds(10, seed=1)
+    with torch.inference_mode():
+        output = calibrated.eval()(images)
+        distances = vc.novelty_distances(calibrated, calibrated.calibration, images, output.mu, output.reconstruction)
+    np.testing.assert_allclose(sorted(calibrated.calibration.novelty(distances)), calibrated.calibration.scores["real"], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ latent space
+
+
+def test_generated_plots_come_from_the_latent_gaussian_of_their_class(calibrated, monkeypatch):
+    drawn = vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=4)
+    assert drawn.shape == (3, 3, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
+    assert torch.equal(drawn, vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=4))
+    assert not torch.equal(drawn, vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=5))
+    monkeypatch.setattr(calibrated, "decode", lambda z: z)
+    z = vc.generate_class(calibrated, calibrated.class_names[1], 20_000).double()
+    covariance = calibrated.calibration.class_covariances[1]
+    torch.testing.assert_close(z.mean(0), calibrated.calibration.class_means[1], atol=4 * covariance.diagonal().max().sqrt().item() / 100, rtol=0)
+    torch.testing.assert_close(torch.cov(z.T), covariance, atol=0.05 * covariance.abs().max().item(), rtol=0.1)
+
+
+def test_a_class_that_does_not_exist_is_named(calibrated):
+    with pytest.raises(config.InputError, match="no class 'seasonal'; expected one of 0, 1, 2"):
+        vc.generate_class(calibrated, "seasonal", 1)
+
+
+def test_interpolation_starts_and_ends_at_the_two_plots(calibrated):
+    images = three_kinds(1)[0]
+    drawn, probabilities = vc.interpolate(calibrated, images[0], images[2], 5)
+    with torch.inference_mode():
+        ends = calibrated(images[[0, 2]]).reconstruction
+    torch.testing.assert_close(drawn[[0, -1]], ends, atol=1e-5, rtol=0)
+    assert drawn.shape == (5, 3, 32, 32)
+    np.testing.assert_allclose(probabilities.sum(1), 1.0)
+
+
+def test_two_dimensions_keep_groups_apart():
+    rng = np.random.default_rng(0)
+    mu = np.concatenate([rng.normal(0, 1, (15, 6)), rng.normal(20, 1, (15, 6))])
+    for method in ("pca", "tsne"):
+        points = vc.project_2d(mu, method)
+        centres = points[:15].mean(0), points[15:].mean(0)
+        assert np.linalg.norm(centres[0] - centres[1]) > 2 * points[:15].std(0).max()
+    centred = mu - mu.mean(0)
+    expected = centred @ np.linalg.svd(centred)[2][:2].T
+    np.testing.assert_allclose(np.abs(vc.project_2d(mu, "pca")), np.abs(expected), atol=1e-6)
+    with pytest.raises(config.InputError, match="expected at least 3"):
+        vc.project_2d(mu[:2], "pca")
+
+
+def test_pictures_are_laid_out_in_rows():
+    sheet = vc.tiled([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)], gap_px=2)
+    assert sheet.shape == (24, 36, 3) and sheet.dtype == np.uint8
+    assert sheet[5, 5].tolist() == [0, 0, 0] and sheet[17, 5].tolist() == [255, 255, 255] and sheet[0, 0].tolist() == [153, 153, 153]
+
+
+# ------------------------------------------------------------------------------------------- from a file
+
+
+def save(network, path, **changes):
+    settings = {**config.as_dict(config.TrainClassifierSettings(image_size=64)), **config.as_dict(network.settings)}
+    contents = vc.checkpoint_contents(network, network.calibration, settings, ["a", "b", "c"], 7)
+    engine.save_checkpoint(path, vc.KIND, {**contents, **changes})
+    return path
+
+
+def test_a_loaded_model_says_the_same(calibrated, tmp_path):
+    model, names = vc.load_vae_classifier(save(calibrated, tmp_path / "model.pth"), "auto")
+    assert names == model.class_names == ["a", "b", "c"] and not model.training
+    assert (model.run_settings["image_size"], model.run_settings["crop_axes"]) == (64, True)
+    images = three_kinds(2, seed=3)[0]
+    for ours, theirs in zip(vc.judge(model, images), vc.judge(calibrated, images), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_folding_normalisations_changes_nothing_but_the_time(calibrated, tmp_path):
+    calibrated = copy.deepcopy(calibrated)
+    with torch.no_grad():
+        for name, buffer in calibrated.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    path, images = save(calibrated, tmp_path / "model.pth"), three_kinds(2)[0]
+    plain, folded = (vc.load_vae_classifier(path, fuse=fuse)[0] for fuse in (False, True))
+    assert not any(isinstance(each, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for each in folded.modules())
+    assert plain.state_dict().keys() == calibrated.state_dict().keys()
+    with torch.inference_mode():
+        for ours, theirs in zip(folded(images), plain(images), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_files_that_hold_no_classifier_are_refused_in_one_sentence(calibrated, tmp_path):
+    def refusal(path):
+        with pytest.raises(config.InputError) as caught:
+            vc.load_vae_classifier(path)
+        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+        return str(caught.value)
+
+    engine.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"settings": {}, "model": {}})
+    assert "holds a 'detail_vae'; expected a 'vae_classifier'" in refusal(tmp_path / "detail.pth")
+    assert "no checkpoint at" in refusal(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("no model")
+    assert "not a readable checkpoint" in refusal(tmp_path / "text.pth")
+    assert "lacks calibration" in refusal(save(calibrated, tmp_path / "bare.pth", calibration=None))
+    assert "settings or calibration cannot be used" in refusal(save(calibrated, tmp_path / "odd.pth", calibration={"temperature": 1.0}))
+    assert "do not fit" in refusal(save(calibrated, tmp_path / "weights.pth", model={"head.weight": torch.zeros(1)}))
+
+
+def test_notebook_names_are_there():
+    assert config.DEVICE in ("cpu", "cuda")
+    settings = config.TrainClassifierSettings()
+    assert (settings.latent_dim, settings.learning_rate, settings.kl_weight) == (config.LATENT_DIM, config.LEARNING_RATE, config.KL_WEIGHT)
+    assert (settings.reconstruction_weight, settings.class_weight) == (config.RECONSTRUCTION_WEIGHT, config.CLASS_WEIGHT)
+    import series_generator
+
+    assert config.CLASSES == series_generator.KINDS
+    with pytest.raises(AttributeError, match="no attribute 'DEVIC'"):
+        config.DEVIC  # noqa: B018

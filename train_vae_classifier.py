@@ -1,0 +1,558 @@
+"""Train the VAE classifier on plots, keep the epoch with the best validation F1, calibrate it, and score the test set once."""
+
+from __future__ import annotations
+
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.TrainClassifierSettings, __doc__)
+
+import hashlib
+import inspect
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data_loader
+import data_loader_supervised as plot_loader
+import engine
+import evaluation
+import plots
+import series_generator
+import series_plots
+import vae_classifier
+from vae_classifier import KIND, ClassifierLoss, VAEClassifier
+
+BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
+N_PICTURED = 8
+QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
+"""Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
+MEASURES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
+TRAIN_TAG, FRESH_TAG = 1, 2
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap"}
+
+
+# --------------------------------------------------------------------------------------------- the data
+
+
+class Plots(NamedTuple):
+    images: np.ndarray  # uint8 (N, S, S, 3)
+    labels: np.ndarray  # int64 (N,)
+
+
+@dataclass
+class Data:
+    """What training may see; the test set is only read in the end."""
+
+    folder: plot_loader.ClassFolder
+    training: Plots  # those of the data set first, then the generated ones
+    n_real: int
+    validation: dict[str, Plots]  # "real": held out of the training plots; "fresh": present-style series, where there are any
+    cache: Path
+
+
+def bar(title: str):
+    return lambda items, total: tqdm(items, total=total, desc=title, unit="plot", file=sys.stderr)
+
+
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def read_plots(items: Sequence[tuple[Path, int]], settings: config.TrainClassifierSettings, cache: Path, title: str) -> Plots:
+    """Plots of the readable ones among (path, label) items, each unreadable one named."""
+    loaded = plot_loader.load_plots([path for path, _ in items], settings.image_size, settings.crop_axes, cache, bar(title))
+    for path, reason in loaded.errors:
+        say(f"warning: {path} is skipped: {reason}")
+    return Plots(loaded.images, np.array([items[i][1] for i in loaded.kept], dtype=np.int64))
+
+
+def read_data(settings: config.TrainClassifierSettings) -> Data:
+    """Training and validation plots of the data set, and the generated ones that are mixed in.
+
+    Raises:
+        InputError: the folders are not as they should be, or a class has no two readable plots.
+    """
+    folder = plot_loader.ClassFolder(settings.data_dir)
+    cache = Path(settings.output_dir) / "data" / "cache"
+    everything = read_plots(folder.train, settings, cache, "training plots")
+    for k, name in enumerate(folder.classes):
+        n = int((everything.labels == k).sum())
+        if n < 2:
+            raise config.InputError(f"{folder.root / 'train' / name} holds {n} readable plot(s); expected at least two, one of them for validation.")
+    training, held = plot_loader.stratified_split(everything.labels, settings.validation_frac, settings.seed)
+    real, validation = (Plots(everything.images[rows], everything.labels[rows]) for rows in (training, held))
+    generated, fresh = make_generated(settings, folder.classes, cache)
+    groups = {"real": validation, **({"fresh": fresh} if len(fresh.labels) else {})}
+    return Data(folder, joined([real, *generated]), len(real.labels), groups, cache)
+
+
+def joined(parts: Sequence[Plots]) -> Plots:
+    return parts[0] if len(parts) == 1 else Plots(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def make_generated(settings: config.TrainClassifierSettings, classes: list[str], cache: Path) -> tuple[list[Plots], Plots]:
+    """(plots to mix into training, fresh plots for validation); both empty where the classes are not betise's nine kinds."""
+    side = settings.image_size
+    none = Plots(np.zeros((0, side, side, 3), np.uint8), np.zeros(0, np.int64))
+    wanted = settings.generated_home + settings.generated_present + settings.fresh_per_class
+    if tuple(classes) != series_generator.KINDS:
+        if wanted:
+            say(f"The {len(classes)} classes of {settings.data_dir} are not the nine kinds that betise makes: no generated plots are mixed in.")
+        return [], none
+    shares = (("home", settings.generated_home), ("present", settings.generated_present))
+    mixed_in = [generated_plots(settings, style, per_class, TRAIN_TAG, cache) for style, per_class in shares if per_class]
+    fresh = generated_plots(settings, "present", settings.fresh_per_class, FRESH_TAG, cache) if settings.fresh_per_class else none
+    return mixed_in, fresh
+
+
+def generated_plots(settings: config.TrainClassifierSettings, style: str, per_class: int, tag: int, cache: Path) -> Plots:
+    """``per_class`` generated series of each kind as plots, made once for these settings and then read from the cache."""
+    labels = np.repeat(np.arange(len(series_generator.KINDS)), per_class)
+    side = settings.image_size
+    code = "".join(inspect.getsource(module) for module in (series_generator, series_plots, plot_loader))
+    key = json.dumps([series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code])
+    file = cache / f"generated_{style}_{side}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    images = read_array(file)
+    if images is None or images.shape != (len(labels), side, side, 3):
+        jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
+        made = plot_loader._in_processes(draw_generated, jobs, -1)
+        images = np.stack(list(bar(f"{style} series")(made, len(jobs))))
+        write_array(file, images)
+    return Plots(images, labels)
+
+
+def draw_generated(job: tuple[str, str, tuple[int, ...], int, bool]) -> np.ndarray:
+    kind, style, seed, image_size, crop_axes = job
+    series = series_generator.generate_series(kind, style, seed)
+    return plot_loader.prepare_image(series_plots.render_series(series.values), image_size, crop_axes)
+
+
+def read_array(file: Path) -> np.ndarray | None:
+    """The array of a cache file; None where there is none or it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["images"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, plot_loader.zlib.error):
+        return None
+
+
+def write_array(file: Path, images: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, images, allow_pickle=False)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class MixedSampler:
+    """Keys of real and generated plots in a stated share, shuffled by (seed, epoch).
+
+    Each of the two is a stream that shows all its plots, newly shuffled, before it shows one again. Keys are
+    ``round * n + index``, so that ``LabelledImages`` changes a plot differently whenever it comes again.
+
+    >>> sampler = MixedSampler(4, 100, 0.5, 0, seed=0)
+    >>> sampler.set_epoch(1); keys = list(sampler)
+    >>> len(keys), sum(key % 104 < 4 for key in keys)
+    (8, 4)
+    """
+
+    def __init__(self, n_real: int, n_generated: int, real_share: float, epoch_samples: int, seed: int):
+        share = real_share if n_generated else 1.0
+        total = epoch_samples or round(n_real / share)
+        self.n, self.seed, self.epoch = n_real + n_generated, seed, 1
+        drawn = max(1, round(share * total))
+        self.streams = [(0, n_real, drawn)] + ([(n_real, n_generated, max(0, total - drawn))] if n_generated else [])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for another epoch, counted from 1, from the next iteration on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        keys: list[int] = []
+        for start, size, drawn in self.streams:
+            first = (self.epoch - 1) * drawn
+            rounds = {turn: np.random.default_rng((self.seed, start, turn)).permutation(size) for turn in range(first // size, (first + drawn - 1) // size + 1)}
+            keys += [(at // size) * self.n + start + int(rounds[at // size][at % size]) for at in range(first, first + drawn)]
+        return iter(np.random.default_rng((self.seed, self.epoch, 7)).permutation(keys).tolist())
+
+    def __len__(self) -> int:
+        return sum(drawn for _, _, drawn in self.streams)
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+class WeightAverage:
+    """A running average of a model's weights and statistics (Polyak & Juditsky 1992), in a model of its own."""
+
+    def __init__(self, model: nn.Module, averaged: nn.Module, decay: float):
+        self.model, self.averaged, self.decay, self.n_steps = model, averaged, decay, 0
+        averaged.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.n_steps += 1
+        decay = min(self.decay, (1 + self.n_steps) / (10 + self.n_steps))  # the first steps are soon forgotten
+        for kept, new in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if kept.is_floating_point():
+                kept.lerp_(new, 1 - decay)
+            else:
+                kept.copy_(new)
+
+
+@dataclass
+class Run:
+    """What the epochs share."""
+
+    settings: config.TrainClassifierSettings
+    runtime: engine.Runtime
+    data: Data
+    model: VAEClassifier
+    average: WeightAverage
+    loss: ClassifierLoss
+    history: list[dict] = field(default_factory=list)
+    best: float = -1.0
+    best_epoch: int = 0
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.data.folder.classes
+
+    @property
+    def judged(self) -> VAEClassifier:
+        """The model that is validated and kept."""
+        return self.average.averaged
+
+
+def main(settings: config.TrainClassifierSettings) -> None:
+    """Train, and leave checkpoints, results, pictures, curves and history in the output folder."""
+    run = prepare(settings if settings.data_dir else use_demo(settings))
+    started = time.perf_counter()
+    train(run)
+    print(f"best epoch {run.best_epoch} of {run.settings.epochs} (validation macro F1 {run.best:.4f}), {(time.perf_counter() - started) / 60:.1f} minutes: {run.out / BEST}")
+    plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "results" / "vae_classifier_curves.png")
+    finish(run)
+
+
+def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifierSettings:
+    """Settings for ``data/`` where it holds class folders, else for the built-in demo and its preset."""
+    train_folder = Path("data") / "train"
+    if train_folder.is_dir() and sum(path.is_dir() for path in train_folder.iterdir()) > 1:
+        return settings.replace(data_dir="data")
+    root = Path(settings.output_dir) / "data" / "demo_series"
+    say(f"No --data-dir given: using the built-in demo in {root} with configs/classifier_demo.yaml.")
+    plot_loader.make_demo(root, bar("demo series"))
+    preset = config.read_yaml(str(Path(__file__).parent / "configs" / "classifier_demo.yaml"))
+    untouched = {key: value for key, value in preset.items() if getattr(settings, key) == getattr(config.TrainClassifierSettings(), key)}
+    return config.from_dict(config.TrainClassifierSettings, {**config.as_dict(settings), **untouched, "data_dir": str(root)})
+
+
+def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:
+    if settings.precision == "auto":
+        return engine.make_runtime(settings.device)
+    return engine.Runtime(engine.resolve_device(settings.device), torch.bfloat16 if settings.precision == "bfloat16" else None)
+
+
+def prepare(settings: config.TrainClassifierSettings) -> Run:
+    """Read and make the data, build the model."""
+    runtime = make_runtime(settings)
+    data = read_data(settings)
+    n_validation = ", ".join(f"{len(group.labels)} {name}" for name, group in data.validation.items())
+    say(f"{len(data.folder.classes)} classes: {data.n_real} training plots and {len(data.training.labels) - data.n_real} generated ones; validation: {n_validation}.")
+    engine.seed_everything(settings.seed)
+    model, averaged = (runtime.put_model(VAEClassifier(settings, len(data.folder.classes))) for _ in range(2))
+    rows = np.unique(np.linspace(0, data.n_real - 1, 256).astype(int))
+    model.fit_reconstruction_scale(batches(data.training.images[rows], settings.batch_size, runtime))
+    return Run(settings, runtime, data, model, WeightAverage(model, averaged.eval(), settings.ema_decay), ClassifierLoss(settings))
+
+
+def batches(images: np.ndarray, batch_size: int, runtime: engine.Runtime) -> Iterator[Tensor]:
+    for start in range(0, len(images), batch_size):
+        yield runtime.put(data_loader.to_tensor(images[start : start + batch_size]))
+
+
+def make_loader(run: Run) -> DataLoader:
+    s, training, n_real = run.settings, run.data.training, run.data.n_real
+    dataset = plot_loader.LabelledImages(training.images, training.labels, s, s.seed)
+    sampler = MixedSampler(n_real, len(training.labels) - n_real, s.real_share, s.epoch_samples, s.seed)
+    n_workers = data_loader.resolve_num_workers(s.num_workers, run.runtime.device)
+    lone = len(sampler) > s.batch_size and len(sampler) % s.batch_size == 1
+    return DataLoader(dataset, s.batch_size, sampler=sampler, num_workers=n_workers, pin_memory=run.runtime.pin_memory, drop_last=lone, persistent_workers=n_workers > 0)
+
+
+def train(run: Run) -> list[dict]:
+    """All epochs; returns the history, a dict of named numbers for each epoch."""
+    s, runtime = run.settings, run.runtime
+    config.save(s, run.out / "vae_models" / "config.yaml")
+    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate)
+    loader = make_loader(run)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(s.epochs * len(loader), s.warmup_frac))
+    if s.resume:
+        resume(run, optimizer, scheduler)
+    with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
+        for epoch in range(len(run.history) + 1, s.epochs + 1):
+            loader.sampler.set_epoch(epoch)
+            seen = Seen(len(run.classes))
+            trained = engine.train_epoch(run.model, stepping(loader, run, progress), training_terms(run, seen), optimizer, scheduler, runtime, s.gradient_clip)
+            row = {"epoch": epoch, **prefixed("train", {**trained, **seen.measures()})}
+            for name, group in run.data.validation.items():
+                row |= prefixed("val" if name == "real" else name, validate(run, group))
+            run.history.append(row)
+            is_best = keep_if_best(run, row["val/macro_f1"])
+            save_last(run, optimizer, scheduler)
+            if epoch % s.picture_every == 0 or epoch == s.epochs:
+                write_pictures(run, epoch)
+            progress.write(epoch_block(row, s.epochs, is_best), file=sys.stderr)
+    return run.history
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights decay, biases and the scales of normalisations do not."""
+    decaying = [p for p in model.parameters() if p.dim() > 1]
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+
+
+def stepping(loader: DataLoader, run: Run, progress: tqdm) -> Iterator[plot_loader.LabelledSample]:
+    for batch in loader:
+        yield batch  # the optimizer step happens before the next batch is asked for
+        run.average.update()
+        progress.update()
+
+
+class Seen:
+    """Confusion of the plots seen so far."""
+
+    def __init__(self, n_classes: int):
+        self.confusion = np.zeros((n_classes, n_classes), np.int64)
+
+    def add(self, labels: Tensor, scores: Tensor) -> None:
+        self.confusion += evaluation.confusion_matrix(labels.tolist(), scores.argmax(1).tolist(), len(self.confusion))
+
+    def measures(self) -> dict[str, float]:
+        report = evaluation.classification_report_dict(self.confusion, n_resamples=0)
+        return {name: report[name]["value"] for name in MEASURES}
+
+
+def training_terms(run: Run, seen: Seen):
+    """The loss of a training batch, as ``engine.train_epoch`` wants it."""
+
+    def terms(batch: plot_loader.LabelledSample) -> tuple[dict[str, Tensor], int]:
+        found, logits = run.loss.terms(run.model, run.runtime.put(batch.images), run.runtime.put(batch.labels))
+        seen.add(batch.labels, logits)
+        return found, len(batch.labels)
+
+    return terms
+
+
+def validate(run: Run, group: Plots) -> dict[str, float]:
+    """Mean loss terms and measures on validation plots; the class is named from four flips where so set."""
+    seen, labels = Seen(len(run.classes)), torch.from_numpy(group.labels)
+    pairs = zip(batches(group.images, run.settings.batch_size, run.runtime), labels.split(run.settings.batch_size), strict=True)
+
+    def terms(batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], int]:
+        images, truth = batch
+        found, logits = run.loss.terms(run.judged, images, run.runtime.put(truth))
+        flips = run.settings.flips_at_test
+        seen.add(truth, vae_classifier.view_log_probabilities(run.judged, images).mean(0) if flips else logits)
+        return found, len(truth)
+
+    return {**engine.evaluate(run.judged, pairs, terms, run.runtime), **seen.measures()}
+
+
+def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
+    """The epoch as a small table for people."""
+    lines = [f"epoch {row['epoch']}/{epochs}" + ("   NEW BEST" if is_best else "")]
+    lines.append(" " * 12 + "    loss  reconstr.      kl   class   accuracy     F1  precision  recall")
+    for key, title in (("train", "training"), ("val", "validation"), ("fresh", "fresh series")):
+        if f"{key}/total" in row:
+            loss = [row[f"{key}/{name}"] for name in ("total", "reconstruction", "kl", "classification", *MEASURES)]
+            lines.append(f"{title:<12s}{loss[0]:8.4f}{loss[1]:11.4f}{loss[2]:8.4f}{loss[3]:8.4f}{loss[4]:11.4f}{loss[5]:7.4f}{loss[6]:11.4f}{loss[7]:8.4f}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------- what is kept of a run
+
+
+def calibrate(run: Run, model: VAEClassifier, per_class: int) -> vae_classifier.ClassifierCalibration:
+    """Class Gaussians from at most so many training plots of a class, the rest from validation plots."""
+    images, labels = run.data.training
+    rng = np.random.default_rng(run.settings.seed)
+    rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(len(run.classes))]))
+    training = encode(run, model, Plots(images[rows], labels[rows]), flips=False)
+    validation = {name: encode(run, model, group) for name, group in run.data.validation.items()}
+    return vae_classifier.fit_calibration(training, validation, len(run.classes), run.settings.target_false_alarms, run.settings.flips_at_test)
+
+
+def encode(run: Run, model: VAEClassifier, group: Plots, flips: bool = True) -> vae_classifier.Encoded:
+    """Encoded plots in full precision, as inference sees them."""
+    return vae_classifier.encode_plots(model, batches(group.images, run.settings.batch_size, run.runtime), group.labels, flips)
+
+
+def save_best(run: Run, model: VAEClassifier, per_class: int) -> None:
+    """A checkpoint with all that inference needs."""
+    contents = vae_classifier.checkpoint_contents(model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, run.best_epoch)
+    engine.save_checkpoint(run.out / BEST, KIND, contents)
+
+
+def keep_if_best(run: Run, macro_f1: float) -> bool:
+    """Write the best checkpoint when validation macro F1 is the highest so far."""
+    if macro_f1 <= run.best:
+        return False
+    run.best, run.best_epoch = macro_f1, len(run.history)
+    save_best(run, run.judged, QUICK_PER_CLASS)
+    return True
+
+
+def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
+    """The state from which --resume goes on, and the history so far."""
+    state = {
+        "settings": config.as_dict(run.settings),
+        "model": run.model.state_dict(),
+        "averaged": run.average.averaged.state_dict(),
+        "n_steps": run.average.n_steps,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": run.runtime.scaler.state_dict(),
+        "random": engine.random_state(),
+        "history": run.history,
+        "best": run.best,
+        "best_epoch": run.best_epoch,
+    }
+    engine.save_checkpoint(run.out / LAST, f"{KIND}_training", state)
+    write_json(run.out / "results" / "vae_classifier_history.json", {"best_epoch": run.best_epoch, "epochs": run.history})
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
+    """Continue from the last checkpoint as if never interrupted.
+
+    Raises:
+        InputError: there is none, or it was made with other settings.
+    """
+    path = run.out / LAST
+    state = engine.load_checkpoint(path, f"{KIND}_training")
+    for key, value in config.as_dict(run.settings).items():
+        if key not in MAY_DIFFER and state["settings"].get(key) != value:
+            raise config.InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
+    engine.load_weights(run.model, state["model"], path)
+    engine.load_weights(run.average.averaged, state["averaged"], path)
+    run.average.n_steps = state["n_steps"]
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    run.runtime.scaler.load_state_dict(state["scaler"])
+    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
+    engine.restore_random_state(state["random"])
+
+
+@torch.inference_mode()
+def write_pictures(run: Run, epoch: int) -> None:
+    """Validation plots, evenly over the classes, above their reconstructions."""
+    group = run.data.validation["real"]
+    rows = np.linspace(0, len(group.labels) - 1, min(N_PICTURED, len(group.labels))).astype(int)
+    images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
+    drawn = run.judged.eval()(images).reconstruction
+    sheet = vae_classifier.tiled([list(run.judged.target(images)), list(drawn)])
+    path = run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", sheet[:, :, ::-1])[1].tobytes())
+
+
+# ------------------------------------------------------------------------------------------ in the end
+
+
+def finish(run: Run) -> None:
+    """Calibrate the best model on all training plots, score it once on the test set, write and print the results."""
+    model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device, fuse=False)
+    save_best(run, model, FULL_PER_CLASS)
+    model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)
+    results = {"best_epoch": run.best_epoch, "epochs": run.settings.epochs, "alpha": run.settings.target_false_alarms}
+    groups = {("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()}
+    test = read_plots(run.data.folder.test, run.settings, run.data.cache, "test plots") if run.data.folder.test else None
+    scored = "test" if test is not None and len(test.labels) else "validation"
+    if scored == "validation":
+        say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")
+    reports = {name: report(run, model, group) for name, group in groups.items()}
+    main_report = report(run, model, test) if scored == "test" else reports.pop("validation")
+    write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
+    plots.save(plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes), run.out / "results" / "vae_classifier_confusion.png")
+    print(table(scored, main_report, reports))
+    print(f"results: {run.out / 'results' / 'vae_classifier_results.json'}")
+
+
+def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
+    """Measures with intervals, calibration, reconstruction and share of false alarms on labelled plots."""
+    s, calibration = run.settings, model.calibration
+    encoded = encode(run, model, group)
+    probabilities = vae_classifier.calibrated_probabilities(encoded, calibration)
+    confusion = evaluation.confusion_matrix(group.labels, probabilities.argmax(1), len(run.classes))
+    before = vae_classifier.calibrated_probabilities(encoded, calibration, temperature=1.0)
+    quality: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
+    n_flagged = 0
+    for images in batches(group.images, s.batch_size, run.runtime):
+        judged, target = vae_classifier.judge(model, images, flips=False), model.target(images).cpu()
+        n_flagged += int((judged.p_values <= calibration.alpha).sum())
+        drawn = torch.from_numpy(judged.reconstruction)
+        quality["mse"] += evaluation.mse(drawn, target).tolist()
+        quality["psnr"] += evaluation.psnr(drawn, target, data_range=1.0).tolist()
+        quality["ssim"] += evaluation.ssim(drawn, target, data_range=1.0).tolist()
+    return {
+        **evaluation.classification_report_dict(confusion, run.classes, s.bootstrap, s.seed),
+        "expected_calibration_error": {
+            "before": evaluation.expected_calibration_error(before, group.labels),
+            "after": evaluation.expected_calibration_error(probabilities, group.labels),
+            "temperature": calibration.temperature_flips if calibration.flips else calibration.temperature,
+        },
+        "reconstruction": {name: evaluation.summarise(values, s.bootstrap, s.seed) for name, values in quality.items()},
+        "none_of_these": evaluation.rate_figure(n_flagged, len(group.labels)),
+    }
+
+
+def table(scored: str, main_report: dict, reports: dict[str, dict]) -> str:
+    """The results as text for the terminal."""
+    lines = [f"{'class':<24s}{'plots':>6s}{'F1':>8s}{'precision':>11s}{'recall':>8s}"]
+    for name, row in main_report["per_class"].items():
+        lines.append(f"{name:<24s}{row['n_images']:>6d}" + "".join(f"{row[key]['value']:>{width}.3f}" for key, width in (("f1", 8), ("precision", 11), ("recall", 8))))
+    for name, each in {scored: main_report, **reports}.items():
+        shown = "  ".join(f"{key.replace('macro_', 'macro ')} {sentence(each[key])}" for key in ("accuracy", "macro_f1"))
+        error = each["expected_calibration_error"]
+        lines.append(f"{name.replace('_', ' ')}: {shown}")
+        lines.append(f"    calibration error {error['before']:.3f} -> {error['after']:.3f}  SSIM {each['reconstruction']['ssim']['value']:.3f}  called none of these {each['none_of_these']['value']:.1%}")
+    return "\n".join(lines)
+
+
+def sentence(figure: dict) -> str:
+    return f"{figure['value']:.3f}" + (f" (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else "")
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.TrainClassifierSettings, __doc__, main))
