@@ -94,7 +94,7 @@ def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
     """The photograph at its own size with the defect map over it."""
     image = data_loader.read_image(result.path)
     defect_map = data_loader.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
-    threshold = detector.calibration.threshold
+    threshold = detector.calibration.pixel_threshold
     overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
     path.parent.mkdir(parents=True, exist_ok=True)
     _, encoded = cv2.imencode(".jpg", overlay[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])

@@ -159,6 +159,7 @@ class ModelSettings(Settings):
 class LossSettings(Settings):
     mse_weight: float = setting(1.0, "Weight of the squared pixel error.", minimum=0.0)
     l1_weight: float = setting(1.0, "Weight of the absolute pixel error.", minimum=0.0)
+    painted_weight: float = setting(1.0, "Weight of the squared and absolute error of what is painted before the skip at full resolution.", minimum=0.0)
     perceptual_weight: float = setting(0.1, "Weight of the VGG16 perceptual term; 0 switches it off (no weights needed).", minimum=0.0)
     perceptual_crop_px: int = setting(48, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=0)
     vgg16_weights: str = setting("", "File with torchvision's VGG16 weights; empty means look in the cache, then fetch.")
@@ -168,24 +169,26 @@ class LossSettings(Settings):
     feature_weight: float = setting(1.0, "Weight of the squared error of predicted features.", minimum=0.0)
     likelihood_weight: float = setting(0.5, "Weight of the Gaussian likelihood that trains the features' predicted variance.", minimum=0.0)
     pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
-    pixel_crop_px: int = setting(96, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
+    pixel_crop_px: int = setting(64, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
     pixel_share: float = setting(1.0, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
-    repair_weight: float = setting(4.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
+    repair_weight: float = setting(10.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
 class MapSettings(Settings):
-    map_pixel: float = setting(0.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
+    map_pixel: float = setting(1.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
     map_ssim: float = setting(0.0, "Share of the 1 - SSIM map.", minimum=0.0)
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
     map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
-    map_likelihood: float = setting(1.0, "Share of the feature error divided by its predicted variance.", minimum=0.0)
+    map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
+    score_map: str = setting("joint", "Map that the image score is taken from (joint: the likelihood, decorrelated over all taps); without a backbone it is the fused one.", choices=("joint", "likelihood", "fused"))
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
     target_false_alarms: float = setting(0.05, "Share of good images that may be called defective.", unit="fraction", minimum=0.0001, maximum=0.5)
+    pixel_false_positives: float = setting(0.001, "Share of the pixels of good images that may lie above the pixel threshold.", unit="fraction", minimum=0.00001, maximum=0.5)
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Augmented variants of each training image; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
-    drawn_defects: float = setting(0.5, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
+    drawn_defects: float = setting(0.75, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
     validate_every: int = setting(0, "Epochs between validations; 0 validates after about every 300 training images.", unit="epochs", minimum=0)
     picture_every: int = setting(20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1)
 
@@ -252,10 +255,10 @@ class SupervisedDataSettings(Settings):
 
 @dataclass(frozen=True)
 class GeneratedDataSettings(Settings):
-    generated_home: int = setting(300, "Series of each class generated in the style of the home plots and mixed into training, where the classes are betise's nine kinds.", unit="series", minimum=0)
-    generated_present: int = setting(150, "Series of each class generated with betise's present parameters and mixed into training.", unit="series", minimum=0)
+    generated_home: int = setting(700, "Series of each class generated in the style of the home plots and mixed into training, where the classes are betise's nine kinds.", unit="series", minimum=0)
+    generated_present: int = setting(250, "Series of each class generated with betise's present parameters and mixed into training.", unit="series", minimum=0)
     fresh_per_class: int = setting(20, "Series of each class with betise's present parameters kept for a validation of their own.", unit="series", minimum=0)
-    real_share: float = setting(0.5, "Share of an epoch's plots that come from the data set, the others are generated ones.", unit="fraction", minimum=0.01, maximum=1.0)
+    real_share: float = setting(0.4, "Share of an epoch's plots that come from the data set, the others are generated ones.", unit="fraction", minimum=0.01, maximum=1.0)
     epoch_samples: int = setting(0, "Plots shown in one epoch; 0 shows each plot of the data set once.", unit="plots", minimum=0)
 
 

@@ -703,10 +703,10 @@ def training_loader(
 
 # ------------------------------------------------------------------------------------------ built-in demo
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 DEMO_SIDE_PX = 128
 DEMO_TINTS = {"brick": (1.08, 0.88, 0.78), "grass": (0.82, 1.08, 0.70), "gravel": (1.05, 0.98, 0.88)}
-DEMO_COUNTS = {"train/good": 60, "test/good": 20, "test/scratch": 12, "test/paint": 12}
+DEMO_COUNTS = {"train/good": 100, "test/good": 20, "test/scratch": 12, "test/paint": 12}
 DEMO_SPLIT = 0.58  # training crops come from the left of each photograph, test crops from the right
 
 

@@ -1,14 +1,15 @@
 """Where and how bad: maps of defects, their morphology, the image score, and a calibration fitted on good images.
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
-are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``.
+are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``. The image
+score comes from the joint likelihood of the features alone: it says how unusual an image is, the fused map says where.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint
 from evaluation import ssim_map
-from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint
+from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations
 
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
@@ -30,28 +31,36 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-FEATURE_MAPS = {"feature", "likelihood"}
+FEATURE_MAPS = {"feature", "likelihood", "joint"}
 """Maps that need no reconstruction in pixels."""
 
 
 def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual=None, paint: bool = True) -> tuple[dict[str, Tensor], DetailOutput]:
-    """Every map whose share is above 0, by name, each (B, 1, H, W) and at least 0; and what the model said.
+    """Every map that is fused or scored, by name, each (B, 1, H, W) and at least 0; and what the model said.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         perceptual: a ``PerceptualLoss``, needed only where ``map_perceptual`` is above 0.
         paint: reconstruct pixels even where no map needs them.
     """
-    shares = map_shares(settings, model.n_features > 0)
-    output = model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(shares))
+    wanted = wanted_maps(settings, model.n_features > 0)
+    output = model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(wanted))
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
         "feature": lambda: _to_size(feature_error(output), images),
-        "likelihood": lambda: _to_size(feature_likelihood(output), images),
+        "likelihood": lambda: _to_size(feature_likelihood(output, model.tap_whitening, model.tap_channels), images),
+        "joint": lambda: _to_size(feature_likelihood(output, model.whitening, [model.n_features]), images),
     }
-    return {name: makers[name]().float() for name in shares}, output
+    return {name: makers[name]().float() for name in wanted}, output
+
+
+def wanted_maps(settings: MapSettings, has_features: bool) -> list[str]:
+    """Names of the maps that are fused, and of the one that is scored."""
+    names = list(map_shares(settings, has_features))
+    extra = settings.score_map if has_features and settings.score_map != "fused" else None
+    return names if extra is None or extra in names else [*names, extra]
 
 
 def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
@@ -70,12 +79,15 @@ def feature_error(output: DetailOutput) -> Tensor:
     return ((output.features - output.feature_mu) ** 2).mean(1, keepdim=True)
 
 
-def feature_likelihood(output: DetailOutput) -> Tensor:
-    """Mean over channels of |error| over the predicted standard deviation, (B, 1, H/8, W/8).
+def feature_likelihood(output: DetailOutput, whitening: Tensor, tap_channels: Sequence[int]) -> Tensor:
+    """Root of the mean Gaussian exponent of the features, (B, 1, H/8, W/8): within each tap, then averaged over taps.
 
-    The square root of the Gaussian exponent of each channel, so that one wild channel cannot shout down the rest.
+    About 1 where features deviate as they do on good images: errors are divided by the predicted standard deviation and
+    decorrelated by ``whitening`` (C, C), see ``DetailVAE.fit_whitening``; every tap counts alike, however many channels it has.
     """
-    return ((output.features - output.feature_mu).abs() * torch.exp(-0.5 * output.feature_logvar)).mean(1, keepdim=True)
+    deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
+    squared = F.conv2d(deviation, whitening[:, :, None, None]) ** 2
+    return torch.stack([tap.mean(1, keepdim=True).sqrt() for tap in squared.split(list(tap_channels), 1)]).mean(0)
 
 
 def _to_size(grid: Tensor, images: Tensor) -> Tensor:
@@ -147,8 +159,9 @@ class Calibration:
         scales: map name -> (value that becomes 0, value that becomes 1).
         good_scores: image scores of the held-out good images, sorted.
         alpha: share of false alarms asked for.
-        threshold: an image scoring above is defective; so is a pixel of its map.
+        threshold: an image scoring above is defective.
         promised: whether the number of held-out images allows to promise alpha.
+        pixel_threshold: a pixel whose fused map lies above is part of a defect.
     """
 
     scales: dict[str, tuple[float, float]]
@@ -156,6 +169,7 @@ class Calibration:
     alpha: float
     threshold: float
     promised: bool
+    pixel_threshold: float
 
     def as_dict(self) -> dict:
         return {**self.__dict__, "scales": {name: list(pair) for name, pair in self.scales.items()}}
@@ -167,7 +181,7 @@ class Calibration:
     def at(self, alpha: float) -> Calibration:
         """The same scores with the threshold for another share of false alarms."""
         threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
-        return Calibration(self.scales, self.good_scores, alpha, threshold, promised)
+        return replace(self, alpha=alpha, threshold=threshold, promised=promised)
 
 
 # ------------------------------------------------------------------------------------------- detection
@@ -179,7 +193,7 @@ class Detection(NamedTuple):
     score: float
     p_value: float
     label: str  # "good" or "defective"
-    defect_map: np.ndarray  # float32 (H, W) at the network's input size; 1 is the top 0.1 % of good pixels
+    defect_map: np.ndarray  # float32 (H, W) at the network's input size, all maps fused; about 1 at the top 0.1 % of good pixels
     reconstruction: np.ndarray | None  # float32 (3, H, W) in [0, 1]; None where it was not asked for
 
 
@@ -210,25 +224,33 @@ class Detector:
         self.model.eval()
         with torch.inference_mode():
             raw, output = raw_maps(self.model, images, self.maps, self.perceptual, paint)
-        smooth = {
-            name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()])
-            for name, maps in raw.items()
-        }
+        smooth = {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
         return smooth, list(output.vae.reconstruction.float().cpu().numpy()) if paint else [None] * len(images)
+
+    def _refined(self, name: str, defect_map: np.ndarray) -> np.ndarray:
+        """A raw map (H, W), refined; feature maps relative to the image's own median, which light and sharpness move as a whole."""
+        refined = refine(defect_map, self.maps.smoothing_frac, self.maps.closing_frac)
+        return refined - np.median(refined) if name in FEATURE_MAPS else refined
 
     def fuse(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
         """The weighted mean of the maps after each is brought to its scale, (B, H, W)."""
         shares = map_shares(self.maps, self.model.n_features > 0)
-        scaled = (share * (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, share in shares.items())
-        return sum(scaled).astype(np.float32)
+        return sum(share * _scaled(smooth[name], scales[name]) for name, share in shares.items()).astype(np.float32)
+
+    def scores(self, smooth: dict[str, np.ndarray], fused: np.ndarray, scales: dict[str, tuple[float, float]]) -> list[float]:
+        """The score of every image, from the map that ``score_map`` names; without a backbone it is the fused one."""
+        name = self.maps.score_map
+        judged = _scaled(smooth[name], scales[name]) if name in smooth else fused
+        return [image_score(each, self.maps.top_frac) for each in judged]
 
     def detect(self, images: Tensor, paint: bool = True) -> list[Detection]:
         """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; ``paint`` adds reconstructions."""
         smooth, reconstructions = self.refined_maps(images, paint)
-        return [self._judge(*pair) for pair in zip(self.fuse(smooth, self.calibration.scales), reconstructions, strict=True)]
+        fused = self.fuse(smooth, self.calibration.scales)
+        scores = self.scores(smooth, fused, self.calibration.scales)
+        return [self._judge(*each) for each in zip(scores, fused, reconstructions, strict=True)]
 
-    def _judge(self, defect_map: np.ndarray, reconstruction: np.ndarray) -> Detection:
-        score = image_score(defect_map, self.maps.top_frac)
+    def _judge(self, score: float, defect_map: np.ndarray, reconstruction: np.ndarray | None) -> Detection:
         label = "good" if score <= self.calibration.threshold else "defective"  # so that a map that is not a number is no pass
         return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label, defect_map, reconstruction)
 
@@ -241,10 +263,15 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
             collected.setdefault(name, []).extend(maps)
     smooth = {name: np.stack(maps) for name, maps in collected.items()}
     scales = {name: _scale(maps) for name, maps in smooth.items()}
-    scores = sorted(image_score(each, detector.maps.top_frac) for each in detector.fuse(smooth, scales))
+    fused = detector.fuse(smooth, scales)
+    scores = sorted(detector.scores(smooth, fused, scales))
     alpha = detector.maps.target_false_alarms
     threshold, promised = conformal_threshold(np.array(scores), alpha)
-    return Calibration(scales, scores, alpha, threshold, promised)
+    return Calibration(scales, scores, alpha, threshold, promised, float(np.quantile(fused, 1 - detector.maps.pixel_false_positives)))
+
+
+def _scaled(maps: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    return (maps - scale[0]) / (scale[1] - scale[0])
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

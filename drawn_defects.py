@@ -18,6 +18,8 @@ VISIBLE_LEVELS = 6  # a pixel belongs to the mask when a channel moved by this m
 PEAK_LEVELS = 10  # a defect whose strongest pixel moved by less is drawn again
 CONTRAST_LEVELS = (12.0, 110.0)  # log-uniform: median about 36 levels, few strong ones
 ATTEMPTS = 6
+SMALLEST_PX = 16.0
+"""Area below which nothing is aimed at: on small images a smaller defect could not be told from noise."""
 
 
 class _Patch(NamedTuple):
@@ -38,7 +40,7 @@ def draw_defect(
         image: uint8 H x W x 3 RGB, sides of 16 px or more; left untouched.
         rng: the only source of chance, so that equal generators give equal defects.
         donors: other uint8 H x W x 3 images from which patches may be cut; without any they come from ``image``.
-        area_frac: smallest and largest area aimed at, as a share of the image; log-uniform between them.
+        area_frac: smallest and largest area aimed at, as a share of the image, log-uniform between them; at least SMALLEST_PX.
 
     Returns:
         The damaged copy, and a bool H x W mask of the pixels that changed by VISIBLE_LEVELS or more; never empty.
@@ -47,7 +49,9 @@ def draw_defect(
         ValueError: wrong dtype, shape or area.
     """
     _check(image, area_frac)
-    area_px = image.shape[0] * image.shape[1] * float(np.exp(rng.uniform(*np.log(area_frac))))
+    n_pixels = image.shape[0] * image.shape[1]
+    low, high = (max(frac * n_pixels, SMALLEST_PX) for frac in area_frac)
+    area_px = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     n_parts = 1 if rng.random() < 0.8 else int(rng.integers(2, 4))
     damaged = image.copy()
     for _ in range(n_parts):

@@ -66,11 +66,16 @@ class Backbone(nn.Module):
 
     Attributes:
         name: the name that ``load_backbone`` takes.
-        channels: channels of all taps together.
+        tap_channels: channels of each tap, finest first.
     """
 
     name = ""
-    channels = 0
+    tap_channels: tuple[int, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Channels of all taps together."""
+        return sum(self.tap_channels)
 
     def taps(self, images: Tensor) -> list[Tensor]:
         """Features (N, C_i, H / s_i, W / s_i) of every tap, finest first."""
@@ -147,7 +152,7 @@ class _Lite0(Backbone):
         super().__init__()
         self.stem = _folded(state, "_conv_stem", "_bn0", stride=2)
         self.blocks = nn.ModuleList(_Lite0Block(state, f"_blocks.{i}.", s) for i, s in enumerate(_LITE0_STRIDES))
-        self.channels = sum(self.blocks[i].project.weight.shape[0] for i in _LITE0_TAPS)
+        self.tap_channels = tuple(self.blocks[i].project.weight.shape[0] for i in _LITE0_TAPS)
         self.train(False)
 
     def taps(self, images: Tensor) -> list[Tensor]:
@@ -230,7 +235,7 @@ class _Vgg16(Backbone):
                 if i < last
             }
         )
-        self.channels = sum(self.convs[str(i - 1)].bias.numel() for i in self.tap_indices)
+        self.tap_channels = tuple(self.convs[str(i - 1)].bias.numel() for i in self.tap_indices)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.train(False)

@@ -28,6 +28,8 @@ from drawn_defects import draw_defect
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
            ("pixel", "aupro"), ("pixel", "f1"), ("pixel", "iou"), ("pixel", "pointing"))  # fmt: skip
 """What the terminal table and the heatmap show of each category."""
+N_DRAWN = 3
+"""Defects drawn on each good image, one at a time, to measure the skip leak."""
 
 
 @dataclass
@@ -93,24 +95,26 @@ def read_mask(item: data_loader.TestItem, detector: defect_maps.Detector) -> np.
 
 
 def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, rng: np.random.Generator) -> None:
-    """Reconstruction quality of one good image (1, 3, S, S), and how much of a drawn defect survives in it."""
+    """Reconstruction quality of one good image (1, 3, S, S), and how much of drawn defects survives in it."""
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    damaged, mask = draw_defect(pixels, rng)
-    pair = torch.cat([image.cpu(), data_loader.to_tensor([damaged])]).to(image.device)
+    drawn = [draw_defect(pixels, rng) for _ in range(N_DRAWN)]
+    images = torch.cat([image.cpu(), data_loader.to_tensor([damaged for damaged, _ in drawn])]).to(image.device)
     with torch.inference_mode():
-        reconstruction = detector.model(pair).reconstruction.float()
+        reconstruction = detector.model(images).reconstruction.float()
     for name, measure in (("mse", evaluation.mse(reconstruction[:1], image)), ("psnr", evaluation.psnr(reconstruction[:1], image, data_range=1.0)),
                           ("ssim", evaluation.ssim(reconstruction[:1], image, data_range=1.0))):  # fmt: skip
         results.quality[name].append(measure.item())
-    results.skip_leak.append(evaluation.surviving_contrast(reconstruction, pair, torch.from_numpy(mask).to(image.device)))
+    pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, (_, mask) in enumerate(drawn, 1))
+    leaks = [evaluation.surviving_contrast(reconstruction[pair], images[pair], mask) for pair, mask in pairs]
+    results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
 
 
 def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.TestItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
     """The panel of one image, and its raw map with --save-maps."""
     if settings.pictures:
         title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"
-        predicted = detection.defect_map > calibration.threshold
-        figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, predicted, mask, title, 2 * calibration.threshold, calibration.threshold)
+        limit = calibration.pixel_threshold
+        figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, detection.defect_map > limit, mask, title, 3 * limit, limit)
         plots.save(figure, out / item.category / f"{item.path.stem}.png")
     if settings.save_maps:
         path = out / "maps" / item.category / f"{item.path.stem}.npy"
@@ -135,14 +139,14 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
         [each.label == "defective" for each in results.detections],
         [each.defect_map for each in results.detections],
         results.masks,
-        calibration.threshold,
+        calibration.pixel_threshold,
         settings.bootstrap,
         settings.seed,
     )
     quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
     leak = evaluation.surviving_share(results.skip_leak, settings.bootstrap, settings.seed)
     report["reconstruction"] = {name: figure for name, figure in {**quality, "skip_leak": leak}.items() if figure is not None}
-    return {**report, "threshold": calibration.threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
+    return {**report, "threshold": calibration.threshold, "pixel_threshold": calibration.pixel_threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
 
 
 def write_report(report: dict, folder: Path) -> None:

@@ -306,7 +306,7 @@ def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named numbers for each epoch."""
     s, runtime = run.settings, run.runtime
     config.save(s, run.out / "vae_models" / "config.yaml")
-    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
     loader = make_loader(run)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(s.epochs * len(loader), s.warmup_frac))
     if s.resume:

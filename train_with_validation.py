@@ -9,7 +9,9 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
 
 N_PICTURED = 4
 """Images in one reconstruction picture."""
+N_TYPICAL = 64
+"""Training images on which the correlation of features is fitted."""
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Run:
     folder: data_loader.MVTecFolder
     training: data_loader.GoodImages
     held_out: list[tuple[Tensor, Tensor | None]]  # good images (B, 3, S, S) and their features (B, C, S/8, S/8)
+    typical: list[Tensor]  # features (B, C, S/8, S/8) of some training images as they are
     model: DetailVAE
     loss: DetailLoss
     features: FeatureCache
@@ -92,9 +97,11 @@ def prepare(settings: config.TrainSettings) -> Run:
     model = runtime.put_model(DetailVAE(settings))
     model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
+    some = itertools.islice(training.plain_batches(settings.batch_size), math.ceil(N_TYPICAL / settings.batch_size))
+    typical = [model.grid_features(runtime.put(batch)) for batch in some] if model.n_features else []
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, held_out, model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(settings, runtime, folder, training, held_out, typical, model, DetailLoss(settings, perceptual), features, epochs)
 
 
 def warn(sentences: list[str]) -> None:
@@ -106,7 +113,7 @@ def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named terms for each epoch."""
     s, runtime = run.settings, run.runtime
     config.save(s, run.out / "models" / "config.yaml")
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
     loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
@@ -188,6 +195,7 @@ def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
 
 def calibrated_detector(run: Run) -> defect_maps.Detector:
     """The model as it stands, calibrated on the held-out good images."""
+    run.model.fit_whitening(run.typical)
     maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
     perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
     detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
@@ -281,7 +289,7 @@ def write_pictures(run: Run, epoch: int) -> None:
 def draw_grid(run: Run, detector: defect_maps.Detector, images: Tensor, titles: list[str], name: str) -> None:
     found = detector.detect(run.runtime.put(images))
     figure = plots.reconstruction_grid(
-        list(images.numpy()), [each.reconstruction for each in found], [each.defect_map for each in found], titles, 2 * detector.calibration.threshold
+        list(images.numpy()), [each.reconstruction for each in found], [each.defect_map for each in found], titles, 3 * detector.calibration.pixel_threshold
     )
     plots.save(figure, run.out / "reconstructions" / name)
 

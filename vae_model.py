@@ -26,9 +26,11 @@ KIND = "detail_vae"
 LOGVAR_RANGE = (-8.0, 8.0)
 BATCH_NORM_MOMENTUM = 0.05
 """Small, because a step sees few images (Ioffe & Szegedy 2015 leave it open; torch takes 0.1)."""
-GATE_SHARPNESS = 4.0
-"""Slope of a skip's gate against the surprise."""
+GATE_LEVEL, GATE_SHARPNESS = 0.95, 8.0
+"""Surprise at which every skip is half shut, and how steeply it shuts; good places lie near log(2) = 0.69."""
 FEATURE_STRIDE = 8
+SHRINKAGE = 0.02
+"""Share of the identity in the correlation of features."""
 
 
 class VAEOutput(NamedTuple):
@@ -39,6 +41,14 @@ class VAEOutput(NamedTuple):
     logvar: Tensor  # (B, D)
     detail_mu: Tensor  # (B, d, H/32, W/32)
     detail_logvar: Tensor  # (B, d, H/32, W/32)
+
+
+class Painting(NamedTuple):
+    """What the pixel decoder returns."""
+
+    reconstruction: Tensor  # (B, 3, H, W) in [0, 1], with what passed the skip at full resolution
+    painted: Tensor  # (B, 3, H, W) in [0, 1], without it
+    logvar: Tensor  # (B, 1, H, W) log-variance of ``painted``
 
 
 class DetailOutput(NamedTuple):
@@ -108,16 +118,14 @@ class DetailEnhancement(nn.Module):
 class GatedSkip(nn.Module):
     """A skip connection that closes where the features came as a surprise.
 
-    Two factors open it: one learned from what is decoded and the surprise, and one that falls with the surprise by
-    construction, at a learned level, so that a defect unlike all drawn ones closes it too. In training the
-    normalised skip gets noise, so that the decoder leans on the latents.
+    Two factors open it: one learned from what is decoded and the surprise, and ``ceiling``, so that a defect unlike
+    all drawn ones closes it too. In training the normalised skip gets noise, so that the decoder leans on the latents.
     """
 
     def __init__(self, channels: int, noise: float):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM, affine=False)
         self.gate = nn.Sequential(nn.Conv2d(channels + 1, channels, 1), nn.SiLU(), nn.Conv2d(channels, 1, 3, padding=1))
-        self.level = nn.Parameter(torch.tensor(1.2))  # good places lie near log(2), see feature_surprise
         self.mix = conv_norm(channels, channels)
         self.noise = noise
 
@@ -125,9 +133,38 @@ class GatedSkip(nn.Module):
         skip = self.norm(skip)
         if self.training and self.noise:
             skip = skip + self.noise * (12**0.5) * (torch.rand_like(skip) - 0.5)
-        surprise = F.interpolate(surprise, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1))) * torch.sigmoid(GATE_SHARPNESS * (self.level - surprise))
+        surprise = _enlarged(surprise, skip)
+        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1))) * ceiling(surprise)
         return decoded + self.mix(openness * skip)
+
+
+class ImageSkip(nn.Module):
+    """The skip connection at full resolution: where its gate is open the image itself passes, elsewhere what was painted.
+
+    The gate compares what is decoded with and without the skip at half resolution and the skip itself; ``ceiling`` bounds it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM, affine=False)
+        self.gate = nn.Sequential(
+            conv_norm(3 * channels + 1, 2 * channels), nn.SiLU(), ResidualBlock(2 * channels), nn.Conv2d(2 * channels, 4, 3, padding=1), nn.PixelShuffle(2)
+        )
+
+    def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
+        """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and ``images`` (B, 3, H, W)."""
+        seen = torch.cat([decoded, joined, self.norm(skip), _enlarged(surprise, skip)], 1)
+        openness = torch.sigmoid(self.gate(seen)) * ceiling(_enlarged(surprise, images))
+        return painted + openness * (images - painted)
+
+
+def ceiling(surprise: Tensor) -> Tensor:
+    """How far a skip may open at most, in (0, 1): near 1 where features are as expected, near 0 where they surprise."""
+    return torch.sigmoid(GATE_SHARPNESS * (GATE_LEVEL - surprise))
+
+
+def _enlarged(surprise: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(surprise, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -156,9 +193,12 @@ class DetailVAE(nn.Module):
     def _hold_backbone(self, name: str, weights: str) -> None:
         backbone = None if name == "none" else load_backbone(name, weights)
         self.__dict__["backbone"] = backbone  # past nn.Module's registry: never saved, never trained
-        self.n_features = 0 if backbone is None else backbone.channels
+        self.tap_channels = () if backbone is None else backbone.tap_channels
+        self.n_features = sum(self.tap_channels)
         self.register_buffer("feature_mean", torch.zeros(1, max(self.n_features, 1), 1, 1))
         self.register_buffer("feature_std", torch.ones(1, max(self.n_features, 1), 1, 1))
+        self.register_buffer("whitening", torch.eye(self.n_features))
+        self.register_buffer("tap_whitening", torch.eye(self.n_features))
 
     def _build_encoder(self) -> None:
         w, s = self.widths, self.settings
@@ -186,7 +226,7 @@ class DetailVAE(nn.Module):
         self.up2 = Up(w[1], w[0])
         self.detail4, self.detail2 = DetailEnhancement(w[1]), DetailEnhancement(w[0])
         if s.skips:
-            self.skip4, self.skip2 = GatedSkip(w[1], s.skip_noise), GatedSkip(w[0], s.skip_noise)
+            self.skip4, self.skip2, self.skip1 = GatedSkip(w[1], s.skip_noise), GatedSkip(w[0], s.skip_noise), ImageSkip(w[0])
         self.pixel_head = nn.Sequential(nn.Conv2d(w[0], 16, 3, padding=1), nn.PixelShuffle(2))
 
     # --------------------------------------------------------------------------------------- features
@@ -215,9 +255,31 @@ class DetailVAE(nn.Module):
         self.feature_mean.copy_(mean.float().view(1, -1, 1, 1))
         self.feature_std.copy_(std.float().view(1, -1, 1, 1))
 
+    @torch.no_grad()
+    def fit_whitening(self, batches) -> None:
+        """Learn how the channels' deviations go together, from batches of features (B, C, h, w) of good training images.
+
+        The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
+        place; R, the second moments of deviations over D (drawn by 2 % to a multiple of the identity), is of the data set.
+        ``whitening`` W has W R W' = 1; ``tap_whitening`` likewise with R cut to blocks, one for each tap of the backbone.
+        """
+        if self.backbone is None:
+            return
+        self.eval()
+        total, count = torch.zeros(self.n_features, self.n_features, dtype=torch.float64), 0
+        for features in batches:
+            mu, _, detail_mu, _ = self.encode(None, features)
+            deviation = deviations(features, *self.decode_features(self.decode_trunk(mu, detail_mu))).movedim(1, -1).flatten(0, -2).double().cpu()
+            total, count = total + deviation.T @ deviation, count + len(deviation)
+        moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(self.n_features, dtype=torch.float64)
+        rows = zip(moments.split(self.tap_channels), range(len(self.tap_channels)), strict=True)
+        blocks = [tap_rows.split(self.tap_channels, 1)[tap] for tap_rows, tap in rows]
+        self.whitening.copy_(_inverse_factor(moments).float())
+        self.tap_whitening.copy_(torch.block_diag(*map(_inverse_factor, blocks)).float())
+
     # ---------------------------------------------------------------------------------------- forward
 
-    def encode(self, images: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def encode(self, images: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(mu, logvar, detail_mu, detail_logvar) from standardised features, or from images without a backbone."""
         x = self.enter(self.stem4(self.stem2(images)) if features is None else features)
         x = self.down32(self.down16(x))
@@ -238,8 +300,8 @@ class DetailVAE(nn.Module):
         feature_mu, feature_logvar = self.feature_head(trunk).chunk(2, 1)
         return feature_mu, feature_logvar.clamp(*LOGVAR_RANGE)
 
-    def decode_pixels(self, trunk: Tensor, images: Tensor, surprise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction (B, 3, H, W) in [0, 1] and pixel log-variance (B, 1, H, W).
+    def decode_pixels(self, trunk: Tensor, images: Tensor, surprise: Tensor) -> Painting:
+        """The reconstruction of images (B, 3, H, W) from the trunk, and how sure it is.
 
         All three arguments may be the same crop of a larger image (sides multiples of 8).
         """
@@ -247,10 +309,13 @@ class DetailVAE(nn.Module):
         if self.settings.skips:
             skip2 = self.stem2(images)
             x = self.skip4(x, self.stem4(skip2), surprise)
-        x = self.up2(self.detail4(x))
-        x = self.detail2(self.skip2(x, skip2, surprise) if self.settings.skips else x)
-        mean, pixel_logvar = self.pixel_head(x).split((3, 1), 1)
-        return torch.sigmoid(mean), pixel_logvar.clamp(*LOGVAR_RANGE)
+        decoded = self.up2(self.detail4(x))
+        joined = self.detail2(self.skip2(decoded, skip2, surprise) if self.settings.skips else decoded)
+        mean, logvar = self.pixel_head(joined).split((3, 1), 1)
+        reconstruction = painted = torch.sigmoid(mean)
+        if self.settings.skips:
+            reconstruction = self.skip1(decoded, joined, skip2, painted, images, surprise)
+        return Painting(reconstruction, painted, logvar.clamp(*LOGVAR_RANGE))
 
     def describe(self, images: Tensor, features: Tensor | None = None, paint: bool = True) -> DetailOutput:
         """Everything the model says of images (B, 3, H, W) in [0, 1].
@@ -266,7 +331,7 @@ class DetailVAE(nn.Module):
         reconstruction = pixel_logvar = None
         if paint:
             surprise = feature_surprise(features, feature_mu, feature_logvar, trunk)
-            reconstruction, pixel_logvar = self.decode_pixels(trunk, images, surprise)
+            reconstruction, _, pixel_logvar = self.decode_pixels(trunk, images, surprise)
         vae = VAEOutput(reconstruction, mu, logvar, detail_mu, detail_logvar)
         return DetailOutput(vae, pixel_logvar, features, feature_mu, feature_logvar)
 
@@ -286,12 +351,23 @@ def _coordinates(like: Tensor) -> Tensor:
     return torch.cat([y.expand(batch, 1, height, width), x.expand(batch, 1, height, width)], 1)
 
 
+def deviations(features: Tensor, feature_mu: Tensor, feature_logvar: Tensor) -> Tensor:
+    """Errors in units of the predicted standard deviation, (B, C, h, w)."""
+    return (features - feature_mu) * torch.exp(-0.5 * feature_logvar)
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor:
+    """W with W M W' = 1 for a positive definite M (C, C)."""
+    factor = torch.linalg.cholesky(matrix)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(matrix), dtype=matrix.dtype), upper=False)
+
+
 def feature_surprise(features: Tensor | None, feature_mu: Tensor | None, feature_logvar: Tensor | None, like: Tensor) -> Tensor:
     """log(1 + mean squared error over predicted variance) at every place, (B, 1, H/8, W/8), no gradient."""
     if features is None:
         return torch.zeros_like(like[:, :1])
     with torch.no_grad():
-        return torch.log1p(((features - feature_mu) ** 2 * torch.exp(-feature_logvar)).mean(1, keepdim=True))
+        return torch.log1p((deviations(features, feature_mu, feature_logvar) ** 2).mean(1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -377,26 +453,28 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
-    def _paint(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, surprise: Tensor, defect_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(reconstruction, pixel log-variance, target, weight of each pixel): crops in training, else whole images."""
+    def _paint(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, surprise: Tensor, defect_mask: Tensor | None) -> tuple[Painting, Tensor, Tensor]:
+        """(painting, target, weight of each pixel): crops in training, else whole images."""
         if not model.training or defect_mask is None:
-            return (*model.decode_pixels(trunk, corrupted, surprise), images, torch.ones_like(images[:, :1]))
+            return model.decode_pixels(trunk, corrupted, surprise), images, torch.ones_like(images[:, :1])
         windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
-        painted = model.decode_pixels(cut(trunk, windows, 1), cut(corrupted, windows, FEATURE_STRIDE), cut(surprise, windows, 1))
+        painting = model.decode_pixels(cut(trunk, windows, 1), cut(corrupted, windows, FEATURE_STRIDE), cut(surprise, windows, 1))
         weight = 1 + self.settings.repair_weight * cut(defect_mask, windows, FEATURE_STRIDE).to(images.device)
-        return (*painted, cut(images, windows, FEATURE_STRIDE), weight)
+        return painting, cut(images, windows, FEATURE_STRIDE), weight
 
     def _corrupt(self, features: Tensor | None) -> Tensor | None:
         return None if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
 
-    def _pixel_terms(self, reconstruction: Tensor, pixel_logvar: Tensor, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def _pixel_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
         scale = (weight / weight.mean()).sqrt()
-        terms = {"mse": mse(scale * reconstruction, scale * target).mean(), "l1": mae(scale**2 * reconstruction, scale**2 * target).mean()}
-        squared = ((reconstruction - target) ** 2).mean(1, keepdim=True)
-        terms["pixel_nll"] = gaussian_nll(squared.detach(), pixel_logvar)
+        reconstruction, painted, aim = scale * painting.reconstruction, scale * painting.painted, scale * target
+        terms = {"mse": mse(reconstruction, aim).mean(), "l1": mae(scale * reconstruction, scale * aim).mean()}
+        terms["painted"] = mse(painted, aim).mean() + mae(scale * painted, scale * aim).mean()
+        squared = ((painting.painted - target) ** 2).mean(1, keepdim=True)
+        terms["pixel_nll"] = gaussian_nll(squared.detach(), painting.logvar)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction, target)
+            terms["perceptual"] = self.perceptual(painting.painted, target)
         return terms
 
     def _weigh(self, terms: dict[str, Tensor], kl_scale: float) -> Tensor:
@@ -404,6 +482,7 @@ class DetailLoss:
         weights = {
             "mse": s.mse_weight,
             "l1": s.l1_weight,
+            "painted": s.painted_weight,
             "perceptual": s.perceptual_weight,
             "kl": s.kl_weight * kl_scale,
             "kl_detail": s.detail_kl_weight * kl_scale,

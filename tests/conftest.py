@@ -14,6 +14,7 @@ from config import ModelSettings
 class TinyBackbone(nn.Module):
     """Six fixed channels at stride 8, each of its own mean and spread; counts its calls."""
 
+    tap_channels = (2, 4)
     channels = 6
 
     def __init__(self):

@@ -156,7 +156,7 @@ def test_raw_maps_are_what_their_names_say(make_model):
     with torch.inference_mode():
         maps, told = defect_maps.raw_maps(model, images, ALL, Distance())
     reconstruction = told.vae.reconstruction
-    assert set(maps) == {"pixel", "ssim", "perceptual", "feature", "likelihood"}
+    assert set(maps) == {"pixel", "ssim", "perceptual", "feature", "likelihood", "joint"}
     assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
@@ -166,7 +166,10 @@ def test_raw_maps_are_what_their_names_say(make_model):
     correlation = np.corrcoef(cells.flatten(), (error**2).mean(1).flatten())[0, 1]
     assert correlation > 0.9
     torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
-    torch.testing.assert_close(defect_maps.feature_likelihood(told), (error.abs() / torch.exp(told.feature_logvar).sqrt()).mean(1, keepdim=True))
+    mixing = torch.randn(6, 6)
+    squared = torch.einsum("cd,bdhw->bchw", mixing, error / torch.exp(told.feature_logvar).sqrt()) ** 2
+    balanced = 0.5 * (squared[:, :2].mean(1).sqrt() + squared[:, 2:].mean(1).sqrt())  # the stand-in's taps have 2 and 4 channels
+    torch.testing.assert_close(defect_maps.feature_likelihood(told, mixing, model.tap_channels)[:, 0], balanced)
 
 
 def test_maps_with_no_share_are_not_computed(make_model):
@@ -182,6 +185,13 @@ def test_the_fused_map_is_the_weighted_mean_of_the_scaled_maps(make_model):
     np.testing.assert_allclose(detector.fuse(smooth, scales), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_feature_maps_are_relative_to_the_images_own_median_and_pixel_maps_are_not(make_model):
+    smooth, _ = detector_of(make_model("efficientnet_lite0"), ALL.replace(map_perceptual=0.0)).refined_maps(good_images(2, seed=1), paint=False)
+    medians = {name: np.abs(np.median(maps, axis=(1, 2))).max() for name, maps in smooth.items()}
+    assert medians["feature"] < 1e-4 and medians["likelihood"] < 1e-4
+    assert medians["pixel"] > 1e-3 and medians["ssim"] > 1e-3
+
+
 def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     detector, images = detector_of(make_model()), good_images(12, seed=5)
     found = detector.calibration
@@ -194,6 +204,28 @@ def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     scores = sorted(np.sort(each.ravel())[::-1][: round(0.01 * 64 * 64)].mean() for each in fused)
     assert found.good_scores == pytest.approx(scores, rel=1e-3)
     assert found.threshold == found.good_scores[-1] and found.alpha == 0.05 and not found.promised  # 12 < 19
+
+
+def test_one_pixel_in_so_many_of_good_images_lies_above_the_pixel_threshold(make_model):
+    detector, images = detector_of(make_model(), PIXELS.replace(pixel_false_positives=0.02)), good_images(12, seed=5)
+    above = np.stack([each.defect_map for each in detector.detect(images)]) > detector.calibration.pixel_threshold
+    assert above.mean() == pytest.approx(0.02, abs=2e-4)
+
+
+def test_the_image_score_comes_from_the_map_that_is_named(make_model):
+    maps = PIXELS.replace(map_likelihood=1.0)
+    model, images = make_model("efficientnet_lite0"), good_images(3, seed=4)
+    model.fit_feature_scale([images])
+    model.fit_whitening([model.grid_features(good_images(8, seed=6))])
+    of_fused, *of_one = (detector_of(model, maps.replace(score_map=name)) for name in ("fused", "likelihood", "joint"))
+    for found in of_fused.detect(images):
+        assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
+    for name, detector in zip(("likelihood", "joint"), of_one, strict=True):
+        low, high = detector.calibration.scales[name]
+        judged = (detector.refined_maps(images, paint=False)[0][name] - low) / (high - low)
+        assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
+    without = detector_of(make_model("none"), maps.replace(score_map="joint"))  # no backbone, no likelihood
+    assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
 
 
 def test_calibration_depends_on_the_good_images_alone(make_model):
@@ -215,7 +247,7 @@ def test_a_calibration_survives_a_checkpoint(make_model, tmp_path):
 
 def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
     scores = [float(score) for score in range(1, 51)]
-    calibration = Calibration({"pixel": (0.0, 1.0)}, scores, 0.05, 49.0, True)
+    calibration = Calibration({"pixel": (0.0, 1.0)}, scores, 0.05, 49.0, True, 1.0)
     alphas = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     moved = [calibration.at(alpha) for alpha in alphas]
     thresholds = [each.threshold for each in moved]
@@ -227,7 +259,7 @@ def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
 
 
 def test_labels_p_values_and_maps_follow_the_calibration(make_model):
-    detector = detector_of(make_model())
+    detector = detector_of(make_model(skips=False))
     images = torch.cat([good_images(3, seed=9), torch.rand(2, 3, 64, 64)])
     found = detector.detect(images)
     fused = detector.fuse(detector.refined_maps(images, paint=False)[0], detector.calibration.scales)
@@ -240,7 +272,7 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
         assert detection.label == ("defective" if detection.score > detector.calibration.threshold else "good")
     assert {detection.label for detection in found[3:]} == {"defective"}
     middle = sorted(detection.score for detection in found)[2]
-    detector.calibration = Calibration(detector.calibration.scales, detector.calibration.good_scores, 0.05, middle, False)
+    detector.calibration = Calibration(detector.calibration.scales, detector.calibration.good_scores, 0.05, middle, False, 1.0)
     assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
 
 

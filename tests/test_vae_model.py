@@ -144,6 +144,29 @@ def test_a_batch_can_be_learned_by_heart(make_model, backbone):
         assert last["feature_nll"] < first["feature_nll"]
 
 
+def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_and_of_size_one(make_model, monkeypatch):
+    monkeypatch.setattr(vae_model, "SHRINKAGE", 1e-6)
+    model = shake(make_model("efficientnet_lite0")).eval()
+    model.fit_feature_scale([smooth_images(8)])
+    batches = [model.grid_features(each) for each in smooth_images(24).split(8)]
+    model.fit_whitening(iter(batches))
+    features = torch.cat(batches)
+    mu, _, detail_mu, _ = model.encode(None, features)
+    plain = vae_model.deviations(features, *model.decode_features(model.decode_trunk(mu, detail_mu))).movedim(1, -1).flatten(0, -2)
+    for factor, blocks in ((model.whitening, [slice(0, 6)]), (model.tap_whitening, [slice(0, 2), slice(2, 6)])):
+        white = plain @ factor.T
+        moments = white.T @ white / len(white)
+        for block in blocks:
+            torch.testing.assert_close(moments[block, block], torch.eye(block.stop - block.start), atol=0.02, rtol=0)
+    assert (model.tap_whitening[2:, :2] == 0).all() and (model.tap_whitening[:2, 2:] == 0).all()
+
+
+def test_whitening_without_a_backbone_is_nothing(make_model):
+    model = make_model("none")
+    model.fit_whitening([])
+    assert model.whitening.shape == (0, 0)
+
+
 # ------------------------------------------------------------------------------------------- skips and crops
 
 
@@ -158,26 +181,42 @@ def test_pixels_can_pass_through_a_skip_and_without_skips_cannot(make_model):
     for skips in (True, False):
         model, images = make_model(skips=skips).eval(), smooth_images(2).requires_grad_()
         trunk, surprise = decoder_inputs(model, images)
-        reconstruction, _ = model.decode_pixels(trunk, images, surprise)
+        reconstruction = model.decode_pixels(trunk, images, surprise).reconstruction
         gradient = torch.autograd.grad(reconstruction.sum(), images, allow_unused=True)[0]
         assert (gradient is not None and gradient.abs().sum() > 0) if skips else gradient is None
 
 
-def test_the_gate_sees_the_surprise_and_can_close(make_model):
+def test_surprise_shuts_every_skip_whatever_its_gate_has_learned(make_model):
     model, images = make_model().eval(), smooth_images(1)
-    other = 1 - images
-    for skip in (model.skip2, model.skip4):
-        torch.nn.init.zeros_(skip.gate[0].weight)
-        torch.nn.init.zeros_(skip.gate[0].bias)
-        torch.nn.init.constant_(skip.gate[2].bias, 5.0)
-        skip.gate[0].weight.data[:, -1] = 1.0  # the last channel of the gate's input is the surprise
-        torch.nn.init.constant_(skip.gate[2].weight, -10.0)
+    for gate in (model.skip2.gate[-1], model.skip4.gate[-1], model.skip1.gate[-2]):
+        torch.nn.init.constant_(gate.bias, 10.0)  # wide open, as far as learning goes
     copied = {}
     for level in (0.0, 10.0):
         trunk, surprise = decoder_inputs(model, images, level)
-        pair = [model.decode_pixels(trunk, each, surprise)[0] for each in (images, other)]
+        pair = [model.decode_pixels(trunk, each, surprise)[0] for each in (images, 1 - images)]
         copied[level] = (pair[0] - pair[1]).abs().max().item()
     assert copied[0.0] > 1e-3 and copied[10.0] < 1e-3 * copied[0.0]
+
+
+def test_a_skips_learned_gate_sees_the_surprise():
+    skip = vae_model.GatedSkip(4, noise=0.0).eval()
+    for layer in (skip.gate[0], skip.gate[2]):
+        torch.nn.init.zeros_(layer.weight)
+    skip.gate[0].weight.data[:, -1] = 1.0  # the last channel of the gate's input is the surprise
+    torch.nn.init.constant_(skip.gate[2].weight, -10.0)
+    decoded, features = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    low, high = (skip(decoded, features, torch.full((1, 1, 2, 2), level)).abs().max() for level in (0.0, 0.5))  # the ceiling is high for both
+    assert high < 0.01 * low
+
+
+def test_the_image_skip_passes_the_image_where_open_and_the_painted_where_shut():
+    skip = vae_model.ImageSkip(4).eval()
+    half, painted, images = torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    torch.nn.init.constant_(skip.gate[-2].bias, 30.0)
+    surprise = torch.zeros(1, 1, 2, 2)
+    surprise[..., 1] = 10.0  # the right half
+    out = skip(half, half, half, painted, images, surprise)
+    assert out[..., :3].min() > 0.99 and out[..., 12:].max() < 0.01
 
 
 def test_skip_noise_is_drawn_in_training_only(make_model):
@@ -255,7 +294,7 @@ def test_the_pixel_branch_trains_on_crops_of_all_it_compares(make_model, monkeyp
 
     def watched(trunk, crops, surprise):
         seen.append((trunk, crops, surprise))
-        return crops, torch.zeros_like(crops[:, :1])  # a perfect copy of the damaged crop
+        return vae_model.Painting(crops, crops, torch.zeros_like(crops[:, :1]))  # a perfect copy of the damaged crop
 
     monkeypatch.setattr(model, "decode_pixels", watched)
     damaged, mask = images.clone(), mask_of(4, 64, 96, (0, 40, 50), (1, 8, 8))
@@ -263,7 +302,7 @@ def test_the_pixel_branch_trains_on_crops_of_all_it_compares(make_model, monkeyp
     loss = DetailLoss(LOSS.replace(pixel_share=0.5, repair_weight=0.0), None)
     terms = loss(model, images, damaged, 1.0, mask)
     heavier = DetailLoss(LOSS.replace(pixel_share=0.5, repair_weight=4.0), None)(model, images, damaged, 1.0, mask)
-    assert heavier["mse"] > terms["mse"] and heavier["l1"] > terms["l1"]  # the copied defect counts for more
+    assert all(heavier[name] > terms[name] for name in ("mse", "l1", "painted"))  # the copied defect counts for more
     trunk, crops, surprise = seen[0]
     assert crops.shape == (2, 3, 32, 32) and trunk.shape[2:] == surprise.shape[2:] == (4, 4)
     expected = sum((images[i] - damaged[i]).square().sum() for i in range(2)) / (2 * 3 * 32 * 32)  # the target is clean
@@ -381,6 +420,7 @@ class Distance(torch.nn.Module):
 WEIGHTS = {
     "mse_weight": "mse",
     "l1_weight": "l1",
+    "painted_weight": "painted",
     "perceptual_weight": "perceptual",
     "kl_weight": "kl",
     "detail_kl_weight": "kl_detail",
@@ -411,7 +451,10 @@ def test_the_terms_are_those_of_the_clean_image_not_of_the_damaged_one(make_mode
     assert terms["l1"].item() == pytest.approx((out.reconstruction - images).abs().mean().item(), rel=1e-5)
     assert terms["feature"].item() == pytest.approx(((clean - told.feature_mu) ** 2).mean().item(), rel=1e-5)
     assert terms["kl"].item() == pytest.approx(kl_divergence(out.mu, out.logvar).item(), rel=1e-5)
-    squared = ((out.reconstruction - images) ** 2).mean(1, keepdim=True)
+    surprise = vae_model.feature_surprise(told.features, told.feature_mu, told.feature_logvar, told.features)
+    off = model.decode_pixels(model.decode_trunk(out.mu, out.detail_mu), damaged, surprise).painted - images
+    assert terms["painted"].item() == pytest.approx((off**2).mean().item() + off.abs().mean().item(), rel=1e-5)
+    squared = (off**2).mean(1, keepdim=True)
     assert terms["pixel_nll"].item() == pytest.approx(gaussian_nll(squared, told.pixel_logvar).item(), rel=1e-5)
 
 
@@ -436,7 +479,7 @@ def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(
 
 def test_without_backbone_there_are_no_feature_terms(make_model):
     terms = DetailLoss(LOSS, None)(make_model().train(), smooth_images(2), smooth_images(2), 1.0)
-    assert terms.keys() == {"mse", "l1", "pixel_nll", "kl", "kl_detail", "total"}
+    assert terms.keys() == {"mse", "l1", "painted", "pixel_nll", "kl", "kl_detail", "total"}
 
 
 # ------------------------------------------------------------------------------------------------ from a file
