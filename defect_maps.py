@@ -22,7 +22,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint
 from evaluation import ssim_map
-from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations
+from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations, fold_norms
 
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
@@ -288,7 +288,7 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     settings = contents["settings"]
     maps = from_dict(MapSettings, settings)
-    model = detail_vae_from_checkpoint(contents, path).to(device)
+    model = fold_norms(detail_vae_from_checkpoint(contents, path)).to(device, memory_format=torch.channels_last)
     return Detector(model, maps, Calibration.from_dict(contents["calibration"]), settings, load_map_perceptual(maps, settings, device))
 
 

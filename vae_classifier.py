@@ -20,14 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
 from data_loader_supervised import four_flips
 from defect_maps import p_value
 from engine import load_checkpoint, load_weights, resolve_device
 from evaluation import mae, mse, ssim_map
-from vae_model import LOGVAR_RANGE, Down, ResidualBlock, Up, conv_norm, kl_divergence
+from vae_model import LOGVAR_RANGE, Down, ResidualBlock, Up, conv_norm, fold_norms, kl_divergence
 
 KIND = "vae_classifier"
 STEM_STRIDE = 4
@@ -529,17 +528,6 @@ def checkpoint_contents(model: VAEClassifier, calibration: ClassifierCalibration
     }
 
 
-@torch.no_grad()
-def fused(model: nn.Module) -> nn.Module:
-    """The model with every normalisation folded into the convolution before it: the same outputs sooner, no more training."""
-    for module in model.eval().modules():
-        if isinstance(module, nn.Sequential):
-            for at, (first, second) in enumerate(pairwise(module)):
-                if isinstance(first, (nn.Conv1d, nn.Conv2d)) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                    module[at], module[at + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
-    return model
-
-
 def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fuse: bool = True) -> tuple[VAEClassifier, list[str]]:
     """(model in evaluation mode, class names) from a checkpoint of train_vae_classifier.py.
 
@@ -561,4 +549,4 @@ def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fu
     model.class_names, model.calibration = names, calibration
     model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}
     where = resolve_device(device) if device in ("auto", "cuda", "cpu") else torch.device(device)
-    return (fused(model) if fuse else model).eval().to(where, memory_format=torch.channels_last), names
+    return (fold_norms(model) if fuse else model).eval().to(where, memory_format=torch.channels_last), names

@@ -10,12 +10,14 @@ the features came as a surprise, so that a defect is not copied through the skip
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import LossSettings, ModelSettings, from_dict
 from engine import load_checkpoint, load_weights
@@ -561,6 +563,17 @@ class FeatureCache:
 
 
 # --------------------------------------------------------------------------------------- from a file
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module) -> nn.Module:
+    """The model with every normalisation folded into the convolution before it: the same outputs sooner, no more training."""
+    for module in model.eval().modules():
+        if isinstance(module, nn.Sequential):
+            for at, (first, second) in enumerate(pairwise(module)):
+                if isinstance(first, (nn.Conv1d, nn.Conv2d)) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    module[at], module[at + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
+    return model
 
 
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:

@@ -161,6 +161,16 @@ def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_
     assert (model.tap_whitening[2:, :2] == 0).all() and (model.tap_whitening[:2, 2:] == 0).all()
 
 
+def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
+    before = model.describe(images)
+    n_norms = sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules())
+    after = vae_model.fold_norms(model).describe(images)
+    assert sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()) < 0.2 * n_norms
+    torch.testing.assert_close(after.vae.reconstruction, before.vae.reconstruction, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.feature_mu, before.feature_mu, atol=1e-4, rtol=1e-4)
+
+
 def test_whitening_without_a_backbone_is_nothing(make_model):
     model = make_model("none")
     model.fit_whitening([])
