@@ -77,9 +77,17 @@ def setting(
 class Settings:
     """Base of all settings classes: checks every value against its field when an instance is made."""
 
+    given = frozenset()
+    """Names that flags or the file gave a value, also where it is the default; set by ``parse``."""
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_value(field, getattr(self, field.name))
+
+    def with_preset(self, preset: dict, **changes):
+        """A copy with the preset's values where nothing was given and the value is the default, and with ``changes``."""
+        ours = {key: value for key, value in preset.items() if key not in self.given and getattr(self, key) == getattr(type(self), key)}
+        return from_dict(type(self), {**as_dict(self), **ours, **changes})
 
     def replace(self, **changes):
         """A copy with some fields changed, checked again."""
@@ -497,7 +505,9 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     given = vars(found)
     config_file = given.pop("config", None)
     values = {**(read_yaml(config_file) if config_file else {}), **given}
-    return from_dict(settings_class, values)
+    settings = from_dict(settings_class, values)
+    object.__setattr__(settings, "given", frozenset(values))
+    return settings
 
 
 def answer_early(settings_class: type[Settings], description: str) -> None:

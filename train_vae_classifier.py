@@ -265,8 +265,7 @@ def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifier
     say(f"No --data-dir given: using the built-in demo in {root} with configs/classifier_demo.yaml.")
     plot_loader.make_demo(root, bar("demo series"))
     preset = config.read_yaml(str(Path(__file__).parent / "configs" / "classifier_demo.yaml"))
-    untouched = {key: value for key, value in preset.items() if getattr(settings, key) == getattr(config.TrainClassifierSettings(), key)}
-    return config.from_dict(config.TrainClassifierSettings, {**config.as_dict(settings), **untouched, "data_dir": str(root)})
+    return settings.with_preset(preset, data_dir=str(root))
 
 
 def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:
