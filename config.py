@@ -84,10 +84,10 @@ class Settings:
         for field in dataclasses.fields(self):
             _check_value(field, getattr(self, field.name))
 
-    def with_preset(self, preset: dict, **changes):
-        """A copy with the preset's values where nothing was given and the value is the default, and with ``changes``."""
+    def with_preset(self, preset: dict):
+        """A copy with the preset's values where nothing was given and the value is the default."""
         ours = {key: value for key, value in preset.items() if key not in self.given and getattr(self, key) == getattr(type(self), key)}
-        return from_dict(type(self), {**as_dict(self), **ours, **changes})
+        return from_dict(type(self), {**as_dict(self), **ours})
 
     def replace(self, **changes):
         """A copy with some fields changed, checked again."""

@@ -265,7 +265,7 @@ def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifier
     say(f"No --data-dir given: using the built-in demo in {root} with configs/classifier_demo.yaml.")
     plot_loader.make_demo(root, bar("demo series"))
     preset = config.read_yaml(str(Path(__file__).parent / "configs" / "classifier_demo.yaml"))
-    return settings.with_preset(preset, data_dir=str(root))
+    return settings.with_preset(preset).replace(data_dir=str(root))
 
 
 def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:

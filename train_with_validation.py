@@ -76,7 +76,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     root = data_loader.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
     print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
     preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
-    return settings.with_preset(preset, data_dir=str(root))
+    return settings.with_preset(preset).replace(data_dir=str(root))
 
 
 def prepare(settings: config.TrainSettings) -> Run:

@@ -326,5 +326,5 @@ def test_a_preset_fills_in_only_what_nobody_gave_also_where_the_default_was_give
     default = config.TrainSettings().image_size
     (tmp_path / "a.yaml").write_text("batch_size: 2")
     settings = config.parse(config.TrainSettings, "", ["--image-size", str(default), "--config", str(tmp_path / "a.yaml")])
-    filled = settings.with_preset({"image_size": 128, "batch_size": 16, "learning_rate": 0.5}, data_dir="d")
-    assert (filled.image_size, filled.batch_size, filled.learning_rate, filled.data_dir) == (default, 2, 0.5, "d")
+    filled = settings.with_preset({"image_size": 128, "batch_size": 16, "learning_rate": 0.5})
+    assert (filled.image_size, filled.batch_size, filled.learning_rate) == (default, 2, 0.5)

@@ -747,7 +747,7 @@ def contents(root):
 
 def test_demo_layout_and_masks(demo):
     data = dl.MVTecFolder(demo)
-    assert len(data.train_good) == 60 and data.categories == ["good", "paint", "scratch"] and not data.warnings
+    assert len(data.train_good) == 100 and data.categories == ["good", "paint", "scratch"] and not data.warnings
     assert [sum(item.category == name for item in data.test) for name in data.categories] == [20, 12, 12]
     for item in data.test:
         assert dl.read_image(item.path).shape == (128, 128, 3)

@@ -283,6 +283,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(data, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_with_validation.py"), "--data-dir", str(data), "--output-dir", str(tmp_path), *flags({**TINY, "epochs": 10_000})],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background would hand down "ignored"
     )  # fmt: skip
     deadline = time.monotonic() + 100
     while not (tmp_path / "models" / "best_model.pth").exists() and time.monotonic() < deadline:
