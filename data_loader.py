@@ -760,9 +760,9 @@ def _write_demo_image(root: Path, folder: str, stem: str, crop: np.ndarray, rng:
         alpha, colour = draw(crop, rng)
         drawn = np.rint(crop + alpha[..., None] * (colour - crop)).astype(np.uint8)
         mask = cv2.absdiff(drawn, crop).max(axis=2) >= drawn_defects.VISIBLE_LEVELS
-        _write_png(root / "ground_truth" / folder.split("/")[1] / f"{stem}_mask.png", mask.astype(np.uint8) * 255)
+        write_png(root / "ground_truth" / folder.split("/")[1] / f"{stem}_mask.png", mask.astype(np.uint8) * 255)
         crop = drawn
-    _write_png(root / folder / f"{stem}.png", crop)
+    write_png(root / folder / f"{stem}.png", crop)
 
 
 def _demo_scratch(crop: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -926,7 +926,7 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
         return {**row, "reason": error.reason if Path(error.args[0]) == job.source else f"belongs to an image that {error.reason}"}
     except FileNotFoundError:
         return {**row, "reason": "is gone"}
-    _write_png(out / job.output, pixels)
+    write_png(out / job.output, pixels)
     return {**row, "signature": signature}
 
 
@@ -935,7 +935,8 @@ def _fitted_mask(job: _Job, settings: config.PreprocessSettings) -> np.ndarray:
     return fit_mask(read_mask(job.source), settings.image_size, settings.resize, original_hw).astype(np.uint8) * 255
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 H x W or H x W x 3 RGB, whole or not at all, making the folder."""
     _, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
     _write_bytes(path, data.tobytes())
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SERIES_SUFFIXES = (".csv", ".tsv")
 DARK = 90  # spines are black; the line's blue channel is 180, the grid's 231
 CACHE_VERSION = 1
+DAMAGED_CACHE = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a cut, damaged or foreign cache file was seen to raise."""
 RENDER_REPORT, MANIFEST = "render_report.json", "manifest.json"
 DEMO_PER_CLASS = {"train": 60, "test": 20}
 DEMO_SEED = 20_240
@@ -297,18 +299,23 @@ def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.nd
         if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
             return {}
         return {path: (mark, reason if row < 0 else images[row]) for path, mark, row, reason in index}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error):
+    except DAMAGED_CACHE:
         return {}
 
 
 def _write_cache(file: Path, paths: list[Path], marks: list[list[int]], images: np.ndarray, kept: list[int], reasons: dict[Path, str]) -> None:
     rows = {i: row for row, i in enumerate(kept)}
     index = [(str(path), marks[i], rows.get(i, -1), reasons.get(path, "")) for i, path in enumerate(paths)]
+    write_arrays(file, {"index": np.array(json.dumps(index)), "images": images})
+
+
+def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz, lightly compressed, that another run sees whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            for name, array in (("index", np.array(json.dumps(index))), ("images", images)):
+            for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
         part.replace(file)

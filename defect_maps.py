@@ -22,7 +22,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint
 from evaluation import ssim_map
-from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations, fold_norms
+from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations, fold_norms, resized
 
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
@@ -49,9 +49,9 @@ def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
-        "feature": lambda: _to_size(feature_error(output), images),
-        "likelihood": lambda: _to_size(feature_likelihood(output, model.tap_whitening, model.tap_channels), images),
-        "joint": lambda: _to_size(feature_likelihood(output, model.whitening, [model.n_features]), images),
+        "feature": lambda: resized(feature_error(output), images),
+        "likelihood": lambda: resized(feature_likelihood(output, model.tap_whitening, model.tap_channels), images),
+        "joint": lambda: resized(feature_likelihood(output, model.whitening, [model.n_features]), images),
     }
     return {name: makers[name]().float() for name in wanted}, output
 
@@ -88,10 +88,6 @@ def feature_likelihood(output: DetailOutput, whitening: Tensor, tap_channels: Se
     deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
     squared = F.conv2d(deviation, whitening[:, :, None, None]) ** 2
     return torch.stack([tap.mean(1, keepdim=True).sqrt() for tap in squared.split(list(tap_channels), 1)]).mean(0)
-
-
-def _to_size(grid: Tensor, images: Tensor) -> Tensor:
-    return F.interpolate(grid, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:

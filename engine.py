@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import platform
@@ -18,12 +19,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import InputError
+from config import InputError, Settings, as_dict
 
 FORMAT = 1
 """Format number written into every checkpoint; a reader refuses any other."""
@@ -277,3 +279,64 @@ def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"The weights in {path} do not fit its own architecture settings; the file is damaged.") from None
     return model
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write values as indented JSON, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+class TrainingRun(Protocol):
+    """What a training stage's own ``Run`` has, and what goes into the file it resumes from."""
+
+    settings: Settings
+    runtime: Runtime
+    model: nn.Module
+    history: list[dict]
+    best: float
+    best_epoch: int
+
+
+def save_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, history: Path, extra: dict | None = None) -> None:
+    """The state from which ``resume_training`` goes on, with ``extra`` entries, and the history so far as JSON."""
+    state = {
+        "settings": as_dict(run.settings),
+        "model": run.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": run.runtime.scaler.state_dict(),
+        "random": random_state(),
+        "history": run.history,
+        "best": run.best,
+        "best_epoch": run.best_epoch,
+    }
+    save_checkpoint(path, f"{kind}_training", {**state, **(extra or {})})
+    write_json(history, {"best_epoch": run.best_epoch, "epochs": run.history})
+
+
+def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, may_differ: set[str]) -> dict:
+    """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
+
+    Raises:
+        InputError: there is none, or it was made with other settings than those that may differ.
+    """
+    state = load_checkpoint(path, f"{kind}_training")
+    for key, value in as_dict(run.settings).items():
+        if key not in may_differ and state["settings"].get(key) != value:
+            raise InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
+    load_weights(run.model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    run.runtime.scaler.load_state_dict(state["scaler"])
+    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
+    restore_random_state(state["random"])
+    return state
+
+
+def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    """The same values under ``prefix/name``, as a history holds them."""
+    return {f"{prefix}/{name}": value for name, value in values.items()}

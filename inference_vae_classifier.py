@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import plots
@@ -130,7 +130,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     """
     found = _one(csv_path, model, class_names, device)
     if save_plot:
-        write_picture(Path(output_dir) / f"{Path(csv_path).stem}_plot.png", plot_loader.read_plot(csv_path))
+        data_loader.write_png(Path(output_dir) / f"{Path(csv_path).stem}_plot.png", plot_loader.read_plot(csv_path))
     return found.name, found.probabilities
 
 
@@ -232,11 +232,6 @@ def write_panel(each: Predicted, model: VAEClassifier, path: Path) -> None:
     plots.save(plots.class_probability_panel(each.image.numpy(), each.reconstruction.numpy(), each.probabilities, title), path)
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
-
-
 # ---------------------------------------------------------------------------------------- latent space
 
 
@@ -244,7 +239,7 @@ def write_generated(model: VAEClassifier, settings: config.InferClassifierSettin
     """results/latent/generated_<class>.png: plots drawn from the class's latent Gaussian."""
     drawn = vae_classifier.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
     path = Path(settings.output_dir) / LATENT / f"generated_{settings.generate}.png"
-    write_picture(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
+    data_loader.write_png(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
     print(f"{len(drawn)} plots of {settings.generate}: {path}")
 
 
@@ -263,7 +258,7 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         if len(kept) != 2:
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
         drawn, probabilities = vae_classifier.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
-        write_picture(out / "interpolation.png", vae_classifier.tiled([drawn]))
+        data_loader.write_png(out / "interpolation.png", vae_classifier.tiled([drawn]))
         print(f"interpolation: {out / 'interpolation.png'} ({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})")
 
 

@@ -12,15 +12,12 @@ if __name__ == "__main__":
 import hashlib
 import inspect
 import json
-import os
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -132,7 +129,7 @@ def generated_plots(settings: config.TrainClassifierSettings, style: str, per_cl
         jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
         made = plot_loader._in_processes(draw_generated, jobs, -1)
         images = np.stack(list(bar(f"{style} series")(made, len(jobs))))
-        write_array(file, images)
+        plot_loader.write_arrays(file, {"images": images})
     return Plots(images, labels)
 
 
@@ -147,19 +144,8 @@ def read_array(file: Path) -> np.ndarray | None:
     try:
         with np.load(file, allow_pickle=False) as stored:
             return stored["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, plot_loader.zlib.error):
+    except plot_loader.DAMAGED_CACHE:
         return None
-
-
-def write_array(file: Path, images: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, images, allow_pickle=False)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class MixedSampler:
@@ -315,9 +301,9 @@ def train(run: Run) -> list[dict]:
             loader.sampler.set_epoch(epoch)
             seen = Seen(len(run.classes))
             trained = engine.train_epoch(run.model, stepping(loader, run, progress), training_terms(run, seen), optimizer, scheduler, runtime, s.gradient_clip)
-            row = {"epoch": epoch, **prefixed("train", {**trained, **seen.measures()})}
+            row = {"epoch": epoch, **engine.prefixed("train", {**trained, **seen.measures()})}
             for name, group in run.data.validation.items():
-                row |= prefixed("val" if name == "real" else name, validate(run, group))
+                row |= engine.prefixed("val" if name == "real" else name, validate(run, group))
             run.history.append(row)
             is_best = keep_if_best(run, row["val/macro_f1"])
             save_last(run, optimizer, scheduler)
@@ -374,14 +360,10 @@ def validate(run: Run, group: Plots) -> dict[str, float]:
         images, truth = batch
         found, logits = run.loss.terms(run.judged, images, run.runtime.put(truth))
         flips = run.settings.flips_at_test
-        seen.add(truth, vae_classifier.view_log_probabilities(run.judged, images).mean(0) if flips else logits)
+        seen.add(truth, vae_classifier.view_log_probabilities(run.judged, images, logits).mean(0) if flips else logits)
         return found, len(truth)
 
     return {**engine.evaluate(run.judged, pairs, terms, run.runtime), **seen.measures()}
-
-
-def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
@@ -430,47 +412,15 @@ def keep_if_best(run: Run, macro_f1: float) -> bool:
 
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """The state from which --resume goes on, and the history so far."""
-    state = {
-        "settings": config.as_dict(run.settings),
-        "model": run.model.state_dict(),
-        "averaged": run.average.averaged.state_dict(),
-        "n_steps": run.average.n_steps,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": run.runtime.scaler.state_dict(),
-        "random": engine.random_state(),
-        "history": run.history,
-        "best": run.best,
-        "best_epoch": run.best_epoch,
-    }
-    engine.save_checkpoint(run.out / LAST, f"{KIND}_training", state)
-    write_json(run.out / "results" / "vae_classifier_history.json", {"best_epoch": run.best_epoch, "epochs": run.history})
-
-
-def write_json(path: Path, values: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    averaged = {"averaged": run.average.averaged.state_dict(), "n_steps": run.average.n_steps}
+    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, run.out / "results" / "vae_classifier_history.json", averaged)
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
-    """Continue from the last checkpoint as if never interrupted.
-
-    Raises:
-        InputError: there is none, or it was made with other settings.
-    """
-    path = run.out / LAST
-    state = engine.load_checkpoint(path, f"{KIND}_training")
-    for key, value in config.as_dict(run.settings).items():
-        if key not in MAY_DIFFER and state["settings"].get(key) != value:
-            raise config.InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
-    engine.load_weights(run.model, state["model"], path)
-    engine.load_weights(run.average.averaged, state["averaged"], path)
+    """Continue from the last checkpoint, with the running average of weights."""
+    state = engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
+    engine.load_weights(run.average.averaged, state["averaged"], run.out / LAST)
     run.average.n_steps = state["n_steps"]
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    run.runtime.scaler.load_state_dict(state["scaler"])
-    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
-    engine.restore_random_state(state["random"])
 
 
 @torch.inference_mode()
@@ -481,9 +431,7 @@ def write_pictures(run: Run, epoch: int) -> None:
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
     drawn = run.judged.eval()(images).reconstruction
     sheet = vae_classifier.tiled([list(run.judged.target(images)), list(drawn)])
-    path = run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(".png", sheet[:, :, ::-1])[1].tobytes())
+    data_loader.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)
 
 
 # ------------------------------------------------------------------------------------------ in the end
@@ -502,7 +450,7 @@ def finish(run: Run) -> None:
         say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")
     reports = {name: report(run, model, group) for name, group in groups.items()}
     main_report = report(run, model, test) if scored == "test" else reports.pop("validation")
-    write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
+    engine.write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
     plots.save(plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes), run.out / "results" / "vae_classifier_confusion.png")
     print(table(scored, main_report, reports))
     print(f"results: {run.out / 'results' / 'vae_classifier_results.json'}")
@@ -516,11 +464,10 @@ def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
     confusion = evaluation.confusion_matrix(group.labels, probabilities.argmax(1), len(run.classes))
     before = vae_classifier.calibrated_probabilities(encoded, calibration, temperature=1.0)
     quality: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
-    n_flagged = 0
-    for images in batches(group.images, s.batch_size, run.runtime):
-        judged, target = vae_classifier.judge(model, images, flips=False), model.target(images).cpu()
-        n_flagged += int((judged.p_values <= calibration.alpha).sum())
-        drawn = torch.from_numpy(judged.reconstruction)
+    p_values = calibration.p_values(calibration.novelty(calibration.distances(encoded.errors, encoded.mu, encoded.pictures)))
+    for images, mu in zip(batches(group.images, s.batch_size, run.runtime), encoded.mu.split(s.batch_size), strict=True):
+        with torch.inference_mode():
+            drawn, target = model.decode(run.runtime.put(mu)).float().cpu(), model.target(images).cpu()
         quality["mse"] += evaluation.mse(drawn, target).tolist()
         quality["psnr"] += evaluation.psnr(drawn, target, data_range=1.0).tolist()
         quality["ssim"] += evaluation.ssim(drawn, target, data_range=1.0).tolist()
@@ -532,7 +479,7 @@ def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
             "temperature": calibration.temperature_flips if calibration.flips else calibration.temperature,
         },
         "reconstruction": {name: evaluation.summarise(values, s.bootstrap, s.seed) for name, values in quality.items()},
-        "none_of_these": evaluation.rate_figure(n_flagged, len(group.labels)),
+        "none_of_these": evaluation.rate_figure(int((p_values <= calibration.alpha).sum()), len(group.labels)),
     }
 
 

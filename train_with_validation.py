@@ -10,7 +10,6 @@ if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -28,6 +27,9 @@ import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
 
+LAST = Path("models") / "last.pth"
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
+"""Settings that a resumed run may have otherwise."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
 N_TYPICAL = 64
@@ -116,7 +118,7 @@ def train(run: Run) -> list[dict]:
     loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
-        resume(run, optimizer, scheduler)
+        engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
@@ -124,7 +126,7 @@ def train(run: Run) -> list[dict]:
             loader.sampler.set_epoch(epoch)
             kl_scale = min(1.0, epoch / s.kl_warmup_epochs) if s.kl_warmup_epochs else 1.0
             trained = engine.train_epoch(run.model, ticking(loader, bar), training_terms(run, kl_scale), optimizer, scheduler, runtime, s.gradient_clip)
-            run.history.append({"epoch": epoch, **prefixed("train", trained)})
+            run.history.append({"epoch": epoch, **engine.prefixed("train", trained)})
             line = f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}"
             if epoch % validate_every(run) == 0 or epoch == run.epochs:
                 line += check_in(run, epoch, optimizer, scheduler)
@@ -146,7 +148,7 @@ def validate_every(run: Run) -> int:
 def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) -> str:
     """Validate and keep what is worth keeping; returns the rest of the epoch's line."""
     validated = validate(run)
-    run.history[-1].update(prefixed("val", validated))
+    run.history[-1].update(engine.prefixed("val", validated))
     is_best = keep_if_best(run, epoch, validated["total"])
     save_last(run, optimizer, scheduler)
     shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
@@ -183,10 +185,6 @@ def validate(run: Run) -> dict[str, float]:
     with torch.random.fork_rng():
         torch.manual_seed(run.settings.seed)
         return engine.evaluate(run.model, run.held_out, terms, run.runtime)
-
-
-def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 # ----------------------------------------------------------------------------------- what is kept of a run
@@ -230,43 +228,7 @@ def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
 
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """models/last.pth, from which --resume goes on, and the history so far."""
-    state = {
-        "settings": config.as_dict(run.settings),
-        "model": run.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": run.runtime.scaler.state_dict(),
-        "random": engine.random_state(),
-        "history": run.history,
-        "best": run.best,
-        "best_epoch": run.best_epoch,
-    }
-    engine.save_checkpoint(run.out / "models" / "last.pth", f"{KIND}_training", state)
-    path = run.out / "metrics" / "training_history.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"best_epoch": run.best_epoch, "epochs": run.history}, indent=1), encoding="utf-8")
-
-
-MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
-
-
-def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
-    """Continue from models/last.pth as if never interrupted.
-
-    Raises:
-        InputError: there is none, or it was made with other settings.
-    """
-    path = run.out / "models" / "last.pth"
-    state = engine.load_checkpoint(path, f"{KIND}_training")
-    for key, value in config.as_dict(run.settings).items():
-        if key not in MAY_DIFFER and state["settings"].get(key) != value:
-            raise config.InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
-    engine.load_weights(run.model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    run.runtime.scaler.load_state_dict(state["scaler"])
-    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
-    engine.restore_random_state(state["random"])
+    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, run.out / "metrics" / "training_history.json")
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -248,9 +248,14 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
 # ------------------------------------------------------------------------------ probabilities, calibrated
 
 
-def view_log_probabilities(model: VAEClassifier, images: Tensor) -> Tensor:
-    """Uncalibrated log-probabilities of the four flips of images (B, 3, S, S), (4, B, K); the first is the plot as it is."""
-    return torch.stack([F.log_softmax(model.head(model.encode(view)[0]).float(), 1) for view in four_flips(images)])
+def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor, flips: bool = True) -> Tensor:
+    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips, (4, B, K), or of themselves alone, (1, B, K).
+
+    Args:
+        logits: (B, K) of the images as they are, which come first.
+    """
+    flipped = [model.head(model.encode(view)[0]) for view in four_flips(images)[1:]] if flips else []
+    return torch.stack([F.log_softmax(each.float(), 1) for each in (logits, *flipped)])
 
 
 def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> float:
@@ -330,6 +335,12 @@ class ClassifierCalibration:
     alpha: float
     flips: bool
 
+    def distances(self, errors: Tensor, mu: Tensor, pictures: Tensor) -> Tensor:
+        """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and statistics (n, P)."""
+        latent = mahalanobis(mu.cpu(), self.class_means, self.latent_precision)
+        picture = mahalanobis(pictures.cpu(), self.picture_mean, self.picture_precision)
+        return torch.stack([errors.cpu().double(), latent, picture], 1)
+
     def novelty(self, distances: Tensor) -> np.ndarray:
         """One score for each row of ``novelty_distances``, (n, 3) -> (n,): the largest of the three, standardised."""
         logs = torch.log(distances.cpu().double().clamp_min(1e-9))
@@ -347,10 +358,8 @@ class ClassifierCalibration:
 
 def novelty_distances(model: VAEClassifier, calibration: ClassifierCalibration, images: Tensor, mu: Tensor, reconstruction: Tensor) -> Tensor:
     """Reconstruction error, latent distance and picture distance of images (B, 3, S, S), (B, 3) on the CPU."""
-    error = reconstruction_error(reconstruction, model.target(images), model.error_scale, 0.0).cpu().double()
-    latent = mahalanobis(mu.cpu(), calibration.class_means, calibration.latent_precision)
-    picture = mahalanobis(picture_statistics(images).cpu(), calibration.picture_mean, calibration.picture_precision)
-    return torch.stack([error, latent, picture], 1)
+    error = reconstruction_error(reconstruction, model.target(images), model.error_scale, 0.0)
+    return calibration.distances(error, mu, picture_statistics(images))
 
 
 class Encoded(NamedTuple):
@@ -370,7 +379,7 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
     parts: list[tuple[Tensor, ...]] = []
     for images in batches:
         mu, _ = model.encode(images)
-        views = view_log_probabilities(model, images) if flips else F.log_softmax(model.head(mu).float(), 1)[None]
+        views = view_log_probabilities(model, images, model.head(mu), flips)
         error = reconstruction_error(model.decode(mu), model.target(images), model.error_scale, 0.0)
         parts.append((mu.cpu(), views.transpose(0, 1).cpu(), picture_statistics(images).cpu(), error.cpu()))
     mu, views, pictures, errors = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -406,11 +415,7 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
 
 
 def _with_scores(fitted: ClassifierCalibration, validation: dict[str, Encoded]) -> ClassifierCalibration:
-    distances = {}
-    for name, group in validation.items():
-        latent = mahalanobis(group.mu, fitted.class_means, fitted.latent_precision)
-        picture = mahalanobis(group.pictures, fitted.picture_mean, fitted.picture_precision)
-        distances[name] = torch.stack([group.errors.double(), latent, picture], 1)
+    distances = {name: fitted.distances(group.errors, group.mu, group.pictures) for name, group in validation.items()}
     logs = torch.log(torch.cat(list(distances.values())).clamp_min(1e-9))
     fitted.centre, fitted.spread = logs.mean(0), logs.std(0, correction=0).clamp_min(1e-3)
     fitted.scores = {name: sorted(fitted.novelty(each).tolist()) for name, each in distances.items()}
@@ -440,10 +445,7 @@ def judge(model: VAEClassifier, images: Tensor, flips: bool | None = None) -> Ju
     calibration = model.calibration
     flips = calibration.flips if flips is None else flips
     mu, _ = model.encode(images)
-    log_p = F.log_softmax(model.head(mu).float(), 1)
-    if flips:
-        others = [F.log_softmax(model.head(model.encode(view)[0]).float(), 1) for view in four_flips(images)[1:]]
-        log_p = torch.stack([log_p, *others]).mean(0)
+    log_p = view_log_probabilities(model, images, model.head(mu), flips).mean(0)
     temperature = calibration.temperature_flips if flips else calibration.temperature
     probabilities = F.softmax(log_p.double() / temperature, 1)
     reconstruction = model.decode(mu)

@@ -135,7 +135,7 @@ class GatedSkip(nn.Module):
         skip = self.norm(skip)
         if self.training and self.noise:
             skip = skip + self.noise * (12**0.5) * (torch.rand_like(skip) - 0.5)
-        surprise = _enlarged(surprise, skip)
+        surprise = resized(surprise, skip)
         openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1))) * ceiling(surprise)
         return decoded + self.mix(openness * skip)
 
@@ -155,8 +155,8 @@ class ImageSkip(nn.Module):
 
     def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
         """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and ``images`` (B, 3, H, W)."""
-        seen = torch.cat([decoded, joined, self.norm(skip), _enlarged(surprise, skip)], 1)
-        openness = torch.sigmoid(self.gate(seen)) * ceiling(_enlarged(surprise, images))
+        seen = torch.cat([decoded, joined, self.norm(skip), resized(surprise, skip)], 1)
+        openness = torch.sigmoid(self.gate(seen)) * ceiling(resized(surprise, images))
         return painted + openness * (images - painted)
 
 
@@ -165,8 +165,9 @@ def ceiling(surprise: Tensor) -> Tensor:
     return torch.sigmoid(GATE_SHARPNESS * (GATE_LEVEL - surprise))
 
 
-def _enlarged(surprise: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(surprise, size=like.shape[-2:], mode="bilinear", align_corners=False)
+def resized(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps (B, C, h, w) at the height and width of ``like``."""
+    return F.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -270,14 +271,13 @@ class DetailVAE(nn.Module):
         self.eval()
         total, count = torch.zeros(self.n_features, self.n_features, dtype=torch.float64), 0
         for features in batches:
-            mu, _, detail_mu, _ = self.encode(None, features)
-            deviation = deviations(features, *self.decode_features(self.decode_trunk(mu, detail_mu))).movedim(1, -1).flatten(0, -2).double().cpu()
+            told = self.describe(None, features, paint=False)
+            deviation = deviations(features, told.feature_mu, told.feature_logvar).movedim(1, -1).flatten(0, -2).double().cpu()
             total, count = total + deviation.T @ deviation, count + len(deviation)
         moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(self.n_features, dtype=torch.float64)
-        rows = zip(moments.split(self.tap_channels), range(len(self.tap_channels)), strict=True)
-        blocks = [tap_rows.split(self.tap_channels, 1)[tap] for tap_rows, tap in rows]
+        same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
         self.whitening.copy_(_inverse_factor(moments).float())
-        self.tap_whitening.copy_(torch.block_diag(*map(_inverse_factor, blocks)).float())
+        self.tap_whitening.copy_(_inverse_factor(moments * same_tap).float())
 
     # ---------------------------------------------------------------------------------------- forward
 
@@ -319,11 +319,11 @@ class DetailVAE(nn.Module):
             reconstruction = self.skip1(decoded, joined, skip2, painted, images, surprise)
         return Painting(reconstruction, painted, logvar.clamp(*LOGVAR_RANGE))
 
-    def describe(self, images: Tensor, features: Tensor | None = None, paint: bool = True) -> DetailOutput:
+    def describe(self, images: Tensor | None, features: Tensor | None = None, paint: bool = True) -> DetailOutput:
         """Everything the model says of images (B, 3, H, W) in [0, 1].
 
         Args:
-            features: their standardised features, where already computed.
+            features: their standardised features, where already computed; without painting, images are not needed then.
             paint: run the pixel branch; without it reconstruction and pixel_logvar are None, for a third of the time.
         """
         features = self.grid_features(images) if features is None else features
@@ -470,9 +470,13 @@ class DetailLoss:
     def _pixel_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
         scale = (weight / weight.mean()).sqrt()
-        reconstruction, painted, aim = scale * painting.reconstruction, scale * painting.painted, scale * target
-        terms = {"mse": mse(reconstruction, aim).mean(), "l1": mae(scale * reconstruction, scale * aim).mean()}
-        terms["painted"] = mse(painted, aim).mean() + mae(scale * painted, scale * aim).mean()
+
+        def errors(drawn: Tensor) -> tuple[Tensor, Tensor]:
+            drawn, aim = scale * drawn, scale * target
+            return mse(drawn, aim).mean(), mae(scale * drawn, scale * aim).mean()
+
+        terms = dict(zip(("mse", "l1"), errors(painting.reconstruction), strict=True))
+        terms["painted"] = sum(errors(painting.painted))
         squared = ((painting.painted - target) ** 2).mean(1, keepdim=True)
         terms["pixel_nll"] = gaussian_nll(squared.detach(), painting.logvar)
         if self.perceptual is not None:

@@ -206,7 +206,7 @@ def root(tmp_path) -> Path:
     for part, n in (("train", 6), ("test", 3)):
         for label, name in enumerate(("beta", "alpha")):
             for i in range(n):
-                data_loader._write_png(tmp_path / "set" / part / name / f"{i}.png", small_image(100 * label + i))
+                data_loader.write_png(tmp_path / "set" / part / name / f"{i}.png", small_image(100 * label + i))
     return tmp_path / "set"
 
 
@@ -260,7 +260,7 @@ def test_the_cache_decodes_once_and_again_only_what_changed(root, tmp_path):
     again = loader.load_plots(paths, 32, False, cache)
     assert again.n_decoded == 0 and again.errors == first.errors
     np.testing.assert_array_equal(again.images, first.images)
-    data_loader._write_png(paths[5], small_image(999))
+    data_loader.write_png(paths[5], small_image(999))
     os.utime(paths[5], ns=(1, 1))
     changed = loader.load_plots(paths, 32, False, cache)
     assert changed.n_decoded == 1
