@@ -62,22 +62,25 @@ def main(settings: config.ClassifySettings) -> None:
     print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
 
 
-def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime: engine.Runtime) -> Iterator[Classified]:
-    """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n."""
+def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime: engine.Runtime, thorough: bool = False) -> Iterator[Classified]:
+    """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n.
+
+    Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
+    """
     for batch in data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size):
-        detections = detector.detect(runtime.put(batch.images), paint=False) if len(batch.images) else []
+        detections = detector.detect(runtime.put(batch.images), thorough) if len(batch.images) else []
         yield from (Classified(path, None, reason) for path, reason in batch.errors)
         yield from (Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True))
 
 
-def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8) -> list[Classified]:
-    """Results for every image below a folder (or in a list of files), for notebooks.
+def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8, thorough: bool = True) -> list[Classified]:
+    """Results for every image below a folder (or in a list of files), for notebooks; at 256 px about 1 MB an image.
 
     Raises:
         InputError: there is no image.
     """
     device = next(detector.model.parameters()).device
-    return list(classify(detector, data_loader.find_images(folder), batch_size, engine.Runtime(device)))
+    return list(classify(detector, data_loader.find_images(folder), batch_size, engine.Runtime(device), thorough))
 
 
 def label_of(result: Classified) -> str:

@@ -35,16 +35,15 @@ FEATURE_MAPS = {"feature", "likelihood", "joint"}
 """Maps that need no reconstruction in pixels."""
 
 
-def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual=None, paint: bool = True) -> tuple[dict[str, Tensor], DetailOutput]:
-    """Every map that is fused or scored, by name, each (B, 1, H, W) and at least 0; and what the model said.
+def raw_maps(names: Iterable[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
+    """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
+        names: of ``MapSettings.map_*`` without the prefix, and "joint".
         images: (B, 3, H, W) in [0, 1].
-        perceptual: a ``PerceptualLoss``, needed only where ``map_perceptual`` is above 0.
-        paint: reconstruct pixels even where no map needs them.
+        output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
+        perceptual: a ``PerceptualLoss``, needed only for "perceptual".
     """
-    wanted = wanted_maps(settings, model.n_features > 0)
-    output = model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(wanted))
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
@@ -53,14 +52,7 @@ def raw_maps(model: DetailVAE, images: Tensor, settings: MapSettings, perceptual
         "likelihood": lambda: resized(feature_likelihood(output, model.tap_whitening, model.tap_channels), images),
         "joint": lambda: resized(feature_likelihood(output, model.whitening, [model.n_features]), images),
     }
-    return {name: makers[name]().float() for name in wanted}, output
-
-
-def wanted_maps(settings: MapSettings, has_features: bool) -> list[str]:
-    """Names of the maps that are fused, and of the one that is scored."""
-    names = list(map_shares(settings, has_features))
-    extra = settings.score_map if has_features and settings.score_map != "fused" else None
-    return names if extra is None or extra in names else [*names, extra]
+    return {name: makers[name]().float() for name in names}
 
 
 def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
@@ -189,8 +181,8 @@ class Detection(NamedTuple):
     score: float
     p_value: float
     label: str  # "good" or "defective"
-    defect_map: np.ndarray  # float32 (H, W) at the network's input size, all maps fused; about 1 at the top 0.1 % of good pixels
-    reconstruction: np.ndarray | None  # float32 (3, H, W) in [0, 1]; None where it was not asked for
+    defect_map: np.ndarray | None = None  # float32 (H, W) at the network's input size, all maps fused; about 1 at the top 0.1 % of good pixels
+    reconstruction: np.ndarray | None = None  # float32 (3, H, W) in [0, 1]; both None where they were not asked for
 
 
 @dataclass
@@ -215,13 +207,27 @@ class Detector:
     def resize(self) -> str:
         return self.settings["resize"]
 
-    def refined_maps(self, images: Tensor, paint: bool) -> tuple[dict[str, np.ndarray], list[np.ndarray | None]]:
-        """Smoothed raw maps by name, each (B, H, W), and with ``paint`` reconstructions, of images (B, 3, H, W)."""
+    @property
+    def fused_names(self) -> list[str]:
+        """Maps that make the defect map."""
+        return list(map_shares(self.maps, self.model.n_features > 0))
+
+    @property
+    def scored_names(self) -> list[str]:
+        """Maps that make the image score: the one that ``score_map`` names, without a backbone the fused ones."""
+        return [self.maps.score_map] if self.model.n_features and self.maps.score_map != "fused" else self.fused_names
+
+    def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
+        """What the model says of images (B, 3, H, W); painted where the named maps need it or ``paint`` asks for it."""
         self.model.eval()
         with torch.inference_mode():
-            raw, output = raw_maps(self.model, images, self.maps, self.perceptual, paint)
-        smooth = {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
-        return smooth, list(output.vae.reconstruction.float().cpu().numpy()) if paint else [None] * len(images)
+            return self.model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(names))
+
+    def refined_maps(self, images: Tensor, output: DetailOutput, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names."""
+        with torch.inference_mode():
+            raw = raw_maps(names, self.model, images, output, self.perceptual)
+        return {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
     def _refined(self, name: str, defect_map: np.ndarray) -> np.ndarray:
         """A raw map (H, W), refined; feature maps relative to the image's own median, which light and sharpness move as a whole."""
@@ -233,34 +239,51 @@ class Detector:
         shares = map_shares(self.maps, self.model.n_features > 0)
         return sum(share * _scaled(smooth[name], scales[name]) for name, share in shares.items()).astype(np.float32)
 
-    def scores(self, smooth: dict[str, np.ndarray], fused: np.ndarray, scales: dict[str, tuple[float, float]]) -> list[float]:
-        """The score of every image, from the map that ``score_map`` names; without a backbone it is the fused one."""
-        name = self.maps.score_map
-        judged = _scaled(smooth[name], scales[name]) if name in smooth else fused
+    def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
+        """The score of every image from the maps of ``scored_names``."""
+        names = self.scored_names
+        judged = self.fuse(smooth, scales) if names == self.fused_names else _scaled(smooth[names[0]], scales[names[0]])
         return [image_score(each, self.maps.top_frac) for each in judged]
 
-    def detect(self, images: Tensor, paint: bool = True) -> list[Detection]:
-        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; ``paint`` adds reconstructions."""
-        smooth, reconstructions = self.refined_maps(images, paint)
-        fused = self.fuse(smooth, self.calibration.scales)
-        scores = self.scores(smooth, fused, self.calibration.scales)
-        return [self._judge(*each) for each in zip(scores, fused, reconstructions, strict=True)]
+    def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device.
 
-    def _judge(self, score: float, defect_map: np.ndarray, reconstruction: np.ndarray | None) -> Detection:
+        Args:
+            thorough: False makes defect maps and reconstructions of images called defective only, where the scores do not
+                come from pixels; a good one then takes half the time.
+        """
+        output = self.describe(images, self.scored_names, thorough)
+        smooth, scales = self.refined_maps(images, output, self.scored_names), self.calibration.scales
+        judged = [self._judge(score) for score in self.scores(smooth, scales)]
+        rows = [row for row, each in enumerate(judged) if thorough or each.label == "defective"]
+        if not rows:
+            return judged
+        shown, output = images[rows], output.at(rows)
+        if output.vae.reconstruction is None:
+            with torch.inference_mode():
+                output = self.model.paint(shown, output)
+        smooth = {name: maps[rows] for name, maps in smooth.items()}
+        smooth |= self.refined_maps(shown, output, [name for name in self.fused_names if name not in smooth])
+        for row, fused, reconstruction in zip(rows, self.fuse(smooth, scales), output.vae.reconstruction.float().cpu().numpy(), strict=True):
+            judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
+        return judged
+
+    def _judge(self, score: float) -> Detection:
         label = "good" if score <= self.calibration.threshold else "defective"  # so that a map that is not a number is no pass
-        return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label, defect_map, reconstruction)
+        return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label)
 
 
 def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W)."""
     collected: dict[str, list[np.ndarray]] = {}
+    names = list(dict.fromkeys(detector.fused_names + detector.scored_names))
     for images in batches:
-        for name, maps in detector.refined_maps(images, paint=False)[0].items():
+        for name, maps in detector.refined_maps(images, detector.describe(images, names), names).items():
             collected.setdefault(name, []).extend(maps)
     smooth = {name: np.stack(maps) for name, maps in collected.items()}
     scales = {name: _scale(maps) for name, maps in smooth.items()}
     fused = detector.fuse(smooth, scales)
-    scores = sorted(detector.scores(smooth, fused, scales))
+    scores = sorted(detector.scores(smooth, scales))
     alpha = detector.maps.target_false_alarms
     threshold, promised = conformal_threshold(np.array(scores), alpha)
     return Calibration(scales, scores, alpha, threshold, promised, float(np.quantile(fused, 1 - detector.maps.pixel_false_positives)))

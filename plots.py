@@ -196,10 +196,11 @@ def overlay_image(
     )
     start = threshold - (1.0 - HEAT_NEAR_FRAC) * abs(threshold)
     rise = max(threshold - start, 1e-12)
-    strength = np.clip((heat - start) / rise, 0.0, 1.0)[..., None] * HEAT_ALPHA
-    level = 0.45 + 0.5 * np.clip((heat - threshold) / max(float(heat.max()) - threshold, rise), 0.0, 1.0)
-    colour = matplotlib.colormaps[HEAT](level)[..., :3] * 255.0
-    blended = np.rint(image * (1.0 - strength) + colour * strength).astype(np.uint8)
+    blended, warm = image.copy(), heat > start
+    strength = np.clip((heat[warm] - start) / rise, 0.0, 1.0)[:, None] * HEAT_ALPHA
+    level = 0.45 + 0.5 * np.clip((heat[warm] - threshold) / max(float(heat.max()) - threshold, rise), 0.0, 1.0)
+    colour = matplotlib.colormaps[HEAT](level)[:, :3] * 255.0
+    blended[warm] = np.rint(image[warm] * (1.0 - strength) + colour * strength).astype(np.uint8)
     thickness_px = max(1, round(max(height, width) / 300))
     rings = _region_rings(mask, extra_px=thickness_px)
     halo = thickness_px + 2 * max(1, thickness_px // 2)

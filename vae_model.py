@@ -61,6 +61,14 @@ class DetailOutput(NamedTuple):
     features: Tensor | None  # (B, C, H/8, W/8) standardised features of the input
     feature_mu: Tensor | None  # (B, C, H/8, W/8) predicted from the latents alone
     feature_logvar: Tensor | None  # (B, C, H/8, W/8)
+    trunk: Tensor  # (B, 8 * base_channels, H/8, W/8) what both decoder branches start from
+
+    def at(self, rows: list[int]) -> DetailOutput:
+        """The same of some images of the batch."""
+        def taken(tensors):
+            return [None if each is None else each[rows] for each in tensors]
+
+        return DetailOutput(VAEOutput(*taken(self.vae)), *taken(self[1:]))
 
 
 # ---------------------------------------------------------------------------------------------- blocks
@@ -324,18 +332,20 @@ class DetailVAE(nn.Module):
 
         Args:
             features: their standardised features, where already computed; without painting, images are not needed then.
-            paint: run the pixel branch; without it reconstruction and pixel_logvar are None, for a third of the time.
+            paint: run the pixel branch; without it reconstruction and pixel_logvar are None, for half the time.
         """
         features = self.grid_features(images) if features is None else features
         mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
         trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
-        reconstruction = pixel_logvar = None
-        if paint:
-            surprise = feature_surprise(features, feature_mu, feature_logvar, trunk)
-            reconstruction, _, pixel_logvar = self.decode_pixels(trunk, images, surprise)
-        vae = VAEOutput(reconstruction, mu, logvar, detail_mu, detail_logvar)
-        return DetailOutput(vae, pixel_logvar, features, feature_mu, feature_logvar)
+        output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, features, feature_mu, feature_logvar, trunk)
+        return self.paint(images, output) if paint else output
+
+    def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
+        """What ``describe`` said of these images without painting, with reconstruction and pixel_logvar."""
+        surprise = feature_surprise(output.features, output.feature_mu, output.feature_logvar, output.trunk)
+        reconstruction, _, pixel_logvar = self.decode_pixels(output.trunk, images, surprise)
+        return output._replace(vae=output.vae._replace(reconstruction=reconstruction), pixel_logvar=pixel_logvar)
 
     def forward(self, images: Tensor) -> VAEOutput:
         return self.describe(images).vae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -146,6 +147,12 @@ def detector_of(model, maps=PIXELS, n_good=12):
     return detector
 
 
+def maps_of(detector, images):
+    """All refined maps of images by name."""
+    names = [*detector.fused_names, *detector.scored_names]
+    return detector.refined_maps(images, detector.describe(images, names), names)
+
+
 class Distance:
     def distance_map(self, x_hat, x):
         return (x_hat - x).abs().amax(1, keepdim=True)
@@ -154,9 +161,10 @@ class Distance:
 def test_raw_maps_are_what_their_names_say(make_model):
     model, images = make_model("efficientnet_lite0").eval(), good_images(2)
     with torch.inference_mode():
-        maps, told = defect_maps.raw_maps(model, images, ALL, Distance())
+        told = model.describe(images)
+        maps = defect_maps.raw_maps(["pixel", "ssim", "perceptual", "feature", "likelihood", "joint"], model, images, told, Distance())
     reconstruction = told.vae.reconstruction
-    assert set(maps) == {"pixel", "ssim", "perceptual", "feature", "likelihood", "joint"}
+    assert len(maps) == 6
     assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
@@ -173,20 +181,22 @@ def test_raw_maps_are_what_their_names_say(make_model):
 
 
 def test_maps_with_no_share_are_not_computed(make_model):
-    maps, _ = defect_maps.raw_maps(make_model().eval(), good_images(1), PIXELS.replace(map_ssim=0.0))
-    assert list(maps) == ["pixel"]
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, score_map="joint"))
+    assert (detector.fused_names, detector.scored_names, set(detector.calibration.scales)) == (["pixel"], ["joint"], {"pixel", "joint"})
+    without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, score_map="joint"))
+    assert without.scored_names == ["pixel"] and set(without.calibration.scales) == {"pixel"}
 
 
 def test_the_fused_map_is_the_weighted_mean_of_the_scaled_maps(make_model):
     detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0))
-    smooth, _ = detector.refined_maps(good_images(2, seed=1), paint=False)
+    smooth = maps_of(detector, good_images(2, seed=1))
     scales = {"pixel": (0.1, 0.3), "likelihood": (1.0, 2.0)}
     expected = 0.75 * (smooth["pixel"] - 0.1) / 0.2 + 0.25 * (smooth["likelihood"] - 1.0)
     np.testing.assert_allclose(detector.fuse(smooth, scales), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_feature_maps_are_relative_to_the_images_own_median_and_pixel_maps_are_not(make_model):
-    smooth, _ = detector_of(make_model("efficientnet_lite0"), ALL.replace(map_perceptual=0.0)).refined_maps(good_images(2, seed=1), paint=False)
+    smooth = maps_of(detector_of(make_model("efficientnet_lite0"), ALL.replace(map_perceptual=0.0)), good_images(2, seed=1))
     medians = {name: np.abs(np.median(maps, axis=(1, 2))).max() for name, maps in smooth.items()}
     assert medians["feature"] < 1e-4 and medians["likelihood"] < 1e-4
     assert medians["pixel"] > 1e-3 and medians["ssim"] > 1e-3
@@ -195,7 +205,7 @@ def test_feature_maps_are_relative_to_the_images_own_median_and_pixel_maps_are_n
 def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     detector, images = detector_of(make_model()), good_images(12, seed=5)
     found = detector.calibration
-    smooth, _ = detector.refined_maps(images, paint=False)
+    smooth = maps_of(detector, images)
     fused = 0.0
     for name, maps in smooth.items():
         low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
@@ -222,7 +232,7 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
     for name, detector in zip(("likelihood", "joint"), of_one, strict=True):
         low, high = detector.calibration.scales[name]
-        judged = (detector.refined_maps(images, paint=False)[0][name] - low) / (high - low)
+        judged = (maps_of(detector, images)[name] - low) / (high - low)
         assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
     without = detector_of(make_model("none"), maps.replace(score_map="joint"))  # no backbone, no likelihood
     assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
@@ -262,7 +272,7 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     detector = detector_of(make_model(skips=False))
     images = torch.cat([good_images(3, seed=9), torch.rand(2, 3, 64, 64)])
     found = detector.detect(images)
-    fused = detector.fuse(detector.refined_maps(images, paint=False)[0], detector.calibration.scales)
+    fused = detector.fuse(maps_of(detector, images), detector.calibration.scales)
     assert len(found) == 5
     for detection, defect_map in zip(found, fused, strict=True):
         np.testing.assert_array_equal(detection.defect_map, defect_map)
@@ -276,18 +286,28 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
 
 
-@pytest.mark.parametrize("maps", [PIXELS, ALL.replace(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0)], ids=["pixel maps", "feature maps"])
-def test_without_paint_the_judgement_is_the_same_and_pixels_are_decoded_only_for_maps_that_need_them(make_model, monkeypatch, maps):
-    detector, images = detector_of(make_model("efficientnet_lite0"), maps), good_images(2, seed=2)
-    painted, calls, decode = detector.detect(images), [], detector.model.decode_pixels
-    monkeypatch.setattr(detector.model, "decode_pixels", lambda *args: calls.append(1) or decode(*args))
-    plain = detector.detect(images, paint=False)
-    assert bool(calls) == (maps is PIXELS)
-    for a, b in zip(painted, plain, strict=True):
-        assert a[:3] == b[:3] and b.reconstruction is None
-        np.testing.assert_array_equal(a.defect_map, b.defect_map)
-    detector.detect(images)
-    assert len(calls) == 1 + (maps is PIXELS)
+@pytest.mark.parametrize("score_map", ["joint", "fused"])
+def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(make_model, monkeypatch, score_map):
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0, score_map=score_map))
+    images = torch.cat([good_images(2, seed=5), torch.rand(1, 3, 64, 64), good_images(1, seed=5)])
+    scores = [each.score for each in detector.detect(images)]
+    detector.calibration = dataclasses.replace(detector.calibration, threshold=sorted(scores)[-2])
+    thorough, n_painted, decode = detector.detect(images), [], detector.model.decode_pixels
+    monkeypatch.setattr(detector.model, "decode_pixels", lambda trunk, *others: n_painted.append(len(trunk)) or decode(trunk, *others))
+    sparing = detector.detect(images, thorough=False)
+    assert n_painted == ([1] if score_map == "joint" else [4])
+    assert [each.label for each in sparing].count("defective") == 1
+    for a, b in zip(thorough, sparing, strict=True):
+        assert a.score == pytest.approx(b.score) and (a.p_value, a.label) == (b.p_value, b.label)
+        assert a.defect_map is not None and a.reconstruction is not None
+        if b.label == "defective":
+            np.testing.assert_allclose(a.defect_map, b.defect_map, atol=1e-4)
+            np.testing.assert_allclose(a.reconstruction, b.reconstruction, atol=1e-5)
+        else:
+            assert b.defect_map is None and b.reconstruction is None
+    n_painted.clear()
+    detector.calibration = dataclasses.replace(detector.calibration, threshold=max(scores) + 1)
+    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([] if score_map == "joint" else [4])
 
 
 def test_detection_leaves_no_training_mode_behind(make_model):
