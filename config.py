@@ -222,6 +222,12 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
 
 
 @dataclass(frozen=True)
+class DetectionBenchmarkSettings(TrainSettings):
+    methods: tuple[str, ...] = setting(("detailvae", "patchcore", "padim"), "Methods to compare.", choices=("detailvae", "patchcore", "padim"))
+    seeds: tuple[int, ...] = setting((0,), "Seeds; every method runs once with each.", minimum=0)
+
+
+@dataclass(frozen=True)
 class DetailTestSettings(RunSettings):
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
@@ -308,6 +314,12 @@ class TrainClassifierSettings(ClassifierLossSettings, ClassifierModelSettings, G
     picture_every: int = setting(5, "Write a reconstruction picture every so many epochs, and after the last.", unit="epochs", minimum=1)
     bootstrap: int = setting(1000, "Resamples behind each 95 % interval.", minimum=0)
     resume: bool = setting(False, "Go on from the last checkpoint in the output folder.")
+
+
+@dataclass(frozen=True)
+class ClassifierBenchmarkSettings(TrainClassifierSettings):
+    methods: tuple[str, ...] = setting(("joint", "resnet", "frozen"), "Methods to compare: the VAE classifier, a ResNet without VAE, a VAE without labels whose frozen encoder gets a head.", choices=("joint", "resnet", "frozen"))
+    head_share: float = setting(0.2, "Share of the epochs that the head on the frozen encoder is trained.", unit="fraction", minimum=0.01, maximum=0.9)
 
 
 @dataclass(frozen=True)

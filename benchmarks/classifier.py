@@ -1,0 +1,163 @@
+"""The VAE classifier beside a plain ResNet and a frozen VAE with a head: same plots, epochs and cores; a table and a JSON file.
+
+All take the weights of the last epoch, averaged over steps; the test set is scored once for each, nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.ClassifierBenchmarkSettings, __doc__)
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from tqdm import tqdm
+
+import engine
+import evaluation
+import train_vae_classifier as stage
+from vae_classifier import smoothed_targets, view_log_probabilities
+
+HEAD_WIDTH = 256
+
+
+class PlainResNet(nn.Module):
+    """A ResNet of one basic block a stage (He et al. 2016, 4.9 M parameters) behind the interface of ``VAEClassifier``."""
+
+    def __init__(self, n_classes: int):
+        super().__init__()
+        self.trunk = ResNet(BasicBlock, [1, 1, 1, 1])
+        n_features = self.trunk.fc.in_features
+        self.trunk.fc = nn.Identity()
+        self.head = nn.Linear(n_features, n_classes)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        """Pooled features (B, 512) of images (B, 3, S, S) in [0, 1]."""
+        return self.trunk(1 - images), None
+
+
+class CrossEntropy:
+    """The classification term alone; with ``frozen`` the encoder neither learns nor updates its statistics."""
+
+    def __init__(self, label_smoothing: float, frozen: bool = False):
+        self.label_smoothing, self.frozen = label_smoothing, frozen
+
+    def terms(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """As ``ClassifierLoss.terms``, in training."""
+        if self.frozen:
+            model.eval()
+            model.head.train()
+        with torch.set_grad_enabled(not self.frozen):
+            features, _ = model.encode(images)
+        logits = model.head(features).float()
+        return {"total": F.cross_entropy(logits, smoothed_targets(labels, logits.shape[1], self.label_smoothing))}, logits
+
+
+def fit(run: stage.Run, epochs: int, title: str) -> None:
+    """Train ``run.model`` on ``run.loss`` for so many epochs; the average of its weights follows in ``run.judged``."""
+    s = run.settings
+    optimizer = torch.optim.AdamW(stage.parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
+    loader = stage.make_loader(run)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(epochs * len(loader), s.warmup_frac))
+    with tqdm(total=epochs * len(loader), unit="step", desc=title, file=sys.stderr) as progress:
+        for epoch in range(1, epochs + 1):
+            loader.sampler.set_epoch(epoch)
+            seen = stage.Seen(len(run.classes))
+            engine.train_epoch(run.model, stage.stepping(loader, run, progress), stage.training_terms(run, seen), optimizer, scheduler, run.runtime, s.gradient_clip)
+
+
+def with_average(run: stage.Run, model: nn.Module, averaged: nn.Module) -> None:
+    run.model = model
+    run.average = stage.WeightAverage(model, averaged.eval(), run.settings.ema_decay)
+
+
+def train_joint(run: stage.Run) -> None:
+    fit(run, run.settings.epochs, "joint")
+
+
+def train_resnet(run: stage.Run) -> None:
+    with_average(run, *(run.runtime.put_model(PlainResNet(len(run.classes))) for _ in range(2)))
+    run.loss = CrossEntropy(run.settings.label_smoothing)
+    fit(run, run.settings.epochs, "resnet")
+
+
+def train_frozen(run: stage.Run) -> None:
+    """A VAE that sees no label, then a head of two layers on its frozen means."""
+    n_head = max(1, round(run.settings.head_share * run.settings.epochs))
+    run.loss.settings = run.settings.replace(class_weight=0.0)
+    fit(run, max(1, run.settings.epochs - n_head), "VAE")
+    model = run.judged
+    for each in (model, run.model):
+        each.head = nn.Sequential(nn.Linear(run.settings.latent_dim, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, len(run.classes))).to(run.runtime.device)
+    with_average(run, model.requires_grad_(False), run.model)
+    model.head.requires_grad_(True)
+    run.loss = CrossEntropy(run.settings.label_smoothing, frozen=True)
+    fit(run, n_head, "head")
+
+
+METHODS = {"joint": train_joint, "resnet": train_resnet, "frozen": train_frozen}
+
+
+@torch.inference_mode()
+def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
+    """Classes (n,) of plots, named from four flips where so set."""
+    model, found = run.judged.eval(), []
+    for batch in stage.batches(images, run.settings.batch_size, run.runtime):
+        views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]), run.settings.flips_at_test)
+        found.append(views.mean(0).argmax(1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
+    """Train one method and score it; figures with intervals, seconds, plots/s from memory, parameters."""
+    run = stage.prepare(settings)
+    started = time.perf_counter()
+    METHODS[name](run)
+    seconds = time.perf_counter() - started
+    test = stage.read_plots(run.data.folder.test, settings, run.data.cache, "test plots") if run.data.folder.test else run.data.validation["real"]
+    started = time.perf_counter()
+    found = {"test": predicted(run, test.images)}
+    rate = len(test.labels) / (time.perf_counter() - started)
+    groups = {"test": test, **run.data.validation}
+    row = {"method": name, "seed": settings.seed, "training_s": seconds, "plots_per_s": rate, "parameters": sum(p.numel() for p in run.judged.parameters())}
+    for group, labelled in groups.items():
+        classes = found.get(group, predicted(run, labelled.images))
+        confusion = evaluation.confusion_matrix(labelled.labels, classes, len(run.classes))
+        report = evaluation.classification_report_dict(confusion, run.classes, settings.bootstrap, settings.seed)
+        row[group] = {measure: report[measure] for measure in ("accuracy", "macro_f1")}
+    return row
+
+
+def main(settings: config.ClassifierBenchmarkSettings) -> None:
+    """Every method once, a row printed as soon as it is known."""
+    if not settings.data_dir:
+        settings = stage.use_demo(settings)
+    out, rows = Path(settings.output_dir) / "benchmark_results" / "classifier.json", []
+    print(f"{'method':<8s}{'test accuracy':>24s}{'test macro F1':>24s}{'fresh accuracy':>24s}{'training':>10s}{'plots/s':>9s}{'parameters':>12s}")
+    for name in settings.methods:
+        rows.append(measure(name, dataclasses.replace(settings, resume=False)))
+        print(line(rows[-1]), flush=True)
+        engine.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
+    print(f"figures: {out}")
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    fresh = row["fresh"]["accuracy"] if "fresh" in row else None
+    shown = [stage.sentence(figure).replace("95 %: ", "") if figure else "-" for figure in (row["test"]["accuracy"], row["test"]["macro_f1"], fresh)]
+    return f"{row['method']:<8s}" + "".join(f"{each:>24s}" for each in shown) + f"{row['training_s']:>8.0f} s{row['plots_per_s']:>9.0f}{row['parameters']:>12,d}"
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.ClassifierBenchmarkSettings, __doc__, main))

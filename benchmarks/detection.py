@@ -1,0 +1,231 @@
+"""DetailVAE beside PatchCore and PaDiM: same backbone weights, good images, threshold rule and cores; a table and a JSON file.
+
+Each method runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+
+if __name__ == "__main__":
+    config.answer_early(config.DetectionBenchmarkSettings, __doc__)
+
+import contextlib
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data_loader
+import defect_maps
+import engine
+import evaluation
+import train_with_validation
+from perceptual_loss import load_backbone
+
+MEASURED = (("image", "auroc"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"), ("pixel", "aupro"), ("pixel", "pointing"))
+N_CHANNELS = 100
+CORESET_SHARE, N_NEIGHBOURS, N_PROJECTED = 0.1, 9, 64
+BATCH_SIZE = 8
+
+# --------------------------------------------------------------------------------------------- baselines
+
+
+class PatchCore:
+    """Distance of every patch to the nearest of a coreset of good patches (Roth et al. 2022).
+
+    Features are averaged over 3 x 3 places; a tenth of the patches is chosen greedily, each the farthest from those chosen, in a random
+    projection to 64 dimensions; the image score is the largest distance, re-weighted by the bank's density there (eq. 7).
+    """
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def fit(self, grids: Tensor) -> None:
+        """Choose the coreset from features (n, C, h, w) of good images."""
+        patches = self._patches(grids).flatten(0, 1)
+        projected = patches @ torch.randn(patches.shape[1], N_PROJECTED, generator=self.generator) / N_PROJECTED**0.5
+        chosen = torch.zeros(max(1, round(CORESET_SHARE * len(patches))), dtype=torch.long)
+        nearest = torch.full((len(patches),), torch.inf)
+        squared = (projected**2).sum(1)
+        for turn in range(1, len(chosen)):
+            last = chosen[turn - 1]
+            nearest = torch.minimum(nearest, squared + squared[last] - 2 * projected @ projected[last])
+            chosen[turn] = nearest.argmax()
+        self.bank = patches[chosen]
+
+    def judge(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Image scores (B,) and maps (B, h, w) of features (B, C, h, w)."""
+        patches = self._patches(grids)
+        distances, indices = zip(*(torch.cdist(each, self.bank).min(1) for each in patches), strict=True)
+        scores = torch.stack([self._reweighted(*each) for each in zip(patches, distances, indices, strict=True)])
+        return scores, torch.stack(distances).view(len(grids), *grids.shape[-2:])
+
+    def _patches(self, grids: Tensor) -> Tensor:
+        return F.avg_pool2d(grids, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2).contiguous()
+
+    def _reweighted(self, patches: Tensor, distances: Tensor, indices: Tensor) -> Tensor:
+        worst = distances.argmax()
+        nearest = self.bank[indices[worst]]
+        around = torch.cdist(nearest[None], self.bank)[0].topk(min(N_NEIGHBOURS, len(self.bank)), largest=False).indices
+        spread = torch.cdist(patches[worst][None], self.bank[around])[0]
+        return (1 - torch.softmax(spread, 0)[0]) * distances[worst]
+
+
+class PaDiM:
+    """Mahalanobis distance to a Gaussian of its own at every place (Defard et al. 2021), over 100 random channels."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def fit(self, grids: Tensor) -> None:
+        """Fit the Gaussians to features (n, C, h, w) of good images."""
+        self.channels = torch.randperm(grids.shape[1], generator=self.generator)[:N_CHANNELS]
+        rows = grids[:, self.channels].flatten(2).permute(2, 0, 1)  # (places, n, C)
+        self.means = rows.mean(1)
+        offset = rows - self.means[:, None]
+        covariance = offset.transpose(1, 2) @ offset / max(1, rows.shape[1] - 1) + 0.01 * torch.eye(rows.shape[2])
+        self.factors = torch.linalg.inv(torch.linalg.cholesky(covariance))
+
+    def judge(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Image scores (B,) and maps (B, h, w) of features (B, C, h, w)."""
+        offset = grids[:, self.channels].flatten(2).permute(2, 1, 0) - self.means[..., None]
+        maps = (self.factors @ offset).norm(dim=1).T.view(len(grids), *grids.shape[-2:])
+        return maps.flatten(1).amax(1), maps
+
+
+@dataclass
+class Baseline:
+    """A feature method with a threshold from held-out good images; ``detect`` as ``defect_maps.Detector`` has it."""
+
+    method: PatchCore | PaDiM
+    backbone: torch.nn.Module
+    smoothing_frac: float
+    calibration: defect_maps.Calibration | None = None
+
+    def maps(self, images: Tensor) -> tuple[list[float], np.ndarray]:
+        """Scores and smoothed maps (B, H, W) of images (B, 3, H, W)."""
+        with torch.inference_mode():
+            scores, coarse = self.method.judge(self.backbone.grid(images))
+            fine = F.interpolate(coarse[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0].numpy()
+        return scores.tolist(), np.stack([defect_maps.refine(each, self.smoothing_frac, 0.0) for each in fine])
+
+    def detect(self, images: Tensor) -> list[defect_maps.Detection]:
+        good = np.array(self.calibration.good_scores)
+        return [
+            defect_maps.Detection(score, defect_maps.p_value(score, good), "good" if score <= self.calibration.threshold else "defective", each)
+            for score, each in zip(*self.maps(images), strict=True)
+        ]
+
+
+def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
+    """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them."""
+    folder = data_loader.MVTecFolder(settings.data_dir)
+    paths = data_loader.split_holdout(folder.train_good, settings.holdout_frac, settings.seed)
+    training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
+    backbone = load_backbone(settings.backbone)
+    method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
+    with torch.inference_mode():
+        method.fit(torch.cat([backbone.grid(batch) for batch in training.split(BATCH_SIZE)]))
+    baseline = Baseline(method, backbone, settings.smoothing_frac)
+    scores, maps = zip(*(baseline.maps(batch) for batch in held.split(BATCH_SIZE)), strict=True)
+    scores = sorted(itertools.chain.from_iterable(scores))
+    threshold, promised = defect_maps.conformal_threshold(np.array(scores), settings.target_false_alarms)
+    pixel_threshold = float(np.quantile(np.concatenate(maps), 1 - settings.pixel_false_positives))
+    baseline.calibration = defect_maps.Calibration({}, scores, settings.target_false_alarms, threshold, promised, pixel_threshold)
+    return baseline
+
+
+def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.Detector:
+    """What ``train_with_validation.py`` leaves behind."""
+    with contextlib.redirect_stdout(sys.stderr):
+        train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings)))
+    return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth")
+
+
+# ------------------------------------------------------------------------------------------- measurement
+
+
+def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
+    """Train one method, run it over ``test/``; figures with intervals, seconds, images/s with maps, peak memory in MB."""
+    started = time.perf_counter()
+    detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
+    trained = time.perf_counter()
+    items, found, masks = [], [], []
+    folder = data_loader.MVTecFolder(settings.data_dir)
+    for batch in test_batches(folder, settings):
+        found += detector.detect(batch.images)
+        items += [folder_item for path in batch.paths for folder_item in folder.test if folder_item.path == path]
+    tested = time.perf_counter()
+    for item in items:
+        mask = np.zeros((settings.image_size, settings.image_size), bool)
+        if item.category != "good":
+            mask = None if item.mask_path is None else data_loader.fit_mask(data_loader.read_mask(item.mask_path), settings.image_size, settings.resize) > 0
+        masks.append(mask)
+    report = evaluation.detection_report(
+        [item.category for item in items],
+        [each.score for each in found],
+        [each.label == "defective" for each in found],
+        [each.defect_map for each in found],
+        masks,
+        detector.calibration.pixel_threshold,
+        1000,
+        settings.seed,
+    )
+    figures = {f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}
+    speed = {"training_s": trained - started, "images_per_s": len(items) / (tested - trained), "peak_memory_mb": peak_memory_mb()}
+    return {"method": name, "seed": settings.seed, **figures, **speed}
+
+
+def test_batches(folder: data_loader.MVTecFolder, settings: config.DetectionBenchmarkSettings) -> Iterator[data_loader.ImageBatch]:
+    return data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.resize, BATCH_SIZE)
+
+
+def peak_memory_mb() -> float | None:
+    """Peak resident memory of this process; None on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main(settings: config.DetectionBenchmarkSettings) -> None:
+    """Every method with every seed, a row printed as soon as it is known."""
+    if not settings.data_dir:
+        raise config.UsageError("--data-dir is missing; expected a data set in the MVTec layout.")
+    out, rows = Path(settings.output_dir) / "benchmark_results" / "detection.json", []
+    print("  ".join(["method    ", "seed", *(f"{level} {key}".replace("average_precision", "AP")[:15].rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
+    for seed in settings.seeds:
+        for name in settings.methods:
+            run = settings.replace(seed=seed, output_dir=str(Path(settings.output_dir) / "benchmark_results" / f"{name}_{seed}"))
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows.append(pool.apply(measure, (name, run)))
+            print(line(rows[-1]), flush=True)
+            engine.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
+    print(f"figures: {out}")
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    shown = [f"{row['method']:<10s}", f"{row['seed']:>4d}"]
+    for level, key in MEASURED:
+        figure = row[f"{level} {key}"]
+        interval = f" ({figure['ci95'][0]:.3f}-{figure['ci95'][1]:.3f})" if figure and "ci95" in figure else ""
+        shown.append((f"{figure['value']:.3f}{interval}" if figure else "-").rjust(22))
+    memory = row["peak_memory_mb"]
+    return "  ".join([*shown, f"{row['training_s']:>6.0f} s", f"{row['images_per_s']:>8.1f}", f"{memory:>5.0f}M" if memory else "-"])
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_script(config.DetectionBenchmarkSettings, __doc__, main))

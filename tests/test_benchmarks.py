@@ -1,0 +1,92 @@
+"""The baselines of the benchmarks against plain arithmetic, and both commands on tiny data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_classifier_stages import make_data as make_plots
+from test_classifier_stages import settings_for as classifier_settings
+from test_stages import make_data as make_parts
+
+import config
+import vae_classifier
+from benchmarks import classifier, detection
+
+
+def test_the_coreset_takes_the_patch_farthest_from_those_chosen():
+    grids = torch.zeros(1, 2, 9, 9)
+    grids[0, 0, :3, :3], grids[0, 1, 6:, 6:] = 5.0, 9.0  # two odd corners, the rest alike
+    method = detection.PatchCore(seed=0)
+    method.fit(grids)
+    assert len(method.bank) == 8  # a tenth of 81 patches
+    corners = {tuple(round(value) for value in patch) for patch in method.bank.tolist()}
+    assert {(0, 9), (5, 0)} <= corners
+
+
+def test_patchcore_finds_the_place_that_no_good_image_has():
+    good = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.1
+    method = detection.PatchCore(seed=0)
+    method.fit(good)
+    seen = good[:2].clone()
+    seen[0, :, 4, 5] += 10.0
+    scores, maps = method.judge(seen)
+    assert maps.shape == (2, 8, 8) and scores[0] > 3 * scores[1]
+    y, x = divmod(int(maps[0].argmax()), 8)
+    assert abs(y - 4) <= 1 and abs(x - 5) <= 1
+    nearest = torch.cdist(method._patches(seen)[1], method.bank).amin(1).view(8, 8)
+    torch.testing.assert_close(maps[1], nearest)
+
+
+def test_padim_is_the_mahalanobis_distance_of_every_place():
+    good = torch.randn(30, 3, 2, 2, generator=torch.Generator().manual_seed(2))
+    method = detection.PaDiM(seed=0)
+    method.fit(good)
+    one = torch.randn(1, 3, 2, 2)
+    _, maps = method.judge(one)
+    rows = good[:, :, 1, 0].numpy()
+    covariance = np.cov(rows.T) + 0.01 * np.eye(3)
+    offset = one[0, :, 1, 0].numpy() - rows.mean(0)
+    assert np.isclose(maps[0, 1, 0].item(), np.sqrt(offset @ np.linalg.solve(covariance, offset)), rtol=1e-3)
+
+
+def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_path, capsys):
+    settings = config.DetectionBenchmarkSettings(
+        data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", methods=("detailvae", "padim"), train_samples=4
+    )
+    detection.main(settings)
+    rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["detailvae", "padim"]
+    assert all(0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows)
+    assert sum(line.startswith(("detailvae", "padim")) for line in capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Rows of the classifier benchmark on tiny plots, by method."""
+    root = tmp_path_factory.mktemp("compared")
+    settings = classifier_settings(make_plots(root / "plots"), root / "out", epochs=2)
+    classifier.main(config.from_dict(config.ClassifierBenchmarkSettings, {**config.as_dict(settings), "head_share": 0.5}))
+    return {row["method"]: row for row in json.loads((root / "out" / "benchmark_results" / "classifier.json").read_text())["rows"]}
+
+
+def test_the_classifier_benchmark_scores_every_method_on_test_and_validation(compared):
+    assert list(compared) == ["joint", "resnet", "frozen"]
+    for row in compared.values():
+        assert 0 <= row["test"]["accuracy"]["value"] <= 1 and set(row["test"]["macro_f1"]) == {"value", "ci95"} and "real" in row
+    assert compared["resnet"]["parameters"] == sum(p.numel() for p in classifier.PlainResNet(3).parameters())
+
+
+def test_a_frozen_encoder_learns_nothing_from_labels():
+    torch.manual_seed(0)
+    model = vae_classifier.VAEClassifier(config.ClassifierModelSettings(widths=(8, 8), profile_channels=4, decoder_widths=(8, 8), reconstruction_size=32, latent_dim=4), 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    terms, _ = classifier.CrossEntropy(0.1, frozen=True).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
+    terms["total"].backward()
+    assert {name for name, each in model.named_parameters() if each.grad is not None} == {"head.1.weight", "head.1.bias"}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    learning, _ = classifier.CrossEntropy(0.1).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
+    learning["total"].backward()
+    assert model.to_latent.weight.grad is not None
