@@ -191,7 +191,7 @@ class MapSettings(Settings):
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
     map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
-    score_map: str = setting("joint", "Map that the image score is taken from (joint: the likelihood, decorrelated over all taps); without a backbone it is the fused one.", choices=("joint", "likelihood", "fused"))
+    score_map: str = setting("nearest", "Map that the image score is taken from (nearest: distance of the features' deviations to the nearest typical one); without a backbone it is the fused one.", choices=("nearest", "likelihood", "fused"))
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)

@@ -2,7 +2,8 @@
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
 are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``. The image
-score comes from the joint likelihood of the features alone: it says how unusual an image is, the fused map says where.
+score comes from the features alone, from how far their deviations lie from the nearest typical one: it says how unusual
+an image is, the fused map says where.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint
 from evaluation import ssim_map
-from vae_model import KIND, DetailOutput, DetailVAE, detail_vae_from_checkpoint, deviations, fold_norms, resized
+from vae_model import (
+    KIND,
+    DetailOutput,
+    DetailVAE,
+    detail_vae_from_checkpoint,
+    deviations,
+    fold_norms,
+    resized,
+    rows_of,
+)
 
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
@@ -31,7 +41,7 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-FEATURE_MAPS = {"feature", "likelihood", "joint"}
+FEATURE_MAPS = {"feature", "likelihood", "nearest"}
 """Maps that need no reconstruction in pixels."""
 
 
@@ -39,7 +49,7 @@ def raw_maps(names: Iterable[str], model: DetailVAE, images: Tensor, output: Det
     """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
-        names: of ``MapSettings.map_*`` without the prefix, and "joint".
+        names: of ``MapSettings.map_*`` without the prefix, and "nearest".
         images: (B, 3, H, W) in [0, 1].
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
@@ -49,8 +59,8 @@ def raw_maps(names: Iterable[str], model: DetailVAE, images: Tensor, output: Det
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
         "feature": lambda: resized(feature_error(output), images),
-        "likelihood": lambda: resized(feature_likelihood(output, model.tap_whitening, model.tap_channels), images),
-        "joint": lambda: resized(feature_likelihood(output, model.whitening, [model.n_features]), images),
+        "likelihood": lambda: resized(feature_likelihood(decorrelated(output, model), model.tap_channels), images),
+        "nearest": lambda: resized(nearest_distance(decorrelated(output, model), model.prototypes), images),
     }
     return {name: makers[name]().float() for name in names}
 
@@ -71,15 +81,27 @@ def feature_error(output: DetailOutput) -> Tensor:
     return ((output.features - output.feature_mu) ** 2).mean(1, keepdim=True)
 
 
-def feature_likelihood(output: DetailOutput, whitening: Tensor, tap_channels: Sequence[int]) -> Tensor:
-    """Root of the mean Gaussian exponent of the features, (B, 1, H/8, W/8): within each tap, then averaged over taps.
-
-    About 1 where features deviate as they do on good images: errors are divided by the predicted standard deviation and
-    decorrelated by ``whitening`` (C, C), see ``DetailVAE.fit_whitening``; every tap counts alike, however many channels it has.
-    """
+def decorrelated(output: DetailOutput, model: DetailVAE) -> Tensor:
+    """Errors of features in units of their predicted standard deviation, decorrelated, (B, C, H/8, W/8); see ``DetailVAE.fit_deviations``."""
     deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
-    squared = F.conv2d(deviation, whitening[:, :, None, None]) ** 2
-    return torch.stack([tap.mean(1, keepdim=True).sqrt() for tap in squared.split(list(tap_channels), 1)]).mean(0)
+    return F.conv2d(deviation, model.whitening[:, :, None, None])
+
+
+def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
+    """Root of the mean Gaussian exponent of decorrelated deviations (B, C, h, w) within each tap, averaged over taps, (B, 1, h, w).
+
+    About 1 where features deviate as they do on good images; every tap counts alike, however many channels it has.
+    """
+    return torch.stack([(tap**2).mean(1, keepdim=True).sqrt() for tap in deviation.split(list(tap_channels), 1)]).mean(0)
+
+
+def nearest_distance(deviation: Tensor, prototypes: Tensor) -> Tensor:
+    """Distance of decorrelated deviations (B, C, h, w) to the nearest prototype (N, C), a channel, (B, 1, h, w).
+
+    Where the likelihood takes the deviations of good images for one Gaussian, this asks whether any good image deviated so.
+    """
+    distances = [torch.cdist(rows, prototypes).amin(1) for rows in rows_of(deviation)]  # one image at a time: h * w * N numbers
+    return torch.stack(distances).view(len(deviation), 1, *deviation.shape[-2:]) / deviation.shape[1] ** 0.5
 
 
 def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:

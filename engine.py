@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from config import InputError, Settings, as_dict
 
-FORMAT = 1
+FORMAT = 2
 """Format number written into every checkpoint; a reader refuses any other."""
 
 DAMAGED_FILE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error, zipfile.BadZipFile)

@@ -33,7 +33,7 @@ MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "pictur
 N_PICTURED = 4
 """Images in one reconstruction picture."""
 N_TYPICAL = 64
-"""Training images on which the correlation of features is fitted."""
+"""Training images from which typical deviations of features are learned."""
 
 
 @dataclass
@@ -192,7 +192,7 @@ def validate(run: Run) -> dict[str, float]:
 
 def calibrated_detector(run: Run) -> defect_maps.Detector:
     """The model as it stands, calibrated on the held-out good images."""
-    run.model.fit_whitening(run.typical)
+    run.model.fit_deviations(run.typical)
     maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
     perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
     detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)

@@ -10,6 +10,8 @@ the features came as a surprise, so that a defect is not copied through the skip
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,8 @@ GATE_LEVEL, GATE_SHARPNESS = 0.95, 8.0
 FEATURE_STRIDE = 8
 SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
+N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
+"""Typical deviations that are kept, that they are chosen from, and the dimensions in which they are compared."""
 
 
 class VAEOutput(NamedTuple):
@@ -209,7 +213,7 @@ class DetailVAE(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(1, max(self.n_features, 1), 1, 1))
         self.register_buffer("feature_std", torch.ones(1, max(self.n_features, 1), 1, 1))
         self.register_buffer("whitening", torch.eye(self.n_features))
-        self.register_buffer("tap_whitening", torch.eye(self.n_features))
+        self.register_buffer("prototypes", torch.zeros(N_PROTOTYPES, self.n_features))
 
     def _build_encoder(self) -> None:
         w, s = self.widths, self.settings
@@ -267,25 +271,31 @@ class DetailVAE(nn.Module):
         self.feature_std.copy_(std.float().view(1, -1, 1, 1))
 
     @torch.no_grad()
-    def fit_whitening(self, batches) -> None:
-        """Learn how the channels' deviations go together, from batches of features (B, C, h, w) of good training images.
+    def fit_deviations(self, batches: Sequence[Tensor]) -> None:
+        """Learn how features deviate from their prediction on good training images, from batches of their features (B, C, h, w).
 
         The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
-        place; R, the second moments of deviations over D (drawn by 2 % to a multiple of the identity), is of the data set.
-        ``whitening`` W has W R W' = 1; ``tap_whitening`` likewise with R cut to blocks, one for each tap of the backbone.
+        place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of the
+        identity), is of the data set. ``whitening`` W has W R W' = 1. ``prototypes`` are deviations so decorrelated that
+        represent all others: a greedy coreset (as in Roth et al. 2022, algorithm 1), each the farthest from those before it.
         """
         if self.backbone is None:
             return
         self.eval()
         total, count = torch.zeros(self.n_features, self.n_features, dtype=torch.float64), 0
+        candidates, generator = [], torch.Generator().manual_seed(0)
+        n_each = math.ceil(N_CANDIDATES / max(1, sum(map(len, batches))))
         for features in batches:
             told = self.describe(None, features, paint=False)
-            deviation = deviations(features, told.feature_mu, told.feature_logvar).movedim(1, -1).flatten(0, -2).double().cpu()
-            total, count = total + deviation.T @ deviation, count + len(deviation)
+            deviation = rows_of(deviations(features, told.feature_mu, told.feature_logvar)).cpu()
+            for rows in deviation:
+                candidates.append(rows[torch.randperm(len(rows), generator=generator)[:n_each]])
+                total, count = total + rows.T.double() @ rows.double(), count + len(rows)
         moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(self.n_features, dtype=torch.float64)
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
-        self.whitening.copy_(_inverse_factor(moments).float())
-        self.tap_whitening.copy_(_inverse_factor(moments * same_tap).float())
+        self.whitening.copy_(_inverse_factor(moments * same_tap).float())
+        decorrelated = torch.cat(candidates) @ self.whitening.T.cpu()
+        self.prototypes.copy_(decorrelated[farthest_points(decorrelated, N_PROTOTYPES, generator)])
 
     # ---------------------------------------------------------------------------------------- forward
 
@@ -366,6 +376,22 @@ def _coordinates(like: Tensor) -> Tensor:
 def deviations(features: Tensor, feature_mu: Tensor, feature_logvar: Tensor) -> Tensor:
     """Errors in units of the predicted standard deviation, (B, C, h, w)."""
     return (features - feature_mu) * torch.exp(-0.5 * feature_logvar)
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """Every place of maps (B, C, h, w) as a row, (B, h * w, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
+    """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats where N < n."""
+    projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
+    squared, nearest, chosen = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0]
+    while len(chosen) < n:
+        last = chosen[-1]
+        nearest = torch.minimum(nearest, squared + squared[last] - 2 * projected @ projected[last])
+        chosen.append(int(nearest.argmax()))
+    return chosen
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor:

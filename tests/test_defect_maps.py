@@ -162,7 +162,7 @@ def test_raw_maps_are_what_their_names_say(make_model):
     model, images = make_model("efficientnet_lite0").eval(), good_images(2)
     with torch.inference_mode():
         told = model.describe(images)
-        maps = defect_maps.raw_maps(["pixel", "ssim", "perceptual", "feature", "likelihood", "joint"], model, images, told, Distance())
+        maps = defect_maps.raw_maps(["pixel", "ssim", "perceptual", "feature", "likelihood", "nearest"], model, images, told, Distance())
     reconstruction = told.vae.reconstruction
     assert len(maps) == 6
     assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
@@ -174,16 +174,27 @@ def test_raw_maps_are_what_their_names_say(make_model):
     correlation = np.corrcoef(cells.flatten(), (error**2).mean(1).flatten())[0, 1]
     assert correlation > 0.9
     torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
-    mixing = torch.randn(6, 6)
-    squared = torch.einsum("cd,bdhw->bchw", mixing, error / torch.exp(told.feature_logvar).sqrt()) ** 2
-    balanced = 0.5 * (squared[:, :2].mean(1).sqrt() + squared[:, 2:].mean(1).sqrt())  # the stand-in's taps have 2 and 4 channels
-    torch.testing.assert_close(defect_maps.feature_likelihood(told, mixing, model.tap_channels)[:, 0], balanced)
+    model.whitening.copy_(torch.randn(6, 6))
+    white = torch.einsum("cd,bdhw->bchw", model.whitening, error / torch.exp(told.feature_logvar).sqrt())
+    torch.testing.assert_close(defect_maps.decorrelated(told, model), white)
+    balanced = 0.5 * ((white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt())  # the stand-in's taps have 2 and 4 channels
+    torch.testing.assert_close(defect_maps.feature_likelihood(white, model.tap_channels)[:, 0], balanced)
+
+
+def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclidean_elsewhere():
+    prototypes = torch.randn(40, 6)
+    deviation = prototypes[:12].T.reshape(1, 6, 3, 4).clone()
+    deviation[0, :, 1, 2] = 0.7
+    found = defect_maps.nearest_distance(deviation, prototypes)
+    expected = torch.zeros(1, 1, 3, 4)
+    expected[0, 0, 1, 2] = ((0.7 - prototypes) ** 2).mean(1).sqrt().min()
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
 def test_maps_with_no_share_are_not_computed(make_model):
-    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, score_map="joint"))
-    assert (detector.fused_names, detector.scored_names, set(detector.calibration.scales)) == (["pixel"], ["joint"], {"pixel", "joint"})
-    without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, score_map="joint"))
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, score_map="nearest"))
+    assert (detector.fused_names, detector.scored_names, set(detector.calibration.scales)) == (["pixel"], ["nearest"], {"pixel", "nearest"})
+    without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, score_map="nearest"))
     assert without.scored_names == ["pixel"] and set(without.calibration.scales) == {"pixel"}
 
 
@@ -226,15 +237,15 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     maps = PIXELS.replace(map_likelihood=1.0)
     model, images = make_model("efficientnet_lite0"), good_images(3, seed=4)
     model.fit_feature_scale([images])
-    model.fit_whitening([model.grid_features(good_images(8, seed=6))])
-    of_fused, *of_one = (detector_of(model, maps.replace(score_map=name)) for name in ("fused", "likelihood", "joint"))
+    model.fit_deviations([model.grid_features(good_images(8, seed=6))])
+    of_fused, *of_one = (detector_of(model, maps.replace(score_map=name)) for name in ("fused", "likelihood", "nearest"))
     for found in of_fused.detect(images):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
-    for name, detector in zip(("likelihood", "joint"), of_one, strict=True):
+    for name, detector in zip(("likelihood", "nearest"), of_one, strict=True):
         low, high = detector.calibration.scales[name]
         judged = (maps_of(detector, images)[name] - low) / (high - low)
         assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
-    without = detector_of(make_model("none"), maps.replace(score_map="joint"))  # no backbone, no likelihood
+    without = detector_of(make_model("none"), maps.replace(score_map="nearest"))  # no backbone, no likelihood
     assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
 
 
@@ -286,7 +297,7 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
 
 
-@pytest.mark.parametrize("score_map", ["joint", "fused"])
+@pytest.mark.parametrize("score_map", ["nearest", "fused"])
 def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(make_model, monkeypatch, score_map):
     detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0, score_map=score_map))
     images = torch.cat([good_images(2, seed=5), torch.rand(1, 3, 64, 64), good_images(1, seed=5)])
@@ -295,7 +306,7 @@ def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_
     thorough, n_painted, decode = detector.detect(images), [], detector.model.decode_pixels
     monkeypatch.setattr(detector.model, "decode_pixels", lambda trunk, *others: n_painted.append(len(trunk)) or decode(trunk, *others))
     sparing = detector.detect(images, thorough=False)
-    assert n_painted == ([1] if score_map == "joint" else [4])
+    assert n_painted == ([1] if score_map == "nearest" else [4])
     assert [each.label for each in sparing].count("defective") == 1
     for a, b in zip(thorough, sparing, strict=True):
         assert a.score == pytest.approx(b.score) and (a.p_value, a.label) == (b.p_value, b.label)
@@ -307,7 +318,7 @@ def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_
             assert b.defect_map is None and b.reconstruction is None
     n_painted.clear()
     detector.calibration = dataclasses.replace(detector.calibration, threshold=max(scores) + 1)
-    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([] if score_map == "joint" else [4])
+    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([] if score_map == "nearest" else [4])
 
 
 def test_detection_leaves_no_training_mode_behind(make_model):

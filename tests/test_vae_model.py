@@ -149,16 +149,27 @@ def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_
     model = shake(make_model("efficientnet_lite0")).eval()
     model.fit_feature_scale([smooth_images(8)])
     batches = [model.grid_features(each) for each in smooth_images(24).split(8)]
-    model.fit_whitening(iter(batches))
+    model.fit_deviations(batches)
     features = torch.cat(batches)
     mu, _, detail_mu, _ = model.encode(None, features)
     plain = vae_model.deviations(features, *model.decode_features(model.decode_trunk(mu, detail_mu))).movedim(1, -1).flatten(0, -2)
-    for factor, blocks in ((model.whitening, [slice(0, 6)]), (model.tap_whitening, [slice(0, 2), slice(2, 6)])):
-        white = plain @ factor.T
-        moments = white.T @ white / len(white)
-        for block in blocks:
-            torch.testing.assert_close(moments[block, block], torch.eye(block.stop - block.start), atol=0.02, rtol=0)
-    assert (model.tap_whitening[2:, :2] == 0).all() and (model.tap_whitening[:2, 2:] == 0).all()
+    white = plain @ model.whitening.T
+    moments = white.T @ white / len(white)
+    for block in (slice(0, 2), slice(2, 6)):  # the stand-in's taps
+        torch.testing.assert_close(moments[block, block], torch.eye(block.stop - block.start), atol=0.02, rtol=0)
+    assert (model.whitening[2:, :2] == 0).all() and (model.whitening[:2, 2:] == 0).all()
+    to_nearest = torch.cdist(model.prototypes, white).amin(1)
+    assert to_nearest.max() < 1e-2  # prototypes are deviations that were seen
+
+
+def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_out():
+    generator = torch.Generator().manual_seed(3)
+    centres = 10 * torch.eye(5)
+    rows = torch.cat([centres[:1].expand(200, 5), centres]) + 0.01 * torch.randn(205, 5, generator=generator)
+    chosen = vae_model.farthest_points(rows, 5, generator)
+    assert {int(rows[index].argmax()) for index in chosen} == set(range(5))
+    everything = vae_model.farthest_points(rows[-5:], 8, generator)
+    assert len(everything) == 8 and set(everything[:5]) == set(range(5))
 
 
 def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
@@ -171,9 +182,9 @@ def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
     torch.testing.assert_close(after.feature_mu, before.feature_mu, atol=1e-4, rtol=1e-4)
 
 
-def test_whitening_without_a_backbone_is_nothing(make_model):
+def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
     model = make_model("none")
-    model.fit_whitening([])
+    model.fit_deviations([])
     assert model.whitening.shape == (0, 0)
 
 
