@@ -107,14 +107,14 @@ def _check_size(path: str | Path, height: int, width: int) -> None:
 
 
 def _plain_png_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an intact 8-bit grey or RGB PNG without transparency or orientation, else None.
+    """(height, width) of an intact 8-bit grey, RGB or palette PNG without transparency or orientation, else None.
 
     The checksums are verified here because libpng, inside OpenCV, writes its own complaints to stderr.
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 45:
         return None
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
-    if depth != 8 or colour not in (0, 2) or interlace:
+    if depth != 8 or colour not in (0, 2, 3) or interlace:
         return None
     at, view = 8, memoryview(data)
     while at + 12 <= len(data):

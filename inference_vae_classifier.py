@@ -59,11 +59,11 @@ class Predicted(NamedTuple):
 # ---------------------------------------------------------------------------------------- for notebooks
 
 
-def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 32, flips: bool | None = None) -> Iterator[Predicted]:
+def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 32, flips_below: float | None = None) -> Iterator[Predicted]:
     """One result a file, image or CSV, in the order of the paths; memory does not grow with their number.
 
     Args:
-        flips: average over four flips; None does as the model was calibrated.
+        flips_below: average over four flips where the class is less sure than this; None does as calibrated.
     """
     runtime = engine.Runtime(torch.device(engine.resolve_device(device)) if isinstance(device, str) else device)
     paths = [Path(path) for path in paths]
@@ -71,12 +71,12 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
     for batch in plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size):
         found = [Predicted(path, error=reason) for path, reason in batch.errors]
         if len(batch.images):
-            found += _judged(batch, model, class_names, runtime, flips)
+            found += _judged(batch, model, class_names, runtime, flips_below)
         yield from sorted(found, key=lambda each: place[each.path])
 
 
-def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips: bool | None) -> Iterator[Predicted]:
-    said = vae_classifier.judge(model, runtime.put(batch.images), flips)
+def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips_below: float | None) -> Iterator[Predicted]:
+    said = vae_classifier.judge(model, runtime.put(batch.images), flips_below)
     for i, path in enumerate(batch.paths):
         order = np.argsort(-said.probabilities[i], kind="stable")
         ranked = {class_names[k]: float(said.probabilities[i, k]) for k in order}
@@ -166,9 +166,9 @@ def main(settings: config.InferClassifierSettings) -> None:
 def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], device: torch.device, settings: config.InferClassifierSettings) -> list[Predicted]:
     """Predict every file; returns the results without pictures where a latent flag needs them, else nothing."""
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
-    flips = {"auto": None, "on": True, "off": False}[settings.flips]
+    flips_below = {"auto": None, "on": 1.0, "off": 0.0}[settings.flips]
     keep, kept, started = settings.encode or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
-    results = recorded(predict(paths, model, names, device, settings.batch_size, flips), model, out, settings.max_pictures if settings.pictures else 0, tally)
+    results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
         if each.error:
             tqdm.write(f"warning: {each.path} {each.error}.", file=sys.stderr)

@@ -248,13 +248,13 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
 # ------------------------------------------------------------------------------ probabilities, calibrated
 
 
-def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor, flips: bool = True) -> Tensor:
-    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips, (4, B, K), or of themselves alone, (1, B, K).
+def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor) -> Tensor:
+    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips, (4, B, K).
 
     Args:
         logits: (B, K) of the images as they are, which come first.
     """
-    flipped = [model.head(model.encode(view)[0]) for view in four_flips(images)[1:]] if flips else []
+    flipped = [model.head(model.encode(view)[0]) for view in four_flips(images)[1:]]
     return torch.stack([F.log_softmax(each.float(), 1) for each in (logits, *flipped)])
 
 
@@ -313,17 +313,18 @@ class ClassifierCalibration:
 
     Attributes:
         temperature, temperature_flips: divide log-probabilities of the plot alone, of the mean of its four flips.
+        flips_below: plots whose class, seen once, is less sure than this are averaged over four flips.
         class_means: (K, D) mean latent of each class; class_covariances: (K, D, D), shrunk.
         latent_precision: (D, D) inverse of the pooled covariance within classes.
         picture_mean, picture_precision: (1, P) and (P, P) of ``picture_statistics``.
         centre, spread: (3,) of the logarithms of reconstruction error, latent and picture distance on validation plots.
         scores: novelty scores of validation plots, sorted, by group; a p-value is the largest over groups.
         alpha: share of plots of known kinds that may be called none of these.
-        flips: whether predictions average over four flips.
     """
 
     temperature: float
     temperature_flips: float
+    flips_below: float
     class_means: Tensor
     class_covariances: Tensor
     latent_precision: Tensor
@@ -333,7 +334,14 @@ class ClassifierCalibration:
     spread: Tensor
     scores: dict[str, list[float]]
     alpha: float
-    flips: bool
+
+    def probabilities(self, views: Tensor) -> Tensor:
+        """Calibrated probabilities (n, K) from log-probabilities of views (1, n, K) or (4, n, K)."""
+        return F.softmax(views.double().mean(0) / (self.temperature if len(views) == 1 else self.temperature_flips), 1)
+
+    def unsure(self, probabilities: Tensor, flips_below: float | None = None) -> Tensor:
+        """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as calibrated."""
+        return torch.nonzero(probabilities.amax(1) < (self.flips_below if flips_below is None else flips_below)).flatten()
 
     def distances(self, errors: Tensor, mu: Tensor, pictures: Tensor) -> Tensor:
         """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and statistics (n, P)."""
@@ -366,7 +374,7 @@ class Encoded(NamedTuple):
     """Everything calibration needs of a set of labelled plots."""
 
     mu: Tensor  # (n, D)
-    views: Tensor  # (4, n, K) log-probabilities
+    views: Tensor  # (4, n, K) log-probabilities; (1, n, K) without flips
     pictures: Tensor  # (n, P)
     errors: Tensor  # (n,) reconstruction errors
     labels: np.ndarray  # (n,)
@@ -379,14 +387,15 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
     parts: list[tuple[Tensor, ...]] = []
     for images in batches:
         mu, _ = model.encode(images)
-        views = view_log_probabilities(model, images, model.head(mu), flips)
+        logits = model.head(mu)
+        views = view_log_probabilities(model, images, logits) if flips else F.log_softmax(logits.float(), 1)[None]
         error = reconstruction_error(model.decode(mu), model.target(images), model.error_scale, 0.0)
         parts.append((mu.cpu(), views.transpose(0, 1).cpu(), picture_statistics(images).cpu(), error.cpu()))
     mu, views, pictures, errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return Encoded(mu, views.transpose(0, 1), pictures, errors, np.asarray(labels))
 
 
-def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes: int, alpha: float, flips: bool) -> ClassifierCalibration:
+def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes: int, alpha: float, flips_below: float) -> ClassifierCalibration:
     """Fit class Gaussians on training plots; temperatures on the first group of validation, novelty scores on all groups."""
     means, covariances, pooled_rows = [], [], []
     mu = training.mu.double().numpy()
@@ -400,6 +409,7 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
     fitted = ClassifierCalibration(
         temperature=fit_temperature(first.views[0].numpy(), first.labels),
         temperature_flips=fit_temperature(first.views.mean(0).numpy(), first.labels),
+        flips_below=flips_below,
         class_means=torch.from_numpy(np.stack(means)),
         class_covariances=torch.from_numpy(np.stack(covariances)),
         latent_precision=torch.from_numpy(np.linalg.inv(shrunk_covariance(np.concatenate(pooled_rows)))),
@@ -409,7 +419,6 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
         spread=torch.ones(3, dtype=torch.float64),
         scores={},
         alpha=alpha,
-        flips=flips,
     )
     return _with_scores(fitted, validation)
 
@@ -435,31 +444,32 @@ class Judgement(NamedTuple):
 
 
 @torch.inference_mode()
-def judge(model: VAEClassifier, images: Tensor, flips: bool | None = None) -> Judgement:
+def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None) -> Judgement:
     """Calibrated probabilities, p-values and reconstructions of images (B, 3, S, S) on the model's device.
 
     Args:
-        flips: average over four flips; None does as the calibration says.
+        flips_below: average over four flips where the class is less sure than this; None does as the calibration says.
     """
     model.eval()
     calibration = model.calibration
-    flips = calibration.flips if flips is None else flips
     mu, _ = model.encode(images)
-    log_p = view_log_probabilities(model, images, model.head(mu), flips).mean(0)
-    temperature = calibration.temperature_flips if flips else calibration.temperature
-    probabilities = F.softmax(log_p.double() / temperature, 1)
+    logits = model.head(mu)
+    probabilities = calibration.probabilities(F.log_softmax(logits.float(), 1)[None])
+    unsure = calibration.unsure(probabilities, flips_below)
+    if len(unsure):
+        probabilities[unsure] = calibration.probabilities(view_log_probabilities(model, images[unsure], logits[unsure]))
     reconstruction = model.decode(mu)
     distances = novelty_distances(model, calibration, images, mu, reconstruction)
     p_values = calibration.p_values(calibration.novelty(distances))
     return Judgement(probabilities.cpu().numpy(), p_values, reconstruction.float().cpu().numpy(), mu.cpu().numpy())
 
 
-def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration, flips: bool | None = None, temperature: float | None = None) -> np.ndarray:
-    """Probabilities (n, K) of plots already encoded; a temperature of 1 gives them as they are before calibration."""
-    flips = calibration.flips if flips is None else flips
-    log_p = encoded.views.mean(0) if flips else encoded.views[0]
-    fitted = calibration.temperature_flips if flips else calibration.temperature
-    return F.softmax(log_p.double() / (temperature or fitted), 1).numpy()
+def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration) -> np.ndarray:
+    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them."""
+    probabilities = calibration.probabilities(encoded.views[:1])
+    unsure = calibration.unsure(probabilities)
+    probabilities[unsure] = calibration.probabilities(encoded.views)[unsure]
+    return probabilities.numpy()
 
 
 # ---------------------------------------------------------------------------------------- latent space

@@ -111,10 +111,10 @@ METHODS = {"joint": train_joint, "resnet": train_resnet, "frozen": train_frozen}
 
 @torch.inference_mode()
 def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
-    """Classes (n,) of plots, named from four flips where so set."""
+    """Classes (n,) of plots, all named from four flips."""
     model, found = run.judged.eval(), []
     for batch in stage.batches(images, run.settings.batch_size, run.runtime):
-        views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]), run.settings.flips_at_test)
+        views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]))
         found.append(views.mean(0).argmax(1).cpu().numpy())
     return np.concatenate(found)
 

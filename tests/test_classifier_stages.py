@@ -104,7 +104,7 @@ def test_training_leaves_what_it_promises(trained):
     assert results["accuracy"].keys() == {"value", "ci95"} and results["scored_on"] == "test" and results["n_images"] == 3 * N_TEST
     assert set(results["per_class"]) == set(CLASSES) and np.sum(results["confusion_matrix"]) == 3 * N_TEST
     assert results["validation"]["n_images"] == 6 and "fresh_series" not in results
-    assert results["expected_calibration_error"].keys() == {"before", "after", "temperature"}
+    assert results["expected_calibration_error"].keys() == {"before", "after", "temperature", "temperature_flips"}
     assert results["reconstruction"]["ssim"]["value"] <= 1
     for name in ("vae_models/config.yaml", "results/vae_classifier_curves.png", "results/vae_classifier_confusion.png", "reconstructions/vae_classifier_epoch_2.png"):
         assert (out / name).stat().st_size > 100, name

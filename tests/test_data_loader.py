@@ -68,10 +68,12 @@ def test_lossless_formats_come_back_exactly(tmp_path, suffix):
     assert read.dtype == np.uint8 and np.array_equal(read, picture())
 
 
-@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "rgb.jpg", "grey.jpg", "progressive.jpg"])
+@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "palette.png", "rgb.jpg", "grey.jpg", "progressive.jpg"])
 def test_fast_and_slow_path_agree(tmp_path, name):
     pixels = picture()[..., 0] if name.startswith("grey") else picture()
     path = save(tmp_path / name, pixels, **({"progressive": True} if name.startswith("prog") else {}))
+    if name.startswith("palette"):
+        Image.fromarray(pixels).quantize(200).save(path)
     data = path.read_bytes()
     assert (dl._plain_png_size(data) or dl._plain_jpeg_size(data)) == (48, 64), "this file must take the fast path"
     slow = dl._decode(path, data, dl._to_rgb, dl._check_size)

@@ -1,6 +1,7 @@
 """The classifier's network, loss, calibration and latent space, on tiny drawn plots."""
 
 import copy
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -55,7 +56,7 @@ def calibrated():
     training, held = three_kinds(20), three_kinds(10, seed=1)
     model.fit_reconstruction_scale([training[0]])
     encoded = [vc.encode_plots(model, images.split(16), labels.numpy()) for images, labels in (training, held)]
-    model.calibration = vc.fit_calibration(encoded[0], {"real": encoded[1]}, 3, 0.1, flips=True)
+    model.calibration = vc.fit_calibration(encoded[0], {"real": encoded[1]}, 3, 0.1, flips_below=1.0)
     return model
 
 
@@ -251,10 +252,17 @@ def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
         alone = F.softmax(views[0].double() / calibrated.calibration.temperature, 1)
     expected = F.softmax(torch.stack(views).mean(0).double() / calibrated.calibration.temperature_flips, 1)
     np.testing.assert_allclose(said.probabilities, expected.numpy(), atol=1e-5)
-    np.testing.assert_allclose(vc.judge(calibrated, images, flips=False).probabilities, alone.numpy(), atol=1e-5)
+    np.testing.assert_allclose(vc.judge(calibrated, images, flips_below=0.0).probabilities, alone.numpy(), atol=1e-5)
     np.testing.assert_allclose(vc.judge(calibrated, images.flip(3)).probabilities, said.probabilities, atol=1e-5)
+    between = alone.amax(1).sort().values[2:4].mean().item()  # three of the six plots are less sure than this
+    mixed = vc.judge(calibrated, images, between).probabilities
+    unsure = (alone.amax(1) < between).numpy()
+    assert unsure.sum() == 3
+    np.testing.assert_allclose(mixed, np.where(unsure[:, None], said.probabilities, alone.numpy()), atol=1e-5)
     encoded = vc.encode_plots(calibrated, [images], [0] * 6)
-    np.testing.assert_allclose(vc.calibrated_probabilities(encoded, calibrated.calibration), said.probabilities, atol=1e-5)
+    for level, expected in ((1.0, said.probabilities), (between, mixed)):
+        calibration = dataclasses.replace(calibrated.calibration, flips_below=level)
+        np.testing.assert_allclose(vc.calibrated_probabilities(encoded, calibration), expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- none of these
