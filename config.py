@@ -191,7 +191,7 @@ class MapSettings(Settings):
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
     map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
-    score_map: str = setting("nearest", "Map that the image score is taken from (nearest: distance of the features' deviations to the nearest typical one); without a backbone it is the fused one.", choices=("nearest", "likelihood", "fused"))
+    score_map: str = setting("nearest", "Map that the image score is taken from (nearest: distance of the features' deviations to the nearest one seen on training images); without a backbone it is the fused one.", choices=("nearest", "likelihood", "fused"))
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
@@ -224,7 +224,7 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
 @dataclass(frozen=True)
 class DetectionBenchmarkSettings(TrainSettings):
     methods: tuple[str, ...] = setting(("detailvae", "patchcore", "padim"), "Methods to compare.", choices=("detailvae", "patchcore", "padim"))
-    seeds: tuple[int, ...] = setting((0,), "Seeds; every method runs once with each.", minimum=0)
+    seeds: tuple[int, ...] = setting((), "Seeds, every method runs once with each; none means --seed alone.", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ class InferClassifierSettings(RunSettings):
     inputs: tuple[str, ...] = setting((), "Images, CSV series, folders of them (searched recursively) or quoted globs.", positional="*")
     model: str = setting("vae_models/best_vae_classifier.pth", "Checkpoint written by train_vae_classifier.py.")
     batch_size: int = setting(32, "Plots in one forward pass.", unit="plots", minimum=1)
-    flips: str = setting("auto", "Average over four flips of a plot; auto does so for those that the model is unsure of.", choices=("auto", "on", "off"))
+    flips: str = setting("auto", "Average over four flips of a plot; auto does so for those that the model is unsure of.", choices=("auto", "always", "never"))
     pictures: bool = setting(True, "Write a picture of original, reconstruction and class probabilities.")
     max_pictures: int = setting(200, "Pictures written at most, those of the first plots.", unit="pictures", minimum=0)
     encode: bool = setting(False, "Also write the latent means of every plot as results/latent/latent.csv.")

@@ -116,7 +116,7 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
     if depth != 8 or colour not in (0, 2, 3) or interlace:
         return None
-    at, view = 8, memoryview(data)
+    at, view, colours_follow = 8, memoryview(data), colour == 3
     while at + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         stop = at + 8 + length
@@ -124,8 +124,9 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
             return None
         if zlib.crc32(view[at + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
             return None
-        if kind == b"IEND":
-            return height, width
+        colours_follow &= kind != b"PLTE"
+        if kind == b"IEND" or (kind == b"IDAT" and colours_follow):
+            return None if colours_follow else (height, width)
         at = stop + 4
     return None
 
@@ -618,10 +619,11 @@ class GoodImages:
             return self.images[index]
         return fit_image(read_image(self.paths[index]), self.image_size, self.resize)
 
-    def plain_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Every image once, without augmentation, float32 B x 3 x S x S in [0, 1]."""
-        for start in range(0, len(self), batch_size):
-            yield to_tensor([self._image(index) for index in range(start, min(start + batch_size, len(self)))])
+    def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
+        """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in [0, 1]."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(n_images or len(self), len(self))).round().astype(int))
+        for start in range(0, len(rows), batch_size):
+            yield to_tensor([self._image(index) for index in rows[start : start + batch_size]])
 
     def __getitem__(self, key: int) -> TrainSample:
         """The sample of ``key = epoch * n + index``."""

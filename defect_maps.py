@@ -2,8 +2,8 @@
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
 are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``. The image
-score comes from the features alone, from how far their deviations lie from the nearest typical one: it says how unusual
-an image is, the fused map says where.
+score comes, by default, from the features alone, from how far their deviations lie from any seen on training images: it
+says how unusual an image is, the fused map says where.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FEATURE_MAPS = {"feature", "likelihood", "nearest"}
 """Maps that need no reconstruction in pixels."""
 
 
-def raw_maps(names: Iterable[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
+def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
     """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
@@ -54,13 +54,14 @@ def raw_maps(names: Iterable[str], model: DetailVAE, images: Tensor, output: Det
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
     """
+    deviation = decorrelated(output, model) if {"likelihood", "nearest"}.intersection(names) else None
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
         "feature": lambda: resized(feature_error(output), images),
-        "likelihood": lambda: resized(feature_likelihood(decorrelated(output, model), model.tap_channels), images),
-        "nearest": lambda: resized(nearest_distance(decorrelated(output, model), model.prototypes), images),
+        "likelihood": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
+        "nearest": lambda: resized(nearest_distance(deviation, model.prototypes), images),
     }
     return {name: makers[name]().float() for name in names}
 
@@ -245,7 +246,7 @@ class Detector:
         with torch.inference_mode():
             return self.model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(names))
 
-    def refined_maps(self, images: Tensor, output: DetailOutput, names: Iterable[str]) -> dict[str, np.ndarray]:
+    def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names."""
         with torch.inference_mode():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
@@ -280,7 +281,7 @@ class Detector:
         rows = [row for row, each in enumerate(judged) if thorough or each.label == "defective"]
         if not rows:
             return judged
-        shown, output = images[rows], output.at(rows)
+        shown, output = (images, output) if len(rows) == len(images) else (images[rows], output.at(rows))
         if output.vae.reconstruction is None:
             with torch.inference_mode():
                 output = self.model.paint(shown, output)

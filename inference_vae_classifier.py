@@ -166,7 +166,7 @@ def main(settings: config.InferClassifierSettings) -> None:
 def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], device: torch.device, settings: config.InferClassifierSettings) -> list[Predicted]:
     """Predict every file; returns the results without pictures where a latent flag needs them, else nothing."""
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
-    flips_below = {"auto": None, "on": 1.0, "off": 0.0}[settings.flips]
+    flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
     keep, kept, started = settings.encode or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
     results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):

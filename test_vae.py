@@ -36,7 +36,7 @@ N_DRAWN = 3
 class Results:
     """One entry an image in every list, in the order tested."""
 
-    items: list[data_loader.TestItem] = field(default_factory=list)
+    items: list[data_loader.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
@@ -84,7 +84,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
     return results
 
 
-def read_mask(item: data_loader.TestItem, detector: defect_maps.Detector) -> np.ndarray | None:
+def read_mask(item: data_loader.MVTecItem, detector: defect_maps.Detector) -> np.ndarray | None:
     """Ground truth at the network's size: all False for a good image, None where a defect has no mask."""
     side = detector.image_size
     if item.category == "good":
@@ -109,7 +109,7 @@ def measure_good(results: Results, detector: defect_maps.Detector, image: torch.
     results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
 
 
-def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.TestItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
+def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
     """The panel of one image, and its raw map with --save-maps."""
     if settings.pictures:
         title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"

@@ -9,12 +9,12 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainClassifierSettings, __doc__)
 
-import dataclasses
 import hashlib
 import inspect
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Plots(NamedTuple):
     labels: np.ndarray  # int64 (N,)
 
 
-@dataclasses.dataclass
+@dataclass
 class Data:
     """What training may see; the test set is only read in the end."""
 
@@ -204,7 +204,7 @@ class WeightAverage:
                 kept.copy_(new)
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """What the epochs share."""
 
@@ -214,7 +214,7 @@ class Run:
     model: VAEClassifier
     average: WeightAverage
     loss: ClassifierLoss
-    history: list[dict] = dataclasses.field(default_factory=list)
+    history: list[dict] = field(default_factory=list)
     best: float = -1.0
     best_epoch: int = 0
 
@@ -461,8 +461,7 @@ def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
     encoded = encode(run, model, group)
     probabilities = vae_classifier.calibrated_probabilities(encoded, calibration)
     confusion = evaluation.confusion_matrix(group.labels, probabilities.argmax(1), len(run.classes))
-    uncalibrated = dataclasses.replace(calibration, temperature=1.0, temperature_flips=1.0)
-    before = vae_classifier.calibrated_probabilities(encoded, uncalibrated)
+    before = vae_classifier.calibrated_probabilities(encoded, calibration, calibrated=False)
     quality: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
     p_values = calibration.p_values(calibration.novelty(calibration.distances(encoded.errors, encoded.mu, encoded.pictures)))
     for images, mu in zip(batches(group.images, s.batch_size, run.runtime), encoded.mu.split(s.batch_size), strict=True):

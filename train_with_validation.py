@@ -9,8 +9,6 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
-import itertools
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,8 +30,8 @@ MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "pictur
 """Settings that a resumed run may have otherwise."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
-N_TYPICAL = 64
-"""Training images from which typical deviations of features are learned."""
+N_REFERENCE = 64
+"""Training images from which is learned how features deviate from their prediction."""
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Run:
     folder: data_loader.MVTecFolder
     training: data_loader.GoodImages
     held_out: list[tuple[Tensor, Tensor | None]]  # good images (B, 3, S, S) and their features (B, C, S/8, S/8)
-    typical: list[Tensor]  # features (B, C, S/8, S/8) of some training images as they are
+    reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
     model: DetailVAE
     loss: DetailLoss
     features: FeatureCache
@@ -53,6 +51,7 @@ class Run:
     history: list[dict] = field(default_factory=list)
     best: float = float("inf")
     best_epoch: int = 0
+    calibrated: tuple[int, defect_maps.Detector] | None = None  # and the epoch after which it was calibrated
 
     @property
     def out(self) -> Path:
@@ -98,11 +97,11 @@ def prepare(settings: config.TrainSettings) -> Run:
     model = runtime.put_model(DetailVAE(settings))
     model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
-    some = itertools.islice(training.plain_batches(settings.batch_size), math.ceil(N_TYPICAL / settings.batch_size))
-    typical = [model.grid_features(runtime.put(batch)) for batch in some] if model.n_features else []
+    some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
+    reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, held_out, typical, model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(settings, runtime, folder, training, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
 
 
 def warn(sentences: list[str]) -> None:
@@ -191,13 +190,16 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def calibrated_detector(run: Run) -> defect_maps.Detector:
-    """The model as it stands, calibrated on the held-out good images."""
-    run.model.fit_deviations(run.typical)
-    maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
-    perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
-    detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
-    detector.calibration = defect_maps.calibrate(detector, (images for images, _ in run.held_out))
-    return detector
+    """The model as it stands, calibrated on the held-out good images; once an epoch."""
+    epoch = len(run.history)
+    if run.calibrated is None or run.calibrated[0] != epoch:
+        run.model.fit_deviations([run.runtime.put(features).float() for features in run.reference])
+        maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
+        perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
+        detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
+        detector.calibration = defect_maps.calibrate(detector, (images for images, _ in run.held_out))
+        run.calibrated = epoch, detector
+    return run.calibrated[1]
 
 
 def save_model(run: Run, name: str) -> None:

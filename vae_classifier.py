@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,8 @@ STEM_STRIDE = 4
 PROFILE_INK = 0.2  # grid lines, 0.1 dark, are no trace
 PROFILE_FEATURES = 6
 TEMPERATURES = np.geomspace(0.1, 10.0, 400)
+FEWEST_UNSURE = 30
+"""Validation plots on which the temperature of flips may be fitted; with fewer it is fitted on all."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -341,7 +343,7 @@ class ClassifierCalibration:
 
     def unsure(self, probabilities: Tensor, flips_below: float | None = None) -> Tensor:
         """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as calibrated."""
-        return torch.nonzero(probabilities.amax(1) < (self.flips_below if flips_below is None else flips_below)).flatten()
+        return torch.nonzero(probabilities.amax(1) <= (self.flips_below if flips_below is None else flips_below)).flatten()
 
     def distances(self, errors: Tensor, mu: Tensor, pictures: Tensor) -> Tensor:
         """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and statistics (n, P)."""
@@ -420,6 +422,9 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
         scores={},
         alpha=alpha,
     )
+    unsure = fitted.unsure(fitted.probabilities(first.views[:1])).numpy()
+    if len(unsure) >= FEWEST_UNSURE:  # they alone are judged by flips
+        fitted.temperature_flips = fit_temperature(first.views.mean(0).numpy()[unsure], first.labels[unsure])
     return _with_scores(fitted, validation)
 
 
@@ -464,10 +469,13 @@ def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None
     return Judgement(probabilities.cpu().numpy(), p_values, reconstruction.float().cpu().numpy(), mu.cpu().numpy())
 
 
-def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration) -> np.ndarray:
-    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them."""
+def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration, calibrated: bool = True) -> np.ndarray:
+    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them; or what the same views say before calibration."""
     probabilities = calibration.probabilities(encoded.views[:1])
     unsure = calibration.unsure(probabilities)
+    if not calibrated:
+        calibration = replace(calibration, temperature=1.0, temperature_flips=1.0)
+        probabilities = calibration.probabilities(encoded.views[:1])
     probabilities[unsure] = calibration.probabilities(encoded.views)[unsure]
     return probabilities.numpy()
 

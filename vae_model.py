@@ -36,13 +36,13 @@ FEATURE_STRIDE = 8
 SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
 N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
-"""Typical deviations that are kept, that they are chosen from, and the dimensions in which they are compared."""
+"""Deviations that are kept, how many they are chosen from, and the dimensions in which they are compared."""
 
 
 class VAEOutput(NamedTuple):
     """What ``DetailVAE(images)`` returns; D = latent_dim, d = detail_channels."""
 
-    reconstruction: Tensor  # (B, 3, H, W) in [0, 1]
+    reconstruction: Tensor | None  # (B, 3, H, W) in [0, 1]; None where ``describe`` did not paint
     mu: Tensor  # (B, D)
     logvar: Tensor  # (B, D)
     detail_mu: Tensor  # (B, d, H/32, W/32)
@@ -389,7 +389,7 @@ def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[in
     squared, nearest, chosen = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0]
     while len(chosen) < n:
         last = chosen[-1]
-        nearest = torch.minimum(nearest, squared + squared[last] - 2 * projected @ projected[last])
+        nearest = torch.minimum(nearest, squared + squared[last] - projected @ (2 * projected[last]))
         chosen.append(int(nearest.argmax()))
     return chosen
 

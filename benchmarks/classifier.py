@@ -30,6 +30,7 @@ import train_vae_classifier as stage
 from vae_classifier import smoothed_targets, view_log_probabilities
 
 HEAD_WIDTH = 256
+COLUMNS = (("test accuracy", "test", "accuracy"), ("test macro F1", "test", "macro_f1"), ("validation accuracy", "real", "accuracy"), ("fresh accuracy", "fresh", "accuracy"))
 
 
 class PlainResNet(nn.Module):
@@ -122,18 +123,16 @@ def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
 def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
     """Train one method and score it; figures with intervals, seconds, plots/s from memory, parameters."""
     run = stage.prepare(settings)
+    test = stage.read_plots(run.data.folder.test, settings, run.data.cache, "test plots") if run.data.folder.test else None
+    groups = {**({"test": test} if test is not None and len(test.labels) else {}), **run.data.validation}
     started = time.perf_counter()
     METHODS[name](run)
-    seconds = time.perf_counter() - started
-    test = stage.read_plots(run.data.folder.test, settings, run.data.cache, "test plots") if run.data.folder.test else run.data.validation["real"]
-    started = time.perf_counter()
-    found = {"test": predicted(run, test.images)}
-    rate = len(test.labels) / (time.perf_counter() - started)
-    groups = {"test": test, **run.data.validation}
-    row = {"method": name, "seed": settings.seed, "training_s": seconds, "plots_per_s": rate, "parameters": sum(p.numel() for p in run.judged.parameters())}
-    for group, labelled in groups.items():
-        classes = found.get(group, predicted(run, labelled.images))
-        confusion = evaluation.confusion_matrix(labelled.labels, classes, len(run.classes))
+    trained = time.perf_counter()
+    found = {group: predicted(run, labelled.images) for group, labelled in groups.items()}
+    rate = sum(map(len, found.values())) / (time.perf_counter() - trained)
+    row = {"method": name, "seed": settings.seed, "training_s": trained - started, "plots_per_s": rate, "parameters": sum(p.numel() for p in run.judged.parameters())}
+    for group, classes in found.items():
+        confusion = evaluation.confusion_matrix(groups[group].labels, classes, len(run.classes))
         report = evaluation.classification_report_dict(confusion, run.classes, settings.bootstrap, settings.seed)
         row[group] = {measure: report[measure] for measure in ("accuracy", "macro_f1")}
     return row
@@ -141,10 +140,12 @@ def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
 
 def main(settings: config.ClassifierBenchmarkSettings) -> None:
     """Every method once, a row printed as soon as it is known."""
+    if not settings.methods:
+        raise config.UsageError("--methods names none; expected some of joint, resnet, frozen.")
     if not settings.data_dir:
         settings = stage.use_demo(settings)
     out, rows = Path(settings.output_dir) / "benchmark_results" / "classifier.json", []
-    print(f"{'method':<8s}{'test accuracy':>24s}{'test macro F1':>24s}{'fresh accuracy':>24s}{'training':>10s}{'plots/s':>9s}{'parameters':>12s}")
+    print(f"{'method':<8s}" + "".join(f"{title:>24s}" for title, _, _ in COLUMNS) + f"{'training':>10s}{'plots/s':>9s}{'parameters':>12s}")
     for name in settings.methods:
         rows.append(measure(name, dataclasses.replace(settings, resume=False)))
         print(line(rows[-1]), flush=True)
@@ -154,8 +155,8 @@ def main(settings: config.ClassifierBenchmarkSettings) -> None:
 
 def line(row: dict) -> str:
     """A row of the table."""
-    fresh = row["fresh"]["accuracy"] if "fresh" in row else None
-    shown = [stage.sentence(figure).replace("95 %: ", "") if figure else "-" for figure in (row["test"]["accuracy"], row["test"]["macro_f1"], fresh)]
+    figures = [row.get(group, {}).get(measure) for _, group, measure in COLUMNS]
+    shown = [stage.sentence(figure).replace("95 %: ", "") if figure else "-" for figure in figures]
     return f"{row['method']:<8s}" + "".join(f"{each:>24s}" for each in shown) + f"{row['training_s']:>8.0f} s{row['plots_per_s']:>9.0f}{row['parameters']:>12,d}"
 
 

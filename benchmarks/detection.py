@@ -18,7 +18,8 @@ import contextlib
 import itertools
 import multiprocessing
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +33,13 @@ import engine
 import evaluation
 import train_with_validation
 from perceptual_loss import load_backbone
+from vae_model import farthest_points
 
 MEASURED = (("image", "auroc"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"), ("pixel", "aupro"), ("pixel", "pointing"))
 N_CHANNELS = 100
-CORESET_SHARE, N_NEIGHBOURS, N_PROJECTED = 0.1, 9, 64
+CORESET_SHARE, N_NEIGHBOURS = 0.1, 9
 BATCH_SIZE = 8
+N_RESAMPLES = 1000
 
 # --------------------------------------------------------------------------------------------- baselines
 
@@ -54,15 +57,7 @@ class PatchCore:
     def fit(self, grids: Tensor) -> None:
         """Choose the coreset from features (n, C, h, w) of good images."""
         patches = self._patches(grids).flatten(0, 1)
-        projected = patches @ torch.randn(patches.shape[1], N_PROJECTED, generator=self.generator) / N_PROJECTED**0.5
-        chosen = torch.zeros(max(1, round(CORESET_SHARE * len(patches))), dtype=torch.long)
-        nearest = torch.full((len(patches),), torch.inf)
-        squared = (projected**2).sum(1)
-        for turn in range(1, len(chosen)):
-            last = chosen[turn - 1]
-            nearest = torch.minimum(nearest, squared + squared[last] - 2 * projected @ projected[last])
-            chosen[turn] = nearest.argmax()
-        self.bank = patches[chosen]
+        self.bank = patches[farthest_points(patches, max(1, round(CORESET_SHARE * len(patches))), self.generator)]
 
     def judge(self, grids: Tensor) -> tuple[Tensor, Tensor]:
         """Image scores (B,) and maps (B, h, w) of features (B, C, h, w)."""
@@ -161,34 +156,31 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
-    items, found, masks = [], [], []
-    folder = data_loader.MVTecFolder(settings.data_dir)
-    for batch in test_batches(folder, settings):
-        found += detector.detect(batch.images)
-        items += [folder_item for path in batch.paths for folder_item in folder.test if folder_item.path == path]
-    tested = time.perf_counter()
-    for item in items:
-        mask = np.zeros((settings.image_size, settings.image_size), bool)
-        if item.category != "good":
-            mask = None if item.mask_path is None else data_loader.fit_mask(data_loader.read_mask(item.mask_path), settings.image_size, settings.resize) > 0
-        masks.append(mask)
+    folder, paths, found = data_loader.MVTecFolder(settings.data_dir), [], []
+    for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.resize, BATCH_SIZE):
+        train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
+        found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
+        paths += batch.paths
+    speed = {"training_s": trained - started, "images_per_s": len(paths) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
+    by_path = {item.path: item for item in folder.test}
     report = evaluation.detection_report(
-        [item.category for item in items],
+        [by_path[path].category for path in paths],
         [each.score for each in found],
         [each.label == "defective" for each in found],
         [each.defect_map for each in found],
-        masks,
+        [read_truth(by_path[path], settings) for path in paths],
         detector.calibration.pixel_threshold,
-        1000,
+        N_RESAMPLES,
         settings.seed,
     )
-    figures = {f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}
-    speed = {"training_s": trained - started, "images_per_s": len(items) / (tested - trained), "peak_memory_mb": peak_memory_mb()}
-    return {"method": name, "seed": settings.seed, **figures, **speed}
+    return {"method": name, "seed": settings.seed, **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}, **speed}
 
 
-def test_batches(folder: data_loader.MVTecFolder, settings: config.DetectionBenchmarkSettings) -> Iterator[data_loader.ImageBatch]:
-    return data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.resize, BATCH_SIZE)
+def read_truth(item: data_loader.MVTecItem, settings: config.DetectionBenchmarkSettings) -> np.ndarray | None:
+    """The mask of a test image at the network's size; all False for a good one, None where a defect has none."""
+    if item.category == "good":
+        return np.zeros((settings.image_size, settings.image_size), bool)
+    return None if item.mask_path is None else data_loader.fit_mask(data_loader.read_mask(item.mask_path), settings.image_size, settings.resize) > 0
 
 
 def peak_memory_mb() -> float | None:
@@ -201,19 +193,37 @@ def peak_memory_mb() -> float | None:
 
 
 def main(settings: config.DetectionBenchmarkSettings) -> None:
-    """Every method with every seed, a row printed as soon as it is known."""
+    """Every method with every seed on the CPU, a row printed as soon as it is known."""
     if not settings.data_dir:
-        raise config.UsageError("--data-dir is missing; expected a data set in the MVTec layout.")
-    out, rows = Path(settings.output_dir) / "benchmark_results" / "detection.json", []
-    print("  ".join(["method    ", "seed", *(f"{level} {key}".replace("average_precision", "AP")[:15].rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
-    for seed in settings.seeds:
+        settings = train_with_validation.use_demo(settings)
+    if not settings.methods:
+        raise config.UsageError("--methods names none; expected some of detailvae, patchcore, padim.")
+    if settings.device == "cuda" or settings.backbone == "none":
+        raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
+    if not data_loader.MVTecFolder(settings.data_dir).test:
+        raise config.InputError(f"{settings.data_dir} has no test images; expected test/good and test/<defect>.")
+    out, rows = Path(settings.output_dir) / "benchmark_results", []
+    print("  ".join(["method    ", "seed", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
+    for seed in settings.seeds or (settings.seed,):
         for name in settings.methods:
-            run = settings.replace(seed=seed, output_dir=str(Path(settings.output_dir) / "benchmark_results" / f"{name}_{seed}"))
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(measure, (name, run)))
+            run = settings.replace(seed=seed, device="cpu", resume=False, output_dir=str(out / f"{name}_{seed}"))
+            rows.append(in_own_process(name, run))
             print(line(rows[-1]), flush=True)
-            engine.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
-    print(f"figures: {out}")
+            engine.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
+    print(f"figures: {out / 'detection.json'}")
+
+
+def in_own_process(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
+    """``measure`` where memory and libraries are fresh.
+
+    Raises:
+        InputError: the process was killed, most likely for want of memory.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, name, settings).result()
+        except BrokenProcessPool:
+            raise config.InputError(f"{name} was killed, most likely for want of memory; try a smaller --image-size.") from None
 
 
 def line(row: dict) -> str:

@@ -17,7 +17,7 @@ import config
 ROOT = Path(__file__).parent.parent
 CLASSES = config.all_settings()
 LEAVES = [cls for cls in CLASSES if not cls.__subclasses__()]
-STAGES = [ROOT / "data_loader.py", *(path for path in sorted(ROOT.glob("*.py")) if "config.answer_early(" in path.read_text(encoding="utf-8"))]
+STAGES = [ROOT / "data_loader.py", *(path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]) if "config.answer_early(" in path.read_text(encoding="utf-8"))]
 
 
 def parse(cls, *argv):
@@ -75,7 +75,8 @@ def test_the_table_has_a_row_for_each_field_and_marks_bare_arguments():
 def test_settings_survive_yaml_and_come_back_equal(cls):
     settings = cls()
     if dataclasses.fields(cls):
-        changed = {field.name: ("a", "b") for field in dataclasses.fields(cls) if field.default == ()}
+        hints = typing.get_type_hints(cls)
+        changed = {field.name: {str: ("a", "b"), int: (1, 2)}[typing.get_args(hints[field.name])[0]] for field in dataclasses.fields(cls) if field.default == ()}
         settings = settings.replace(**changed, **({"seed": 3} if hasattr(settings, "seed") else {}))
     plain = config.as_dict(settings)
     assert all(isinstance(value, (str, int, float, bool, list)) for value in plain.values())

@@ -80,6 +80,22 @@ def test_fast_and_slow_path_agree(tmp_path, name):
     assert np.abs(dl.read_image(path).astype(int) - slow).max() <= (0 if name.endswith("png") else 3)
 
 
+def test_a_palette_png_with_colours_missing_is_read_or_refused_without_noise(tmp_path, capfd):
+    Image.fromarray(picture()).quantize(200).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    at = data.index(b"PLTE") - 4
+    size = struct.unpack(">I", data[at : at + 4])[0]
+    short = b"PLTE" + data[at + 8 : at + 8 + 30]  # ten colours for two hundred indices
+    chunk = struct.pack(">I", 30) + short + struct.pack(">I", zlib.crc32(short))
+    for name, palette in (("short.png", chunk), ("none.png", b"")):
+        (tmp_path / name).write_bytes(data[:at] + palette + data[at + 12 + size :])
+        try:
+            assert dl.read_image(tmp_path / name).shape == (48, 64, 3)
+        except dl.ImageError as error:
+            assert "damaged" in error.reason
+    assert not capfd.readouterr().err
+
+
 def test_a_gamma_chunk_changes_nothing(tmp_path):
     data = save(tmp_path / "plain.png").read_bytes()
     chunk = b"gAMA" + struct.pack(">I", 30000)
@@ -481,6 +497,14 @@ def good_images(tmp_path):
 
 def same(a, b):
     return all(torch.equal(torch.as_tensor(left), torch.as_tensor(right)) for left, right in zip(a, b, strict=True))
+
+
+def test_plain_batches_are_all_images_or_some_spread_over_all(good_images):
+    dataset = good_images()
+    everything = torch.cat(list(dataset.plain_batches(2)))
+    assert len(everything) == 5
+    assert torch.equal(torch.cat(list(dataset.plain_batches(2, 3))), everything[[0, 2, 4]])
+    assert torch.equal(torch.cat(list(dataset.plain_batches(2, 9))), everything)
 
 
 def test_training_samples(good_images):

@@ -18,6 +18,7 @@ import torch
 import classify_images
 import config
 import data_loader
+import data_loader_supervised
 import test_vae as test_stage
 import train_with_validation as train_stage
 
@@ -85,6 +86,22 @@ def test_training_writes_what_the_contract_names(trained):
     history = json.loads((trained / "metrics" / "training_history.json").read_text())["epochs"]
     assert [each["epoch"] for each in history] == [1, 2]
     assert {"train/total", "val/total", "train/l1", "train/kl", "train/kl_detail"} <= set(history[0])
+
+
+def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path, tiny_backbone):
+    path = train(data, tmp_path, backbone="efficientnet_lite0")
+    run = train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path)}))
+    assert sum(map(len, run.reference)) == len(run.training) and run.reference[0].dtype == torch.float16
+    detector = classify_images.load_detector(path)
+    kept = detector.model.prototypes
+    assert kept.any() and len(torch.unique(kept, dim=0)) > 100
+    sparing = list(classify_images.classify(detector, data_loader.find_images(data / "test"), 3, train_stage.engine.Runtime(torch.device("cpu"))))
+    thorough = classify_images.classify_folder(data / "test", detector)
+    assert [each.detection.score for each in sparing] == pytest.approx([each.detection.score for each in thorough], rel=1e-4)
+    assert all((each.detection.defect_map is not None) == (each.detection.label == "defective") for each in sparing)
+    assert all(each.detection.defect_map is not None for each in thorough)
+    kept.zero_()
+    assert [each.detection.score for each in classify_images.classify_folder(data / "test", detector)] != pytest.approx([each.detection.score for each in thorough], rel=1e-2)
 
 
 def test_numbered_checkpoints_can_infer(data, tmp_path):
@@ -308,6 +325,10 @@ SCRIPTS = {
     "test_vae.py": config.DetailTestSettings,
     "classify_images.py": config.ClassifySettings,
     "perceptual_loss.py": config.FetchWeightsSettings,
+    "train_vae_classifier.py": config.TrainClassifierSettings,
+    "inference_vae_classifier.py": config.InferClassifierSettings,
+    "benchmarks/detection.py": config.DetectionBenchmarkSettings,
+    "benchmarks/classifier.py": config.ClassifierBenchmarkSettings,
 }
 
 
@@ -330,20 +351,20 @@ def test_image_size_not_a_multiple_of_32_exits_with_2():
 
 
 def readme_commands():
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
-        for command in re.split(r"&&|\n", block):
-            words = shlex.split(command)
-            if words[:1] == ["python"] and words[1] in SCRIPTS:
-                yield words[1:]
-    for cell in re.findall(r"`python ([^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8")):
-        words = shlex.split(cell)
-        if words[0] in SCRIPTS:
-            yield words
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [command for block in re.findall(r"```bash\n(.*?)```", text, re.S) for command in re.split(r"&&|\n", block)]
+    for command in blocks + re.findall(r"`(python [^`]*)`", text):
+        words = shlex.split(command)
+        if words[:1] == ["python"] and words[1] != "-m":
+            yield words[1:]
 
 
 @pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_readme_commands_are_understood(words):
-    config.parse(SCRIPTS[words[0]], "", words[1:])
+    if words[0] == "data_loader_supervised.py":
+        config.parse(data_loader_supervised.COMMANDS[words[1]][0], "", words[2:])
+    else:
+        config.parse(SCRIPTS[words[0]], "", words[1:])
 
 
 def test_demo_is_used_when_no_data_is_given(tmp_path, monkeypatch, capsys):

@@ -265,6 +265,14 @@ def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
         np.testing.assert_allclose(vc.calibrated_probabilities(encoded, calibration), expected, atol=1e-5)
 
 
+def test_always_means_also_a_plot_that_is_wholly_sure(calibrated):
+    sure, unsure = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.4, 0.3, 0.3]])
+    both = torch.cat([sure, unsure])
+    assert calibrated.calibration.unsure(both, 1.0).tolist() == [0, 1]
+    assert calibrated.calibration.unsure(both, 0.5).tolist() == [1]
+    assert calibrated.calibration.unsure(both, 0.0).tolist() == []
+
+
 # ---------------------------------------------------------------------------------------- none of these
 
 
