@@ -301,7 +301,7 @@ class ClassifierLossSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainClassifierSettings(ClassifierLossSettings, ClassifierModelSettings, GeneratedDataSettings, SupervisedDataSettings, RunSettings):
-    epochs: int = setting(30, "Passes over the training plots.", unit="epochs", minimum=1)
+    epochs: int = setting(26, "Passes over the training plots.", unit="epochs", minimum=1)
     batch_size: int = setting(32, "Plots in one optimizer step.", unit="plots", minimum=1)
     learning_rate: float = setting(0.002, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
     warmup_frac: float = setting(0.1, "Share of the steps over which the learning rate rises.", unit="fraction", minimum=0.0, maximum=0.9)
@@ -524,9 +524,18 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
 
 def answer_early(settings_class: type[Settings], description: str) -> None:
     """Answer --help and wrong usage before the caller's heavy imports; return where the script may go on."""
+    sys.excepthook = _without_traceback_when_interrupted
     code = run_script(settings_class, description, lambda settings: None)
     if code:
         sys.exit(code)
+
+
+def _without_traceback_when_interrupted(kind, error, trace) -> None:
+    """For Ctrl-C during imports: Python itself then exits as interrupted."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted: nothing was begun.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run_script(settings_class: type[Settings], description: str, main: Callable[[Settings], None], argv: Sequence[str] | None = None, prog: str | None = None) -> int:

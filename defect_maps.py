@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import MapSettings, from_dict
-from engine import load_checkpoint
+from engine import load_checkpoint, reading_contents
 from evaluation import ssim_map
 from vae_model import (
     KIND,
@@ -328,10 +328,11 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
         InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
     """
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
-    settings = contents["settings"]
-    maps = from_dict(MapSettings, settings)
+    with reading_contents(path):
+        settings = {**contents["settings"], "image_size": int(contents["settings"]["image_size"]), "resize": str(contents["settings"]["resize"])}
+        maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
     model = fold_norms(detail_vae_from_checkpoint(contents, path)).to(device, memory_format=torch.channels_last)
-    return Detector(model, maps, Calibration.from_dict(contents["calibration"]), settings, load_map_perceptual(maps, settings, device))
+    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, device))
 
 
 def load_map_perceptual(maps: MapSettings, settings: dict, device: torch.device | str):

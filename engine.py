@@ -15,7 +15,7 @@ import random
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import InputError, Settings, as_dict
+from config import InputError, Settings, UsageError, as_dict
 
 FORMAT = 2
 """Format number written into every checkpoint; a reader refuses any other."""
@@ -266,6 +266,19 @@ def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> d
     if missing:
         raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; train again or take another checkpoint.")
     return contents
+
+
+@contextlib.contextmanager
+def reading_contents(path: Path | str) -> Iterator[None]:
+    """Within it, whatever is wrong with a checkpoint's settings or calibration becomes one sentence.
+
+    Raises:
+        InputError: a value is missing, of another type or outside its bounds.
+    """
+    try:
+        yield
+    except (UsageError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: its settings or calibration cannot be used ({str(error).rstrip('.')}); train again or take another checkpoint.") from None
 
 
 def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:

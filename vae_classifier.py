@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
 from data_loader_supervised import four_flips
 from defect_maps import p_value
-from engine import load_checkpoint, load_weights, resolve_device
+from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import mae, mse, ssim_map
 from vae_model import LOGVAR_RANGE, Down, ResidualBlock, Up, conv_norm, fold_norms, kl_divergence
 
@@ -558,13 +558,11 @@ def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fu
         InputError: the file cannot be read, is damaged or incomplete, or holds another kind of model.
     """
     contents = load_checkpoint(path, KIND, ("settings", "class_names", "calibration", "model"))
-    try:
+    with reading_contents(path):
         settings, names = contents["settings"], [str(name) for name in contents["class_names"]]
         model = VAEClassifier(from_dict(ClassifierModelSettings, settings), len(names))
         calibration = ClassifierCalibration(**contents["calibration"])
         image_size, crop_axes = int(settings["image_size"]), bool(settings["crop_axes"])
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: its settings or calibration cannot be used ({error}); train again or take another checkpoint.") from None
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
     model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}

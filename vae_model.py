@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import LossSettings, ModelSettings, from_dict
-from engine import load_checkpoint, load_weights
+from engine import load_checkpoint, load_weights, reading_contents
 from evaluation import mae, mse
 from perceptual_loss import load_backbone
 
@@ -618,7 +618,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
 
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:
     """The model in a checkpoint that ``engine.load_checkpoint`` has read, in evaluation mode."""
-    model = DetailVAE(from_dict(ModelSettings, contents["settings"]))
+    with reading_contents(path):
+        model = DetailVAE(from_dict(ModelSettings, contents["settings"]))
     return load_weights(model, contents["model"], path).eval()
 
 

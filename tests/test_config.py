@@ -315,6 +315,13 @@ def test_help_and_wrong_usage_are_answered_before_heavy_imports(stage):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "did you mean '--seed'?" in wrong.stderr
 
 
+def test_ctrl_c_during_imports_is_one_line():
+    done = python("-c", "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise KeyboardInterrupt")
+    assert done.returncode in (-2, 130) and done.stderr == "interrupted: nothing was begun.\n"
+    broken = python("-c", "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise ValueError('x')")
+    assert broken.returncode == 1 and "Traceback" in broken.stderr
+
+
 @pytest.mark.parametrize("cls", LEAVES, ids=lambda cls: cls.__name__)
 def test_help_shows_every_flag_with_its_meaning(cls):
     text = " ".join(config.build_parser(cls, "A stage.", "stage.py").format_help().split())

@@ -384,6 +384,22 @@ def test_a_file_with_a_part_missing_is_refused_in_a_sentence(make_model, tmp_pat
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize(("where", "key", "value"), [
+    ("settings", "latent_dim", -3), ("settings", "image_size", "wide"), ("settings", "top_frac", 7.0), ("settings", "resize", None),
+    ("calibration", "scales", 3), ("calibration", "threshold", None),
+])  # fmt: skip
+def test_contents_that_make_no_sense_are_refused_in_a_sentence(make_model, tmp_path, where, key, value):
+    contents = contents_of(detector_of(make_model()))
+    if value is None:
+        del contents[where][key]
+    else:
+        contents[where][key] = value
+    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
+    with pytest.raises(InputError, match=r"is damaged: .*train again or take another checkpoint") as caught:
+        defect_maps.load_detector(tmp_path / "a.pth")
+    assert caught.value.exit_code == 1
+
+
 def test_a_map_that_is_not_a_number_is_never_called_good(make_model):
     detector = detector_of(make_model())
     images = good_images(2)
