@@ -116,7 +116,7 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
     if depth != 8 or colour not in (0, 2, 3) or interlace:
         return None
-    at, view, colours_follow = 8, memoryview(data), colour == 3
+    at, view, has_colours = 8, memoryview(data), colour != 3  # a palette image needs its PLTE chunk first
     while at + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         stop = at + 8 + length
@@ -124,9 +124,11 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
             return None
         if zlib.crc32(view[at + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
             return None
-        colours_follow &= kind != b"PLTE"
-        if kind == b"IEND" or (kind == b"IDAT" and colours_follow):
-            return None if colours_follow else (height, width)
+        has_colours |= kind == b"PLTE"
+        if kind in (b"IDAT", b"IEND") and not has_colours:
+            return None
+        if kind == b"IEND":
+            return height, width
         at = stop + 4
     return None
 
@@ -508,6 +510,15 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> dict[Pa
             found[image] = named[0]
             free.remove(named[0])
     return found
+
+
+def read_truth(item: MVTecItem, image_size: int, resize: str) -> np.ndarray | None:
+    """Ground truth of a test image as the network sees it, bool S x S: all False for a good image, None where a defect has no mask."""
+    if item.category == "good":
+        return np.zeros((image_size, image_size), bool)
+    if item.mask_path is None:
+        return None
+    return fit_mask(read_mask(item.mask_path), image_size, resize) > 0
 
 
 def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:

@@ -189,6 +189,18 @@ class Calibration:
     def from_dict(cls, values: dict) -> Calibration:
         return cls(**{**values, "scales": {name: tuple(pair) for name, pair in values["scales"].items()}})
 
+    @classmethod
+    def of(cls, scales: dict[str, tuple[float, float]], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float) -> Calibration:
+        """Thresholds from the image scores and the maps (n, H, W) of held-out good images."""
+        scores = sorted(scores)
+        threshold, promised = conformal_threshold(np.array(scores), alpha)
+        return cls(scales, scores, alpha, threshold, promised, float(np.quantile(maps, 1 - pixel_false_positives)))
+
+    def judge(self, score: float) -> Detection:
+        """What an image score says, still without a map."""
+        label = "good" if score <= self.threshold else "defective"  # so that a map that is not a number is no pass
+        return Detection(score, p_value(score, np.array(self.good_scores)), label)
+
     def at(self, alpha: float) -> Calibration:
         """The same scores with the threshold for another share of false alarms."""
         threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
@@ -277,7 +289,7 @@ class Detector:
         """
         output = self.describe(images, self.scored_names, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored_names), self.calibration.scales
-        judged = [self._judge(score) for score in self.scores(smooth, scales)]
+        judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]
         rows = [row for row, each in enumerate(judged) if thorough or each.label == "defective"]
         if not rows:
             return judged
@@ -291,10 +303,6 @@ class Detector:
             judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
         return judged
 
-    def _judge(self, score: float) -> Detection:
-        label = "good" if score <= self.calibration.threshold else "defective"  # so that a map that is not a number is no pass
-        return Detection(score, p_value(score, np.array(self.calibration.good_scores)), label)
-
 
 def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W)."""
@@ -306,10 +314,8 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     smooth = {name: np.stack(maps) for name, maps in collected.items()}
     scales = {name: _scale(maps) for name, maps in smooth.items()}
     fused = detector.fuse(smooth, scales)
-    scores = sorted(detector.scores(smooth, scales))
-    alpha = detector.maps.target_false_alarms
-    threshold, promised = conformal_threshold(np.array(scores), alpha)
-    return Calibration(scales, scores, alpha, threshold, promised, float(np.quantile(fused, 1 - detector.maps.pixel_false_positives)))
+    scores = detector.scores(smooth, scales)
+    return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives)
 
 
 def _scaled(maps: np.ndarray, scale: tuple[float, float]) -> np.ndarray:

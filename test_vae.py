@@ -10,7 +10,6 @@ if __name__ == "__main__":
     config.answer_early(config.DetailTestSettings, __doc__)
 
 import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
             images = runtime.put(batch.images)
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
-                mask = read_mask(item, detector)
+                mask = data_loader.read_truth(item, detector.image_size, detector.resize)
                 results.items.append(item)
                 results.detections.append(detection)
                 results.masks.append(mask)
@@ -82,16 +81,6 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
     if not results.items:
         raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
     return results
-
-
-def read_mask(item: data_loader.MVTecItem, detector: defect_maps.Detector) -> np.ndarray | None:
-    """Ground truth at the network's size: all False for a good image, None where a defect has no mask."""
-    side = detector.image_size
-    if item.category == "good":
-        return np.zeros((side, side), bool)
-    if item.mask_path is None:
-        return None
-    return data_loader.fit_mask(data_loader.read_mask(item.mask_path), side, detector.resize) > 0
 
 
 def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, rng: np.random.Generator) -> None:
@@ -150,8 +139,7 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
 
 
 def write_report(report: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test_metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    engine.write_json(folder / "test_metrics.json", report)
     plots.save(plots.metrics_heatmap(rows_of(report)), folder / "metrics_heatmap.png")
 
 

@@ -291,9 +291,8 @@ def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named numbers for each epoch."""
     s, runtime = run.settings, run.runtime
     config.save(s, run.out / "vae_models" / "config.yaml")
-    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
     loader = make_loader(run)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(s.epochs * len(loader), s.warmup_frac))
+    optimizer, scheduler = make_optimizer(run, s.epochs * len(loader))
     if s.resume:
         resume(run, optimizer, scheduler)
     with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
@@ -311,6 +310,13 @@ def train(run: Run) -> list[dict]:
                 write_pictures(run, epoch)
             progress.write(epoch_block(row, s.epochs, is_best), file=sys.stderr)
     return run.history
+
+
+def make_optimizer(run: Run, n_steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW on ``run.model`` and its learning rate over so many steps."""
+    s = run.settings
+    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps, s.warmup_frac))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -410,7 +410,7 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
     first = next(iter(validation.values()))
     fitted = ClassifierCalibration(
         temperature=fit_temperature(first.views[0].numpy(), first.labels),
-        temperature_flips=fit_temperature(first.views.mean(0).numpy(), first.labels),
+        temperature_flips=1.0,
         flips_below=flips_below,
         class_means=torch.from_numpy(np.stack(means)),
         class_covariances=torch.from_numpy(np.stack(covariances)),
@@ -423,8 +423,8 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
         alpha=alpha,
     )
     unsure = fitted.unsure(fitted.probabilities(first.views[:1])).numpy()
-    if len(unsure) >= FEWEST_UNSURE:  # they alone are judged by flips
-        fitted.temperature_flips = fit_temperature(first.views.mean(0).numpy()[unsure], first.labels[unsure])
+    judged_by_flips = unsure if len(unsure) >= FEWEST_UNSURE else slice(None)
+    fitted.temperature_flips = fit_temperature(first.views.mean(0).numpy()[judged_by_flips], first.labels[judged_by_flips])
     return _with_scores(fitted, validation)
 
 

@@ -14,7 +14,6 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.ClassifierBenchmarkSettings, __doc__)
 
-import dataclasses
 import time
 
 import numpy as np
@@ -67,15 +66,13 @@ class CrossEntropy:
 
 def fit(run: stage.Run, epochs: int, title: str) -> None:
     """Train ``run.model`` on ``run.loss`` for so many epochs; the average of its weights follows in ``run.judged``."""
-    s = run.settings
-    optimizer = torch.optim.AdamW(stage.parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
     loader = stage.make_loader(run)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(epochs * len(loader), s.warmup_frac))
+    optimizer, scheduler = stage.make_optimizer(run, epochs * len(loader))
     with tqdm(total=epochs * len(loader), unit="step", desc=title, file=sys.stderr) as progress:
         for epoch in range(1, epochs + 1):
             loader.sampler.set_epoch(epoch)
             seen = stage.Seen(len(run.classes))
-            engine.train_epoch(run.model, stage.stepping(loader, run, progress), stage.training_terms(run, seen), optimizer, scheduler, run.runtime, s.gradient_clip)
+            engine.train_epoch(run.model, stage.stepping(loader, run, progress), stage.training_terms(run, seen), optimizer, scheduler, run.runtime, run.settings.gradient_clip)
 
 
 def with_average(run: stage.Run, model: nn.Module, averaged: nn.Module) -> None:
@@ -147,7 +144,7 @@ def main(settings: config.ClassifierBenchmarkSettings) -> None:
     out, rows = Path(settings.output_dir) / "benchmark_results" / "classifier.json", []
     print(f"{'method':<8s}" + "".join(f"{title:>24s}" for title, _, _ in COLUMNS) + f"{'training':>10s}{'plots/s':>9s}{'parameters':>12s}")
     for name in settings.methods:
-        rows.append(measure(name, dataclasses.replace(settings, resume=False)))
+        rows.append(measure(name, settings.replace(resume=False)))
         print(line(rows[-1]), flush=True)
         engine.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
     print(f"figures: {out}")

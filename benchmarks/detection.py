@@ -33,7 +33,7 @@ import engine
 import evaluation
 import train_with_validation
 from perceptual_loss import load_backbone
-from vae_model import farthest_points
+from vae_model import farthest_points, resized, rows_of
 
 MEASURED = (("image", "auroc"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"), ("pixel", "aupro"), ("pixel", "pointing"))
 N_CHANNELS = 100
@@ -67,7 +67,7 @@ class PatchCore:
         return scores, torch.stack(distances).view(len(grids), *grids.shape[-2:])
 
     def _patches(self, grids: Tensor) -> Tensor:
-        return F.avg_pool2d(grids, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2).contiguous()
+        return rows_of(F.avg_pool2d(grids, 3, 1, 1, count_include_pad=False)).contiguous()
 
     def _reweighted(self, patches: Tensor, distances: Tensor, indices: Tensor) -> Tensor:
         worst = distances.argmax()
@@ -112,15 +112,11 @@ class Baseline:
         """Scores and smoothed maps (B, H, W) of images (B, 3, H, W)."""
         with torch.inference_mode():
             scores, coarse = self.method.judge(self.backbone.grid(images))
-            fine = F.interpolate(coarse[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0].numpy()
+            fine = resized(coarse[:, None], images)[:, 0].numpy()
         return scores.tolist(), np.stack([defect_maps.refine(each, self.smoothing_frac, 0.0) for each in fine])
 
     def detect(self, images: Tensor) -> list[defect_maps.Detection]:
-        good = np.array(self.calibration.good_scores)
-        return [
-            defect_maps.Detection(score, defect_maps.p_value(score, good), "good" if score <= self.calibration.threshold else "defective", each)
-            for score, each in zip(*self.maps(images), strict=True)
-        ]
+        return [self.calibration.judge(score)._replace(defect_map=each) for score, each in zip(*self.maps(images), strict=True)]
 
 
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
@@ -134,10 +130,8 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
         method.fit(torch.cat([backbone.grid(batch) for batch in training.split(BATCH_SIZE)]))
     baseline = Baseline(method, backbone, settings.smoothing_frac)
     scores, maps = zip(*(baseline.maps(batch) for batch in held.split(BATCH_SIZE)), strict=True)
-    scores = sorted(itertools.chain.from_iterable(scores))
-    threshold, promised = defect_maps.conformal_threshold(np.array(scores), settings.target_false_alarms)
-    pixel_threshold = float(np.quantile(np.concatenate(maps), 1 - settings.pixel_false_positives))
-    baseline.calibration = defect_maps.Calibration({}, scores, settings.target_false_alarms, threshold, promised, pixel_threshold)
+    all_scores = itertools.chain.from_iterable(scores)
+    baseline.calibration = defect_maps.Calibration.of({}, all_scores, np.concatenate(maps), settings.target_false_alarms, settings.pixel_false_positives)
     return baseline
 
 
@@ -168,19 +162,12 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
         [each.score for each in found],
         [each.label == "defective" for each in found],
         [each.defect_map for each in found],
-        [read_truth(by_path[path], settings) for path in paths],
+        [data_loader.read_truth(by_path[path], settings.image_size, settings.resize) for path in paths],
         detector.calibration.pixel_threshold,
         N_RESAMPLES,
         settings.seed,
     )
     return {"method": name, "seed": settings.seed, **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}, **speed}
-
-
-def read_truth(item: data_loader.MVTecItem, settings: config.DetectionBenchmarkSettings) -> np.ndarray | None:
-    """The mask of a test image at the network's size; all False for a good one, None where a defect has none."""
-    if item.category == "good":
-        return np.zeros((settings.image_size, settings.image_size), bool)
-    return None if item.mask_path is None else data_loader.fit_mask(data_loader.read_mask(item.mask_path), settings.image_size, settings.resize) > 0
 
 
 def peak_memory_mb() -> float | None:
