@@ -127,6 +127,12 @@ class DataSettings(Settings):
     data_dir: str = setting("", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo.")
     image_size: int = setting(256, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
     resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
+    tile: bool = setting(False, "Cut every image at its own resolution into overlapping tiles of image_size instead of resizing it.")
+
+    @property
+    def fitting(self) -> str:
+        """How images come to the network: "stretch", "letterbox" or "tile"."""
+        return "tile" if self.tile else self.resize
 
 
 # ------------------------------------------------------------------------------------- DetailVAE stages
@@ -191,7 +197,12 @@ class MapSettings(Settings):
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
     map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
-    score_map: str = setting("nearest", "Map that the image score is taken from (nearest: distance of the features' deviations to the nearest one seen on training images); without a backbone it is the fused one.", choices=("nearest", "likelihood", "fused"))
+    map_nearest: float = setting(0.0, "Share of the distance of the features' deviations to the nearest ones seen on training images.", minimum=0.0)
+    map_bank: float = setting(1.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0)
+    score_likelihood: float = setting(0.0, "Share of the likelihood in the map that the image score is taken from; where all three shares are 0, or without a backbone, that is the fused map.", minimum=0.0)
+    score_nearest: float = setting(1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0)
+    score_bank: float = setting(1.0, "Share of the features' distance in the map that the image score is taken from.", minimum=0.0)
+    map_flips: bool = setting(False, "Average every map over the mirrored views that training allows: slower in proportion.")
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
@@ -225,6 +236,8 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
 class DetectionBenchmarkSettings(TrainSettings):
     methods: tuple[str, ...] = setting(("detailvae", "patchcore", "padim"), "Methods to compare.", choices=("detailvae", "patchcore", "padim"))
     seeds: tuple[int, ...] = setting((), "Seeds, every method runs once with each; none means --seed alone.", minimum=0)
+    train_images: tuple[int, ...] = setting((), "Numbers of good training images, drawn by the seed, every method runs once with each; none means all.", minimum=3)
+    contamination: float = setting(0.0, "Share of the training images that are defective ones, taken out of the test.", unit="fraction", minimum=0.0, maximum=0.5)
 
 
 @dataclass(frozen=True)
@@ -284,17 +297,19 @@ class ClassifierModelSettings(Settings):
     profile_channels: int = setting(48, "Channels of the branch that reads the trace column by column; 0 leaves it out.", minimum=0, maximum=512)
     ink: bool = setting(True, "Let the encoder see the distance from white instead of three colours.")
     dropout: float = setting(0.2, "Share of latent means silenced before the classifier head in training.", unit="fraction", minimum=0.0, maximum=0.9)
-    decoder_widths: tuple[int, ...] = setting((96, 64, 48, 24), "Channels of the decoder, from its coarsest grid to a quarter of the side.", minimum=4, maximum=1024)
+    decoder_channels: int = setting(64, "Channels of the decoder along the columns of the reconstruction.", minimum=4, maximum=1024)
+    detail_channels: int = setting(4, "Detail latents of each column of the reconstruction, beside the latent vector.", minimum=1, maximum=64)
     reconstruction_size: int = setting(224, "Side of the reconstruction, whatever the encoder sees.", unit="px", minimum=32, maximum=1024, multiple_of=32)
 
 
 @dataclass(frozen=True)
 class ClassifierLossSettings(Settings):
     reconstruction_weight: float = setting(1.0, "Weight of the reconstruction error, which is 1 for the mean training plot.", minimum=0.0)
-    kl_weight: float = setting(1.0, "Weight of the KL divergence, in nats per latent variable.", minimum=0.0)
+    kl_weight: float = setting(1.0, "Weight of the KL divergence of both latents, in nats per pixel of the reconstruction.", minimum=0.0)
     class_weight: float = setting(1.0, "Weight of the cross-entropy in nats.", minimum=0.0)
     ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared and absolute error in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
     reconstruction_share: float = setting(0.25, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
+    detail_dropout: float = setting(0.5, "Share of the reconstructed training plots that are drawn from the latent vector alone, so that it holds the course of a series.", unit="fraction", minimum=0.0, maximum=1.0)
     label_smoothing: float = setting(0.1, "Probability moved from the true class to all classes.", unit="fraction", minimum=0.0, maximum=0.9)
     mixup_alpha: float = setting(0.0, "Beta distribution's parameter of mixing two plots and their labels; 0 never mixes.", minimum=0.0)
 

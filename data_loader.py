@@ -28,6 +28,7 @@ import numpy as np
 
 import config
 import drawn_defects
+from tiles import tile_corners
 
 if TYPE_CHECKING:  # torch takes seconds to import and --help must not wait for it
     import torch
@@ -214,8 +215,16 @@ def _resample(pixels: np.ndarray, height: int, width: int, enlarge: int = cv2.IN
     return pixels if small == (height, width) else cv2.resize(pixels, (width, height), interpolation=enlarge)
 
 
+def _tiled_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """Height and width at which an image is cut into tiles: its own, enlarged where a side is shorter than a tile."""
+    scale = max(1.0, image_size / min(height, width))
+    return max(image_size, round(height * scale)), max(image_size, round(width * scale))
+
+
 def fit_image(image: np.ndarray, image_size: int, resize: str) -> np.ndarray:
-    """uint8 H x W x 3 -> uint8 image_size x image_size x 3: stretched, or letterboxed with grey bars."""
+    """uint8 H x W x 3 -> uint8 image_size x image_size x 3: stretched, or letterboxed with grey bars; whole for "tile"."""
+    if resize == "tile":
+        return np.ascontiguousarray(_resample(image, *_tiled_size(*image.shape[:2], image_size)))
     top, left, height, width = _fit_box(*image.shape[:2], image_size, resize)
     fitted = _resample(image, height, width)
     if (height, width) == (image_size, image_size):
@@ -236,7 +245,7 @@ def _resample_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, image_size: int, resize: str, original_hw: tuple[int, int] | None = None) -> np.ndarray:
-    """bool H x W -> bool image_size x image_size, without losing thin defects.
+    """bool H x W -> bool as ``fit_image`` sizes the image, without losing thin defects.
 
     Args:
         mask: true where defective.
@@ -245,6 +254,8 @@ def fit_mask(mask: np.ndarray, image_size: int, resize: str, original_hw: tuple[
     """
     if original_hw is not None and tuple(original_hw) != mask.shape:
         mask = _resample_mask(mask, *original_hw)
+    if resize == "tile":
+        return _resample_mask(mask, *_tiled_size(*mask.shape, image_size))
     top, left, height, width = _fit_box(*mask.shape, image_size, resize)
     square = np.zeros((image_size, image_size), bool)
     square[top : top + height, left : left + width] = _resample_mask(mask, height, width)
@@ -252,7 +263,9 @@ def fit_mask(mask: np.ndarray, image_size: int, resize: str, original_hw: tuple[
 
 
 def unfit_map(defect_map: np.ndarray, original_hw: tuple[int, int], resize: str) -> np.ndarray:
-    """A float map S x S at network size -> float32 of the original height and width, bars cut off."""
+    """A float map as ``fit_image`` sizes the image -> float32 of the original height and width, bars cut off."""
+    if resize == "tile":
+        return _resample(np.ascontiguousarray(defect_map, dtype=np.float32), *original_hw)
     top, left, height, width = _fit_box(*original_hw, defect_map.shape[0], resize)
     inside = np.ascontiguousarray(defect_map[top : top + height, left : left + width], dtype=np.float32)
     return _resample(inside, *original_hw)
@@ -335,14 +348,15 @@ def _empty_tensor(image_size: int) -> torch.Tensor:
 
 
 def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "stretch") -> LoadedImages:
-    """Every readable image as one tensor, in order, with the list of those skipped."""
+    """Every readable image (for "tile": every tile of it, its path repeated) as one tensor, in order, with the list of those skipped."""
     images, kept, errors = [], [], []
     for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
         else:
-            images.append(result[0])
-            kept.append(path)
+            tiles = [result[0][top : top + image_size, left : left + image_size] for top, left in tile_corners(*result[0].shape[:2], image_size)]
+            images += tiles
+            kept += [path] * len(tiles)
     return LoadedImages(to_tensor(images) if images else _empty_tensor(image_size), kept, errors)
 
 
@@ -351,9 +365,10 @@ def iter_image_batches(
 ) -> Iterator[ImageBatch]:
     """Batches in the order of the paths, decoded by threads two batches ahead; memory does not grow with n.
 
-    Every batch but the last holds ``batch_size`` readable images; skipped files ride along in ``errors``. Only when
-    no file at all is readable is there a batch without images.
+    Every batch but the last holds ``batch_size`` readable images, for "tile" one, whole; skipped files ride along in
+    ``errors``. Only when no file at all is readable is there a batch without images.
     """
+    batch_size = 1 if resize == "tile" else batch_size
     rows: list[tuple[Path, np.ndarray, tuple[int, int]]] = []
     errors: list[tuple[Path, str]] = []
 
@@ -512,13 +527,13 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> dict[Pa
     return found
 
 
-def read_truth(item: MVTecItem, image_size: int, resize: str) -> np.ndarray | None:
-    """Ground truth of a test image as the network sees it, bool S x S: all False for a good image, None where a defect has no mask."""
+def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int]) -> np.ndarray | None:
+    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask."""
     if item.category == "good":
-        return np.zeros((image_size, image_size), bool)
+        return np.zeros(map_hw, bool)
     if item.mask_path is None:
         return None
-    return fit_mask(read_mask(item.mask_path), image_size, resize) > 0
+    return fit_mask(read_mask(item.mask_path), image_size, resize, map_hw if resize == "tile" else None)
 
 
 def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
@@ -597,6 +612,7 @@ class GoodImages:
 
     Attributes:
         paths: the readable ones; skipped: (path, reason) of the others.
+        images: uint8 H x W x 3 of each, or None where not all fit into memory.
 
     Raises:
         InputError: fewer than 2 images can be read.
@@ -608,27 +624,31 @@ class GoodImages:
         self.defect_share, self.seed = defect_share, seed
         self.paths: list[Path] = []
         self.skipped: list[tuple[Path, str]] = []
-        in_memory = len(paths) * image_size * image_size * 3 <= KEEP_IN_MEMORY_BYTES
-        images = []
+        self.tiles: list[tuple[int, int, int]] = []  # number of the image, top and left within it; one an image without "tile"
+        images, n_bytes = [], 0
         for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
             if isinstance(result, ImageError):
                 self.skipped.append((path, result.reason))
                 continue
+            self.tiles += [(len(self.paths), *corner) for corner in tile_corners(*result[0].shape[:2], image_size)]
             self.paths.append(path)
-            if in_memory:
+            n_bytes += result[0].nbytes
+            if n_bytes <= KEEP_IN_MEMORY_BYTES:
                 images.append(result[0])
+            else:
+                images.clear()
         if len(self.paths) < 2:
             why = f"; {self.skipped[0][0]} {self.skipped[0][1]}" if self.skipped else ""
             raise config.InputError(f"{len(self.paths)} of {len(paths)} training images can be read, expected 2 or more{why}.")
-        self.images = np.stack(images) if images else None
+        self.images = images or None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.tiles)
 
     def _image(self, index: int) -> np.ndarray:
-        if self.images is not None:
-            return self.images[index]
-        return fit_image(read_image(self.paths[index]), self.image_size, self.resize)
+        number, top, left = self.tiles[index]
+        whole = fit_image(read_image(self.paths[number]), self.image_size, self.resize) if self.images is None else self.images[number]
+        return whole[top : top + self.image_size, left : left + self.image_size]
 
     def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
         """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in [0, 1]."""

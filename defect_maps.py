@@ -2,8 +2,8 @@
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
 are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``. The image
-score comes, by default, from the features alone, from how far their deviations lie from any seen on training images: it
-says how unusual an image is, the fused map says where.
+score comes, by default, from the features alone: from how far they, and their deviations from what the VAE expects, lie
+from any seen on training images. It says how unusual an image is, the fused map says where.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint, reading_contents
 from evaluation import ssim_map
+from tiles import Blend, tile_corners
 from vae_model import (
     KIND,
     DetailOutput,
@@ -34,6 +35,7 @@ from vae_model import (
     rows_of,
 )
 
+TILES_AT_ONCE = 8
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
 
@@ -41,7 +43,8 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-FEATURE_MAPS = {"feature", "likelihood", "nearest"}
+MAPS = ("pixel", "ssim", "perceptual", "feature", "likelihood", "nearest", "bank")
+FEATURE_MAPS = {"feature", "likelihood", "nearest", "bank"}
 """Maps that need no reconstruction in pixels."""
 
 
@@ -49,7 +52,7 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
     """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
-        names: of ``MapSettings.map_*`` without the prefix, and "nearest".
+        names: of ``MAPS``, which are ``MapSettings.map_*`` without the prefix.
         images: (B, 3, H, W) in [0, 1].
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
@@ -62,17 +65,23 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
         "feature": lambda: resized(feature_error(output), images),
         "likelihood": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
         "nearest": lambda: resized(nearest_distance(deviation, model.prototypes), images),
+        "bank": lambda: resized(nearest_distance(output.features, model.bank), images),
     }
     return {name: makers[name]().float() for name in names}
 
 
 def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
     """Share of each map in the fused one, of those above 0; feature maps fall back to pixels without a backbone."""
-    shares = {name: getattr(settings, f"map_{name}") for name in ("pixel", "ssim", "perceptual", "feature", "likelihood")}
-    if not has_features:
-        shares = {**shares, "feature": 0.0, "likelihood": 0.0}
-    if not any(shares.values()):
-        shares = {"pixel": 0.5, "ssim": 0.5}
+    return _shares(settings, "map_", MAPS, has_features) or {"pixel": 0.5, "ssim": 0.5}
+
+
+def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
+    """Share of each map in the one that the image score is taken from: the fused one where none is asked for or possible."""
+    return _shares(settings, "score_", ("likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
+
+
+def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_features: bool) -> dict[str, float]:
+    shares = {name: getattr(settings, prefix + name) for name in names if has_features or name not in FEATURE_MAPS}
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items() if share > 0}
 
@@ -96,13 +105,14 @@ def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor
     return torch.stack([(tap**2).mean(1, keepdim=True).sqrt() for tap in deviation.split(list(tap_channels), 1)]).mean(0)
 
 
-def nearest_distance(deviation: Tensor, prototypes: Tensor) -> Tensor:
-    """Distance of decorrelated deviations (B, C, h, w) to the nearest prototype (N, C), a channel, (B, 1, h, w).
+def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
+    """Distance of maps (B, C, h, w) to the nearest prototype (N, C) at every place, a channel, (B, 1, h, w).
 
-    Where the likelihood takes the deviations of good images for one Gaussian, this asks whether any good image deviated so.
+    Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any good
+    image deviated so. Of features: whether any good image looked so at all.
     """
-    distances = [torch.cdist(rows, prototypes).amin(1) for rows in rows_of(deviation)]  # one image at a time: h * w * N numbers
-    return torch.stack(distances).view(len(deviation), 1, *deviation.shape[-2:]) / deviation.shape[1] ** 0.5
+    distances = [torch.cdist(rows, prototypes).amin(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
+    return torch.stack(distances).view(len(maps), 1, *maps.shape[-2:]) / maps.shape[1] ** 0.5
 
 
 def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:
@@ -191,7 +201,7 @@ class Calibration:
 
     @classmethod
     def of(cls, scales: dict[str, tuple[float, float]], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float) -> Calibration:
-        """Thresholds from the image scores and the maps (n, H, W) of held-out good images."""
+        """Thresholds from the image scores and the maps, of any shape, of held-out good images."""
         scores = sorted(scores)
         threshold, promised = conformal_threshold(np.array(scores), alpha)
         return cls(scales, scores, alpha, threshold, promised, float(np.quantile(maps, 1 - pixel_false_positives)))
@@ -240,17 +250,18 @@ class Detector:
 
     @property
     def resize(self) -> str:
-        return self.settings["resize"]
+        """How images come to the network: "stretch", "letterbox" or "tile"."""
+        return "tile" if self.settings.get("tile") else self.settings["resize"]
 
     @property
-    def fused_names(self) -> list[str]:
-        """Maps that make the defect map."""
-        return list(map_shares(self.maps, self.model.n_features > 0))
+    def fused(self) -> dict[str, float]:
+        """Maps that make the defect map, and their shares."""
+        return map_shares(self.maps, self.model.n_features > 0)
 
     @property
-    def scored_names(self) -> list[str]:
-        """Maps that make the image score: the one that ``score_map`` names, without a backbone the fused ones."""
-        return [self.maps.score_map] if self.model.n_features and self.maps.score_map != "fused" else self.fused_names
+    def scored(self) -> dict[str, float]:
+        """Maps that make the image score, and their shares."""
+        return score_shares(self.maps, self.model.n_features > 0)
 
     def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
         """What the model says of images (B, 3, H, W); painted where the named maps need it or ``paint`` asks for it."""
@@ -258,8 +269,24 @@ class Detector:
         with torch.inference_mode():
             return self.model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(names))
 
+    @property
+    def mirrored(self) -> list[tuple[int, ...]]:
+        """Dimensions of images (B, 3, H, W) to flip for each further view: those that training flipped at random."""
+        if not self.maps.map_flips:
+            return []
+        across, upright = (self.settings.get(f"flip_{name}", False) for name in ("horizontal", "vertical"))
+        return [(3,)] * across + [(2,)] * upright + [(2, 3)] * (across and upright)
+
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names."""
+        views = [self._view_maps(images, output, names)] if names else []
+        for flip in self.mirrored if names else []:
+            view = images.flip(flip)
+            maps = self._view_maps(view, self.describe(view, names), names)
+            views.append({name: np.flip(each, [axis - 1 for axis in flip]) for name, each in maps.items()})
+        return {name: np.mean([view[name] for view in views], 0) for name in names}
+
+    def _view_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
         return {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
@@ -269,26 +296,21 @@ class Detector:
         refined = refine(defect_map, self.maps.smoothing_frac, self.maps.closing_frac)
         return refined - np.median(refined) if name in FEATURE_MAPS else refined
 
-    def fuse(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
-        """The weighted mean of the maps after each is brought to its scale, (B, H, W)."""
-        shares = map_shares(self.maps, self.model.n_features > 0)
-        return sum(share * _scaled(smooth[name], scales[name]) for name, share in shares.items()).astype(np.float32)
-
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
-        """The score of every image from the maps of ``scored_names``."""
-        names = self.scored_names
-        judged = self.fuse(smooth, scales) if names == self.fused_names else _scaled(smooth[names[0]], scales[names[0]])
-        return [image_score(each, self.maps.top_frac) for each in judged]
+        """The score of every image from its refined maps, those of ``scored``."""
+        return [image_score(each, self.maps.top_frac) for each in fuse(smooth, scales, self.scored)]
 
     def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
-        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device.
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size where the detector works on tiles.
 
         Args:
             thorough: False makes defect maps and reconstructions of images called defective only, where the scores do not
                 come from pixels; a good one then takes half the time.
         """
-        output = self.describe(images, self.scored_names, thorough)
-        smooth, scales = self.refined_maps(images, output, self.scored_names), self.calibration.scales
+        if self.resize == "tile":
+            return [self._detect_whole(image, thorough) for image in images]
+        output = self.describe(images, self.scored, thorough)
+        smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
         judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]
         rows = [row for row, each in enumerate(judged) if thorough or each.label == "defective"]
         if not rows:
@@ -298,28 +320,64 @@ class Detector:
             with torch.inference_mode():
                 output = self.model.paint(shown, output)
         smooth = {name: maps[rows] for name, maps in smooth.items()}
-        smooth |= self.refined_maps(shown, output, [name for name in self.fused_names if name not in smooth])
-        for row, fused, reconstruction in zip(rows, self.fuse(smooth, scales), output.vae.reconstruction.float().cpu().numpy(), strict=True):
+        smooth |= self.refined_maps(shown, output, [name for name in self.fused if name not in smooth])
+        for row, fused, reconstruction in zip(rows, fuse(smooth, scales, self.fused), output.vae.reconstruction.float().cpu().numpy(), strict=True):
             judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
         return judged
 
 
+    def all_maps(self, images: Tensor, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Refined maps by name, each (B, H, W), of images (B, 3, H, W)."""
+        if self.resize != "tile":
+            return self.refined_maps(images, self.describe(images, names), names)
+        blended = [self._blended(image, names, paint=False)[0] for image in images]
+        return {name: np.stack([maps[name] for maps in blended]) for name in names}
+
+    def _detect_whole(self, image: Tensor, thorough: bool) -> Detection:
+        """The detection of one image (3, H, W), on overlapping tiles."""
+        scales = self.calibration.scales
+        smooth, reconstruction = self._blended(image, list(self.fused | self.scored) if thorough else list(self.scored), thorough)
+        judged = self.calibration.judge(self.scores({name: each[None] for name, each in smooth.items()}, scales)[0])
+        if not thorough and judged.label == "good":
+            return judged
+        if not thorough:
+            smooth, reconstruction = self._blended(image, list(self.fused), paint=True)
+        fused = fuse({name: each[None] for name, each in smooth.items()}, scales, self.fused)[0]
+        return judged._replace(defect_map=fused, reconstruction=reconstruction)
+
+    def _blended(self, image: Tensor, names: Sequence[str], paint: bool) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its tiles."""
+        side, (height, width) = self.image_size, image.shape[1:]
+        corners = tile_corners(height, width, side)
+        blends: dict[str, Blend] = {name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]}
+        for start in range(0, len(corners), TILES_AT_ONCE):
+            some = corners[start : start + TILES_AT_ONCE]
+            tiles = torch.stack([image[:, top : top + side, left : left + side] for top, left in some])
+            output = self.describe(tiles, names, paint)
+            found = self.refined_maps(tiles, output, names)
+            if paint:
+                found["reconstruction"] = output.vae.reconstruction.float().cpu().numpy()
+            for name, each in found.items():
+                for of_tile, corner in zip(each, some, strict=True):
+                    blends[name].add(of_tile, *corner)
+        whole = {name: blend.mean() for name, blend in blends.items()}
+        reconstruction = whole.pop("reconstruction", None)
+        return whole, reconstruction
+
+
 def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
-    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W)."""
-    collected: dict[str, list[np.ndarray]] = {}
-    names = list(dict.fromkeys(detector.fused_names + detector.scored_names))
-    for images in batches:
-        for name, maps in detector.refined_maps(images, detector.describe(images, names), names).items():
-            collected.setdefault(name, []).extend(maps)
-    smooth = {name: np.stack(maps) for name, maps in collected.items()}
-    scales = {name: _scale(maps) for name, maps in smooth.items()}
-    fused = detector.fuse(smooth, scales)
-    scores = detector.scores(smooth, scales)
+    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch."""
+    names = list(detector.fused | detector.scored)
+    found = [detector.all_maps(images, names) for images in batches]
+    scales = {name: _scale(np.concatenate([maps[name].ravel() for maps in found])) for name in names}
+    scores = [score for maps in found for score in detector.scores(maps, scales)]
+    fused = np.concatenate([fuse(maps, scales, detector.fused).ravel() for maps in found])
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives)
 
 
-def _scaled(maps: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    return (maps - scale[0]) / (scale[1] - scale[0])
+def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float]) -> np.ndarray:
+    """The weighted mean of refined maps, each (B, H, W), after each is brought to its scale, (B, H, W)."""
+    return sum(share * (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, share in shares.items()).astype(np.float32)
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     config.answer_early(config.DetailTestSettings, __doc__)
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), 
            ("pixel", "aupro"), ("pixel", "f1"), ("pixel", "iou"), ("pixel", "pointing"))  # fmt: skip
 """What the terminal table and the heatmap show of each category."""
 N_DRAWN = 3
-"""Defects drawn on each good image, one at a time, to measure the skip leak."""
+"""Defects drawn on each good image, one at a time, to see how much survives in the reconstruction and how well they are found."""
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Results:
     masks: list[np.ndarray | None] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
     skip_leak: list[tuple[float, float]] = field(default_factory=list)
+    drawn: list[tuple[defect_maps.Detection, np.ndarray]] = field(default_factory=list)  # of each drawn defect, with its mask
 
 
 def main(settings: config.DetailTestSettings) -> None:
@@ -70,7 +72,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
             images = runtime.put(batch.images)
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
-                mask = data_loader.read_truth(item, detector.image_size, detector.resize)
+                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape)
                 results.items.append(item)
                 results.detections.append(detection)
                 results.masks.append(mask)
@@ -84,12 +86,13 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
 
 
 def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, rng: np.random.Generator) -> None:
-    """Reconstruction quality of one good image (1, 3, S, S), and how much of drawn defects survives in it."""
+    """Reconstruction quality of one good image (1, 3, S, S), how much of drawn defects survives in it, and where they are seen."""
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     drawn = [draw_defect(pixels, rng) for _ in range(N_DRAWN)]
     images = torch.cat([image.cpu(), data_loader.to_tensor([damaged for damaged, _ in drawn])]).to(image.device)
-    with torch.inference_mode():
-        reconstruction = detector.model(images).reconstruction.float()
+    found = detector.detect(images)
+    reconstruction = torch.from_numpy(np.stack([each.reconstruction for each in found])).to(image.device)
+    results.drawn += [(each._replace(reconstruction=None), mask) for each, (_, mask) in zip(found[1:], drawn, strict=True)]
     for name, measure in (("mse", evaluation.mse(reconstruction[:1], image)), ("psnr", evaluation.psnr(reconstruction[:1], image, data_range=1.0)),
                           ("ssim", evaluation.ssim(reconstruction[:1], image, data_range=1.0))):  # fmt: skip
         results.quality[name].append(measure.item())
@@ -121,21 +124,23 @@ def write_scores(results: Results, folder: data_loader.MVTecFolder, path: Path) 
 
 
 def make_report(results: Results, calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
-    """test_metrics.json: detection, reconstruction of good images, skip leak, threshold and promise."""
-    report = evaluation.detection_report(
-        [item.category for item in results.items],
-        [each.score for each in results.detections],
-        [each.label == "defective" for each in results.detections],
-        [each.defect_map for each in results.detections],
-        results.masks,
-        calibration.pixel_threshold,
-        settings.bootstrap,
-        settings.seed,
-    )
+    """test_metrics.json: detection, the same of defects drawn on the good images, reconstruction, skip leak, threshold and promise."""
+    report = figures([item.category for item in results.items], results.detections, results.masks, calibration, settings)
+    if results.drawn:
+        good = [(each, mask) for item, each, mask in zip(results.items, results.detections, results.masks, strict=True) if item.category == "good"]
+        detections, masks = zip(*good, *results.drawn, strict=True)
+        drawn = figures(["good"] * len(good) + ["drawn"] * len(results.drawn), detections, masks, calibration, settings)
+        report["drawn_defects"] = {level: drawn[level] for level in ("image", "pixel")}
     quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
     leak = evaluation.surviving_share(results.skip_leak, settings.bootstrap, settings.seed)
     report["reconstruction"] = {name: figure for name, figure in {**quality, "skip_leak": leak}.items() if figure is not None}
     return {**report, "threshold": calibration.threshold, "pixel_threshold": calibration.pixel_threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
+
+
+def figures(categories: list[str], detections: Sequence[defect_maps.Detection], masks: Sequence[np.ndarray | None], calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
+    """``evaluation.detection_report`` of detections."""
+    scores, called, maps = zip(*((each.score, each.label == "defective", each.defect_map) for each in detections), strict=True)
+    return evaluation.detection_report(categories, scores, called, maps, masks, calibration.pixel_threshold, settings.bootstrap, settings.seed)
 
 
 def write_report(report: dict, folder: Path) -> None:
@@ -162,6 +167,8 @@ def table(report: dict) -> str:
         lines.append(f"{row:<{width}s}" + "  ".join(f"{'-' if value is None else format(value, '.3f'):>10s}" for value in values.values()))
     for group, keys in (("image", ("auroc",)), ("pixel", ("auroc", "average_precision", "aupro")), ("reconstruction", ("psnr", "ssim", "skip_leak"))):
         lines += [sentence(f"{group} {key}", report[group][key]) for key in keys if key in report.get(group, {})]
+    drawn = report.get("drawn_defects", {}).get("pixel", {})
+    lines += [sentence(f"drawn defects, pixel {key}", drawn[key]) for key in ("average_precision",) if key in drawn]
     if "false_alarm_rate" in report:
         lines.append(sentence(f"false alarms on good images (asked for: {report['alpha']:.1%})", report["false_alarm_rate"]))
     return "\n".join(lines)

@@ -28,6 +28,7 @@ import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import evaluation
+import plot_calibration
 import plots
 import series_generator
 import series_plots
@@ -385,17 +386,17 @@ def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
 # ----------------------------------------------------------------------------------- what is kept of a run
 
 
-def calibrate(run: Run, model: VAEClassifier, per_class: int) -> vae_classifier.ClassifierCalibration:
+def calibrate(run: Run, model: VAEClassifier, per_class: int) -> plot_calibration.ClassifierCalibration:
     """Class Gaussians from at most so many training plots of a class, the rest from validation plots."""
     images, labels = run.data.training
     rng = np.random.default_rng(run.settings.seed)
     rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(len(run.classes))]))
     training = encode(run, model, Plots(images[rows], labels[rows]), flips=False)
     validation = {name: encode(run, model, group) for name, group in run.data.validation.items()}
-    return vae_classifier.fit_calibration(training, validation, len(run.classes), run.settings.target_false_alarms, run.settings.flips_below)
+    return plot_calibration.fit_calibration(training, validation, len(run.classes), run.settings.target_false_alarms, run.settings.flips_below)
 
 
-def encode(run: Run, model: VAEClassifier, group: Plots, flips: bool = True) -> vae_classifier.Encoded:
+def encode(run: Run, model: VAEClassifier, group: Plots, flips: bool = True) -> plot_calibration.Encoded:
     """Encoded plots in full precision, as inference sees them."""
     return vae_classifier.encode_plots(model, batches(group.images, run.settings.batch_size, run.runtime), group.labels, flips)
 
@@ -430,12 +431,12 @@ def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
 
 @torch.inference_mode()
 def write_pictures(run: Run, epoch: int) -> None:
-    """Validation plots, evenly over the classes, above their reconstructions."""
+    """Validation plots, evenly over the classes, above their reconstructions and what the latent vector alone draws."""
     group = run.data.validation["real"]
     rows = np.linspace(0, len(group.labels) - 1, min(N_PICTURED, len(group.labels))).astype(int)
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
-    drawn = run.judged.eval()(images).reconstruction
-    sheet = vae_classifier.tiled([list(run.judged.target(images)), list(drawn)])
+    said = run.judged.eval()(images)
+    sheet = vae_classifier.tiled([list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))])
     data_loader.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)
 
 
@@ -465,14 +466,14 @@ def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
     """Measures with intervals, calibration, reconstruction and share of false alarms on labelled plots."""
     s, calibration = run.settings, model.calibration
     encoded = encode(run, model, group)
-    probabilities = vae_classifier.calibrated_probabilities(encoded, calibration)
+    probabilities = plot_calibration.calibrated_probabilities(encoded, calibration)
     confusion = evaluation.confusion_matrix(group.labels, probabilities.argmax(1), len(run.classes))
-    before = vae_classifier.calibrated_probabilities(encoded, calibration, calibrated=False)
+    before = plot_calibration.calibrated_probabilities(encoded, calibration, calibrated=False)
     quality: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
     p_values = calibration.p_values(calibration.novelty(calibration.distances(encoded.errors, encoded.mu, encoded.pictures)))
     for images, mu in zip(batches(group.images, s.batch_size, run.runtime), encoded.mu.split(s.batch_size), strict=True):
         with torch.inference_mode():
-            drawn, target = model.decode(run.runtime.put(mu)).float().cpu(), model.target(images).cpu()
+            drawn, target = model.reconstruct(images, run.runtime.put(mu)).float().cpu(), model.target(images).cpu()
         quality["mse"] += evaluation.mse(drawn, target).tolist()
         quality["psnr"] += evaluation.psnr(drawn, target, data_range=1.0).tolist()
         quality["ssim"] += evaluation.ssim(drawn, target, data_range=1.0).tolist()

@@ -42,7 +42,8 @@ class Run:
     runtime: engine.Runtime
     folder: data_loader.MVTecFolder
     training: data_loader.GoodImages
-    held_out: list[tuple[Tensor, Tensor | None]]  # good images (B, 3, S, S) and their features (B, C, S/8, S/8)
+    held_paths: list[Path]
+    held_out: list[tuple[Tensor, Tensor | None]]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
     reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
     model: DetailVAE
     loss: DetailLoss
@@ -86,8 +87,8 @@ def prepare(settings: config.TrainSettings) -> Run:
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)
     train_paths, held_paths = data_loader.split_holdout(folder.train_good, settings.holdout_frac, settings.seed)
-    training = data_loader.GoodImages(train_paths, settings.image_size, settings.resize, settings, settings.drawn_defects, settings.seed, settings.variants)
-    held = data_loader.load_images(held_paths, settings.image_size, settings.resize)
+    training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
+    held = data_loader.load_images(held_paths, settings.image_size, settings.fitting)
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
     if not len(held.images):
         raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
@@ -96,12 +97,14 @@ def prepare(settings: config.TrainSettings) -> Run:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = runtime.put_model(DetailVAE(settings))
     model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
+    if model.n_features:
+        model.fit_bank((model.grid_features(runtime.put(batch)) for batch in training.plain_batches(settings.batch_size)), len(training))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(settings, runtime, folder, training, held_paths, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
 
 
 def warn(sentences: list[str]) -> None:
@@ -197,7 +200,8 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
-        detector.calibration = defect_maps.calibrate(detector, (images for images, _ in run.held_out))
+        whole = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, run.settings.batch_size)
+        detector.calibration = defect_maps.calibrate(detector, (run.runtime.put(batch.images) for batch in whole if len(batch.images)))
         run.calibrated = epoch, detector
     return run.calibrated[1]
 
@@ -241,18 +245,18 @@ def write_pictures(run: Run, epoch: int) -> None:
     detector = calibrated_detector(run)
     n = min(N_PICTURED, len(run.training))
     samples = [run.training[index] for index in range(n)]
-    draw_grid(run, detector, torch.stack([each.corrupted for each in samples]), [f"train {i}" for i in range(n)], f"train/epoch_{epoch}.png")
+    draw_grid(run, detector, [each.corrupted for each in samples], [f"train {i}" for i in range(n)], f"train/epoch_{epoch}.png")
     for category in run.folder.categories:
         paths = [item.path for item in run.folder.test if item.category == category][:N_PICTURED]
-        loaded = data_loader.load_images(paths, run.settings.image_size, run.settings.resize)
-        if len(loaded.images):
-            draw_grid(run, detector, loaded.images, [f"{category}/{path.stem}" for path in loaded.paths], f"validation/{category}_epoch_{epoch}.png")
+        loaded = [batch for batch in data_loader.iter_image_batches(paths, run.settings.image_size, run.settings.fitting, 1) if len(batch.images)]
+        if loaded:
+            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{category}_epoch_{epoch}.png")
 
 
-def draw_grid(run: Run, detector: defect_maps.Detector, images: Tensor, titles: list[str], name: str) -> None:
-    found = detector.detect(run.runtime.put(images))
+def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], titles: list[str], name: str) -> None:
+    found = [detector.detect(run.runtime.put(image[None]))[0] for image in images]
     figure = plots.reconstruction_grid(
-        list(images.numpy()), [each.reconstruction for each in found], [each.defect_map for each in found], titles, 3 * detector.calibration.pixel_threshold
+        [image.numpy() for image in images], [each.reconstruction for each in found], [each.defect_map for each in found], titles, 3 * detector.calibration.pixel_threshold
     )
     plots.save(figure, run.out / "reconstructions" / name)
 

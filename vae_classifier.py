@@ -2,17 +2,15 @@
 
 The encoder sees the ink of a plot, its distance from white, in two ways: as a picture, through a residual network, and
 column by column (where the trace runs, how far it spreads, how much ink there is), through a one-dimensional one, which is
-nearly the series itself. Both are pooled to one vector and lead to the latent; the head names the class from its mean, the
-decoder draws the plot from a sample of it. A calibration fitted on validation plots makes the probabilities honest and says
-how far a picture lies from everything known.
+nearly the series itself. Both are pooled to one vector and lead to the latent; the head names the class from its mean. The
+decoder draws the plot from a sample of it, stroke by stroke, and from a second latent that holds the details of each column,
+such as its noise, which no short vector could.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +21,14 @@ from torch import Tensor, nn
 
 from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
 from data_loader_supervised import four_flips
-from defect_maps import p_value
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
-from evaluation import mae, mse, ssim_map
-from vae_model import LOGVAR_RANGE, Down, ResidualBlock, Up, conv_norm, fold_norms, kl_divergence
+from evaluation import ssim_map
+from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
+from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, gaussian_kl, ink_of
+from vae_model import LOGVAR_RANGE, Down, ResidualBlock, conv_norm, fold_norms, kl_divergence
 
 KIND = "vae_classifier"
 STEM_STRIDE = 4
-PROFILE_INK = 0.2  # grid lines, 0.1 dark, are no trace
-PROFILE_FEATURES = 6
-TEMPERATURES = np.geomspace(0.1, 10.0, 400)
-FEWEST_UNSURE = 30
-"""Validation plots on which the temperature of flips may be fitted; with fewer it is fitted on all."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -47,35 +41,6 @@ class ClassifierOutput(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- blocks
-
-
-def ink_of(images: Tensor) -> Tensor:
-    """Distance of each pixel from white, its darkest channel counting: (B, 3, H, W) -> (B, 1, H, W), both in [0, 1]."""
-    red, green, blue = images.split(1, 1)
-    return 1 - torch.minimum(torch.minimum(red, green), blue)  # four times as fast as amin over a last dimension of 3
-
-
-def column_profile(images: Tensor) -> Tensor:
-    """What each pixel column holds of the trace, (B, 3, H, W) in [0, 1] -> (B, 6, W).
-
-    Mean height of the ink and its spread, highest and lowest trace pixel (heights in [-1, 1], 0 in empty columns), share of
-    the column that is ink, and whether there is any.
-
-    >>> plot = torch.ones(1, 3, 5, 2); plot[:, :, 0, 1] = 0
-    >>> column_profile(plot)[0].T.tolist()
-    [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0, 0.20000000298023224, 1.0]]
-    """
-    ink = F.relu(ink_of(images.float())[:, 0] - PROFILE_INK) / (1 - PROFILE_INK)
-    height = torch.linspace(1, -1, ink.shape[1], device=ink.device).view(1, -1, 1)
-    total = ink.sum(1)
-    mass = total.clamp_min(1e-6)
-    mean = (ink * height).sum(1) / mass
-    spread = ((ink * height**2).sum(1) / mass - mean**2).clamp_min(0).sqrt()
-    traced = ink > 0.5 * ink.amax(1, keepdim=True).clamp_min(1e-3)
-    present = (total > 0.05).float()
-    top = height.masked_fill(~traced, -1).amax(1)
-    bottom = height.masked_fill(~traced, 1).amin(1)
-    return torch.stack([mean, spread, top, bottom, total / ink.shape[1], torch.ones_like(mean)], 1) * present[:, None]
 
 
 class ProfileBlock(nn.Module):
@@ -121,7 +86,9 @@ class VAEClassifier(nn.Module):
         n_features = self._build_encoder()
         self.to_latent = nn.Linear(n_features, 2 * settings.latent_dim)
         self.head = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(settings.latent_dim, n_classes))
-        self._build_decoder()
+        self.decoder = PlotDecoder(settings.latent_dim, settings.decoder_channels, settings.detail_channels, settings.reconstruction_size)
+        self.to_detail = DetailEncoder(settings.decoder_channels, settings.detail_channels)
+        self.register_buffer("error_scale", torch.tensor([0.03, 0.1, 0.1]))
 
     def _build_encoder(self) -> int:
         s, channels = self.settings, 1 if self.settings.ink else 3
@@ -136,25 +103,13 @@ class VAEClassifier(nn.Module):
         self.profile = nn.Sequential(ProfileBlock(PROFILE_FEATURES, c, 9), ProfileBlock(c, c), ProfileBlock(c, 2 * c), ProfileBlock(2 * c, 2 * c))
         return 2 * s.widths[-1] + 4 * c
 
-    def _build_decoder(self) -> None:
-        s, widths = self.settings, self.settings.decoder_widths
-        stride = STEM_STRIDE * 2 ** (len(widths) - 1)
-        if s.reconstruction_size % stride:
-            raise InputError(f"reconstruction_size is {s.reconstruction_size}; expected a multiple of {stride}, as {len(widths)} decoder_widths ask for.")
-        self.coarse = s.reconstruction_size // stride
-        self.from_latent = nn.Linear(s.latent_dim, widths[0] * self.coarse**2)
-        self.up = nn.Sequential(nn.SiLU(), *(Up(a, b) for a, b in pairwise(widths)))
-        self.draw = nn.Sequential(nn.Conv2d(widths[-1], 3 * STEM_STRIDE**2, 3, padding=1), nn.PixelShuffle(STEM_STRIDE))
-        self.register_buffer("mean_logit", torch.full((1, 3, s.reconstruction_size, s.reconstruction_size), 2.0))
-        self.register_buffer("error_scale", torch.tensor([0.03, 0.1]))
-
     @torch.no_grad()
     def fit_reconstruction_scale(self, batches) -> None:
-        """Learn from batches of training plots what the mean plot is and how wrong it is: its errors become 1."""
+        """Learn from batches of training plots how wrong the mean plot is (its errors become 1), and their two colours."""
         targets = torch.cat([self.target(images).cpu() for images in batches])
         mean = targets.mean(0, keepdim=True)
-        self.mean_logit.copy_(torch.logit(mean.clamp(0.003, 0.997)))
-        self.error_scale.copy_(torch.stack([mse(mean.expand_as(targets), targets).mean(), mae(mean.expand_as(targets), targets).mean()]).clamp_min(1e-4))
+        self.error_scale.copy_(error_parts(mean.expand_as(targets), targets).mean(1).clamp_min(1e-4))
+        self.decoder.set_colours(targets)
 
     def target(self, images: Tensor) -> Tensor:
         """What the reconstruction of images (B, 3, S, S) should be: the same at its size, (B, 3, R, R)."""
@@ -173,10 +128,18 @@ class VAEClassifier(nn.Module):
         mu, logvar = self.to_latent(features).float().chunk(2, 1)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Plots (B, 3, R, R) in [0, 1] from latent vectors (B, D)."""
-        x = self.from_latent(z).view(len(z), -1, self.coarse, self.coarse)
-        return torch.sigmoid(self.draw(self.up(x)).float() + self.mean_logit)
+    def encode_detail(self, images: Tensor) -> Gaussian:
+        """What the columns of images (B, 3, S, S) hold beyond the latent vector: mean and log-variance, each (B, d, R)."""
+        return self.to_detail(column_profile(self.target(images)))
+
+    def decode(self, z: Tensor, detail: Tensor | None = None) -> Tensor:
+        """Plots (B, 3, R, R) in [0, 1] from latent vectors (B, D) and details (B, d, R); without, the details expected of z."""
+        columns = self.decoder.columns(z)
+        return self.decoder.draw(columns, self.decoder.prior_of(columns).mean if detail is None else detail)
+
+    def reconstruct(self, images: Tensor, mu: Tensor) -> Tensor:
+        """Plots (B, 3, R, R) from the means of both latents of images (B, 3, S, S)."""
+        return self.decode(mu, self.encode_detail(images).mean)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
@@ -184,20 +147,32 @@ class VAEClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         mu, logvar = self.encode(images)
-        return ClassifierOutput(self.decode(self.sample(mu, logvar)), mu, logvar, self.head(mu))
+        detail = self.sample(*self.encode_detail(images))
+        return ClassifierOutput(self.decode(self.sample(mu, logvar), detail), mu, logvar, self.head(mu))
 
 
 # ------------------------------------------------------------------------------------------------ loss
 
 
+def error_parts(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Squared error, absolute error and earth mover's distance along columns, (B, 3, R, R) twice in [0, 1] -> (3, B).
+
+    The last is the mean over columns of the one-dimensional Wasserstein distance between how the ink is spread over
+    heights, in units of the side (Rubner et al. 2000). A thin line a few pixels off is as wrong by the first two as no
+    line at all; the last draws it near from any distance.
+    """
+    gap = reconstruction - target
+    moved = gap.mean(1).cumsum(1).abs().mean((1, 2)) / gap.shape[-1]
+    return torch.stack([gap.square().mean((1, 2, 3)), gap.abs().mean((1, 2, 3)), moved])
+
+
 def reconstruction_error(reconstruction: Tensor, target: Tensor, error_scale: Tensor, ssim_share: float) -> Tensor:
     """Error of each reconstruction, (B, 3, R, R) twice in [0, 1] -> (B,): 0 when equal, about 1 for the mean plot.
 
-    Squared and absolute error, each divided by that of the mean training plot (``error_scale``), and 1 - SSIM of the
-    brightness. Independent of the number of pixels, so that one weight serves every image size.
+    ``error_parts``, each divided by that of the mean training plot (``error_scale``), and 1 - SSIM of the brightness.
+    Independent of the number of pixels, so that one weight serves every image size.
     """
-    gap = reconstruction - target  # evaluation.mse and mae would each copy a channels-last batch
-    error = 0.5 * (gap.square().mean((1, 2, 3)) / error_scale[0] + gap.abs().mean((1, 2, 3)) / error_scale[1])
+    error = (error_parts(reconstruction, target) / error_scale[:, None]).mean(0)
     if ssim_share <= 0:
         return error
     likeness = ssim_map(reconstruction.mean(1, keepdim=True), target.mean(1, keepdim=True), data_range=1.0).flatten(1).mean(1)
@@ -229,10 +204,18 @@ class ClassifierLoss:
         mu, logvar = model.encode(images)
         logits = model.head(mu).float()
         n_drawn = max(1, math.ceil(s.reconstruction_share * len(images))) if model.training else len(images)
-        reconstruction = model.decode(model.sample(mu[:n_drawn], logvar[:n_drawn]))
+        drawn = model.target(images[:n_drawn])
+        z, detail = model.sample(mu[:n_drawn], logvar[:n_drawn]), model.encode_detail(drawn)
+        columns = model.decoder.columns(z)
+        expected = model.decoder.prior_of(columns)
+        known = model.sample(*detail)
+        if model.training:
+            known = torch.where(torch.rand(n_drawn, 1, 1, device=known.device) < s.detail_dropout, expected.mean, known)
+        reconstruction = model.decoder.draw(columns, known)
+        detail_nats = gaussian_kl(detail, expected).flatten(1).sum(1).mean()
         found = {
-            "reconstruction": reconstruction_error(reconstruction, model.target(images[:n_drawn]), model.error_scale, s.ssim_share).mean(),
-            "kl": kl_divergence(mu, logvar),
+            "reconstruction": reconstruction_error(reconstruction, drawn, model.error_scale, s.ssim_share).mean(),
+            "kl": (kl_divergence(mu, logvar) * mu.shape[1] + detail_nats) / drawn[0, 0].numel(),
             "classification": F.cross_entropy(logits, targets),
         }
         weights = {"reconstruction": s.reconstruction_weight, "kl": s.kl_weight, "classification": s.class_weight}
@@ -247,7 +230,7 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
     return share * images + (1 - share) * images[order], share * targets + (1 - share) * targets[order]
 
 
-# ------------------------------------------------------------------------------ probabilities, calibrated
+# --------------------------------------------------------------------------------------------- judging
 
 
 def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor) -> Tensor:
@@ -260,126 +243,10 @@ def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor)
     return torch.stack([F.log_softmax(each.float(), 1) for each in (logits, *flipped)])
 
 
-def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> float:
-    """The temperature T that makes softmax(log p / T) likeliest on validation plots (Guo et al. 2017, section 4.2).
-
-    >>> log_p = np.log([[0.99, 0.01]] * 10)
-    >>> round(fit_temperature(log_p, [0] * 8 + [1] * 2), 1)  # says 99 %, is right in 80 %
-    3.3
-    """
-    labels, log_p = np.asarray(labels), torch.from_numpy(np.asarray(log_probabilities, np.float64))
-    losses = [F.nll_loss(F.log_softmax(log_p / t, 1), torch.from_numpy(labels).long()).item() for t in TEMPERATURES]
-    return float(TEMPERATURES[int(np.argmin(losses))])
-
-
-# --------------------------------------------------------------------------- far from everything known
-
-
-def picture_statistics(images: Tensor) -> Tensor:
-    """Eleven plain numbers of a picture, (B, 3, S, S) in [0, 1] -> (B, 11): its ink, its colour, its strokes.
-
-    A plot of a series has one stroke a column in one colour on white; photographs, noise, text and blank pages have not.
-    """
-    images = images.float()
-    ink = ink_of(images)[:, 0].contiguous()
-    dark = ink > PROFILE_INK
-    strokes = torch.stack([(dark[:, 1:] > dark[:, :-1]).sum(1).float().mean(1), (dark[:, :, 1:] > dark[:, :, :-1]).sum(2).float().mean(1)], 1)
-    steps = torch.stack([(ink[:, 1:] - ink[:, :-1]).abs().mean((1, 2)), (ink[:, :, 1:] - ink[:, :, :-1]).abs().mean((1, 2))], 1)
-    inked = (images * ink[:, None]).sum((2, 3)) / ink.sum((1, 2)).clamp_min(1e-3)[:, None]
-    shares = torch.stack([dark.float().mean((1, 2)), dark.any(1).float().mean(1), ink.mean((1, 2)), ink.std((1, 2))], 1)
-    return torch.cat([shares, torch.log1p(strokes), torch.log(steps + 1e-4), inked], 1)
-
-
-def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
-    """Covariance of rows (n, D) drawn towards a multiple of the identity (Ledoit & Wolf 2004)."""
-    from sklearn.covariance import ledoit_wolf
-
-    scale = rows.std(0) + 1e-6
-    return ledoit_wolf(rows / scale)[0] * np.outer(scale, scale) + 1e-9 * np.eye(rows.shape[1])
-
-
-def mahalanobis(rows: Tensor, means: Tensor, precision: Tensor) -> Tensor:
-    """Distance of rows (n, D) to the nearest of means (K, D) under an inverse covariance (D, D), (n,).
-
-    >>> mahalanobis(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2)).item()
-    5.0
-    """
-    offset = rows[:, None].double() - means[None].double()
-    squared = torch.einsum("nkd,de,nke->nk", offset, precision.double(), offset)
-    return squared.clamp_min(0).amin(1).sqrt()
-
-
-@dataclass
-class ClassifierCalibration:
-    """What training and validation plots say of probabilities and of what is known.
-
-    Attributes:
-        temperature, temperature_flips: divide log-probabilities of the plot alone, of the mean of its four flips.
-        flips_below: plots whose class, seen once, is less sure than this are averaged over four flips.
-        class_means: (K, D) mean latent of each class; class_covariances: (K, D, D), shrunk.
-        latent_precision: (D, D) inverse of the pooled covariance within classes.
-        picture_mean, picture_precision: (1, P) and (P, P) of ``picture_statistics``.
-        centre, spread: (3,) of the logarithms of reconstruction error, latent and picture distance on validation plots.
-        scores: novelty scores of validation plots, sorted, by group; a p-value is the largest over groups.
-        alpha: share of plots of known kinds that may be called none of these.
-    """
-
-    temperature: float
-    temperature_flips: float
-    flips_below: float
-    class_means: Tensor
-    class_covariances: Tensor
-    latent_precision: Tensor
-    picture_mean: Tensor
-    picture_precision: Tensor
-    centre: Tensor
-    spread: Tensor
-    scores: dict[str, list[float]]
-    alpha: float
-
-    def probabilities(self, views: Tensor) -> Tensor:
-        """Calibrated probabilities (n, K) from log-probabilities of views (1, n, K) or (4, n, K)."""
-        return F.softmax(views.double().mean(0) / (self.temperature if len(views) == 1 else self.temperature_flips), 1)
-
-    def unsure(self, probabilities: Tensor, flips_below: float | None = None) -> Tensor:
-        """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as calibrated."""
-        return torch.nonzero(probabilities.amax(1) <= (self.flips_below if flips_below is None else flips_below)).flatten()
-
-    def distances(self, errors: Tensor, mu: Tensor, pictures: Tensor) -> Tensor:
-        """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and statistics (n, P)."""
-        latent = mahalanobis(mu.cpu(), self.class_means, self.latent_precision)
-        picture = mahalanobis(pictures.cpu(), self.picture_mean, self.picture_precision)
-        return torch.stack([errors.cpu().double(), latent, picture], 1)
-
-    def novelty(self, distances: Tensor) -> np.ndarray:
-        """One score for each row of ``novelty_distances``, (n, 3) -> (n,): the largest of the three, standardised."""
-        logs = torch.log(distances.cpu().double().clamp_min(1e-9))
-        return ((logs - self.centre) / self.spread).amax(1).numpy()
-
-    def p_values(self, scores: np.ndarray) -> np.ndarray:
-        """Chance of so high a score, were the picture a plot of a known kind (of the group it fits best)."""
-        return np.array([max(p_value(score, np.array(group)) for group in self.scores.values()) for score in scores])
-
-    @property
-    def promised(self) -> bool:
-        """Whether there are enough validation plots to call anything none of these at the rate alpha."""
-        return all(1 / (len(group) + 1) <= self.alpha for group in self.scores.values())
-
-
 def novelty_distances(model: VAEClassifier, calibration: ClassifierCalibration, images: Tensor, mu: Tensor, reconstruction: Tensor) -> Tensor:
     """Reconstruction error, latent distance and picture distance of images (B, 3, S, S), (B, 3) on the CPU."""
     error = reconstruction_error(reconstruction, model.target(images), model.error_scale, 0.0)
     return calibration.distances(error, mu, picture_statistics(images))
-
-
-class Encoded(NamedTuple):
-    """Everything calibration needs of a set of labelled plots."""
-
-    mu: Tensor  # (n, D)
-    views: Tensor  # (4, n, K) log-probabilities; (1, n, K) without flips
-    pictures: Tensor  # (n, P)
-    errors: Tensor  # (n,) reconstruction errors
-    labels: np.ndarray  # (n,)
 
 
 @torch.inference_mode()
@@ -391,52 +258,10 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
         mu, _ = model.encode(images)
         logits = model.head(mu)
         views = view_log_probabilities(model, images, logits) if flips else F.log_softmax(logits.float(), 1)[None]
-        error = reconstruction_error(model.decode(mu), model.target(images), model.error_scale, 0.0)
+        error = reconstruction_error(model.reconstruct(images, mu), model.target(images), model.error_scale, 0.0)
         parts.append((mu.cpu(), views.transpose(0, 1).cpu(), picture_statistics(images).cpu(), error.cpu()))
     mu, views, pictures, errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return Encoded(mu, views.transpose(0, 1), pictures, errors, np.asarray(labels))
-
-
-def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes: int, alpha: float, flips_below: float) -> ClassifierCalibration:
-    """Fit class Gaussians on training plots; temperatures on the first group of validation, novelty scores on all groups."""
-    means, covariances, pooled_rows = [], [], []
-    mu = training.mu.double().numpy()
-    for k in range(n_classes):
-        rows = mu[training.labels == k] if (training.labels == k).any() else mu
-        means.append(rows.mean(0))
-        pooled_rows.append(rows - rows.mean(0))
-        covariances.append(shrunk_covariance(rows))
-    pictures = training.pictures.double().numpy()
-    first = next(iter(validation.values()))
-    fitted = ClassifierCalibration(
-        temperature=fit_temperature(first.views[0].numpy(), first.labels),
-        temperature_flips=1.0,
-        flips_below=flips_below,
-        class_means=torch.from_numpy(np.stack(means)),
-        class_covariances=torch.from_numpy(np.stack(covariances)),
-        latent_precision=torch.from_numpy(np.linalg.inv(shrunk_covariance(np.concatenate(pooled_rows)))),
-        picture_mean=torch.from_numpy(pictures.mean(0, keepdims=True)),
-        picture_precision=torch.from_numpy(np.linalg.inv(shrunk_covariance(pictures))),
-        centre=torch.zeros(3, dtype=torch.float64),
-        spread=torch.ones(3, dtype=torch.float64),
-        scores={},
-        alpha=alpha,
-    )
-    unsure = fitted.unsure(fitted.probabilities(first.views[:1])).numpy()
-    judged_by_flips = unsure if len(unsure) >= FEWEST_UNSURE else slice(None)
-    fitted.temperature_flips = fit_temperature(first.views.mean(0).numpy()[judged_by_flips], first.labels[judged_by_flips])
-    return _with_scores(fitted, validation)
-
-
-def _with_scores(fitted: ClassifierCalibration, validation: dict[str, Encoded]) -> ClassifierCalibration:
-    distances = {name: fitted.distances(group.errors, group.mu, group.pictures) for name, group in validation.items()}
-    logs = torch.log(torch.cat(list(distances.values())).clamp_min(1e-9))
-    fitted.centre, fitted.spread = logs.mean(0), logs.std(0, correction=0).clamp_min(1e-3)
-    fitted.scores = {name: sorted(fitted.novelty(each).tolist()) for name, each in distances.items()}
-    return fitted
-
-
-# --------------------------------------------------------------------------------------------- judging
 
 
 class Judgement(NamedTuple):
@@ -463,21 +288,10 @@ def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None
     unsure = calibration.unsure(probabilities, flips_below)
     if len(unsure):
         probabilities[unsure] = calibration.probabilities(view_log_probabilities(model, images[unsure], logits[unsure]))
-    reconstruction = model.decode(mu)
+    reconstruction = model.reconstruct(images, mu)
     distances = novelty_distances(model, calibration, images, mu, reconstruction)
     p_values = calibration.p_values(calibration.novelty(distances))
     return Judgement(probabilities.cpu().numpy(), p_values, reconstruction.float().cpu().numpy(), mu.cpu().numpy())
-
-
-def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration, calibrated: bool = True) -> np.ndarray:
-    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them; or what the same views say before calibration."""
-    probabilities = calibration.probabilities(encoded.views[:1])
-    unsure = calibration.unsure(probabilities)
-    if not calibrated:
-        calibration = replace(calibration, temperature=1.0, temperature_flips=1.0)
-        probabilities = calibration.probabilities(encoded.views[:1])
-    probabilities[unsure] = calibration.probabilities(encoded.views)[unsure]
-    return probabilities.numpy()
 
 
 # ---------------------------------------------------------------------------------------- latent space
@@ -496,17 +310,20 @@ def generate_class(model: VAEClassifier, class_name: str, n: int, seed: int = 0)
     factor = torch.linalg.cholesky(calibration.class_covariances[k])
     noise = torch.randn(n, len(factor), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z = calibration.class_means[k] + noise @ factor.T
-    return model.eval().decode(z.float().to(model.mean_logit.device)).cpu()
+    return model.eval().decode(z.float().to(model.error_scale.device)).cpu()
 
 
 @torch.inference_mode()
 def interpolate(model: VAEClassifier, first: Tensor, second: Tensor, n: int) -> tuple[Tensor, np.ndarray]:
-    """Plots (n, 3, R, R) on the straight way between the latents of two plots (3, S, S), and their probabilities (n, K)."""
-    mu, _ = model.eval().encode(torch.stack([first, second]).to(model.mean_logit.device))
-    share = torch.linspace(0, 1, n, device=mu.device)[:, None]
-    z = (1 - share) * mu[0] + share * mu[1]
+    """Plots (n, 3, R, R) on the straight way between both latents of two plots (3, S, S), and their probabilities (n, K)."""
+    ends = torch.stack([first, second]).to(model.error_scale.device)
+    shares = torch.linspace(0, 1, n, device=ends.device)
+    z, detail = (
+        torch.stack([torch.lerp(*means, share) for share in shares])
+        for means in (model.eval().encode(ends)[0], model.encode_detail(ends).mean)
+    )
     temperature = model.calibration.temperature if model.calibration else 1.0
-    return model.decode(z).cpu(), F.softmax(model.head(z).double() / temperature, 1).cpu().numpy()
+    return model.decode(z, detail).cpu(), F.softmax(model.head(z).double() / temperature, 1).cpu().numpy()
 
 
 def project_2d(mu: np.ndarray, method: str, seed: int = 0) -> np.ndarray:

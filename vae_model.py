@@ -11,7 +11,7 @@ the features came as a surprise, so that a defect is not copied through the skip
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -214,6 +214,7 @@ class DetailVAE(nn.Module):
         self.register_buffer("feature_std", torch.ones(1, max(self.n_features, 1), 1, 1))
         self.register_buffer("whitening", torch.eye(self.n_features))
         self.register_buffer("prototypes", torch.zeros(N_PROTOTYPES, self.n_features))
+        self.register_buffer("bank", torch.zeros(N_PROTOTYPES, self.n_features))
 
     def _build_encoder(self) -> None:
         w, s = self.widths, self.settings
@@ -271,6 +272,17 @@ class DetailVAE(nn.Module):
         self.feature_std.copy_(std.float().view(1, -1, 1, 1))
 
     @torch.no_grad()
+    def fit_bank(self, features: Iterable[Tensor], n_images: int) -> None:
+        """Keep features that represent those of all n good training images, from batches of them (B, C, h, w).
+
+        A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of places.
+        """
+        generator = torch.Generator().manual_seed(0)
+        n_each = math.ceil(N_CANDIDATES / max(1, n_images))
+        candidates = torch.cat([some_rows(batch.cpu(), n_each, generator) for batch in features])
+        self.bank.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
+
+    @torch.no_grad()
     def fit_deviations(self, batches: Sequence[Tensor]) -> None:
         """Learn how features deviate from their prediction on good training images, from batches of their features (B, C, h, w).
 
@@ -287,10 +299,10 @@ class DetailVAE(nn.Module):
         n_each = math.ceil(N_CANDIDATES / max(1, sum(map(len, batches))))
         for features in batches:
             told = self.describe(None, features, paint=False)
-            deviation = rows_of(deviations(features, told.feature_mu, told.feature_logvar)).cpu()
-            for rows in deviation:
-                candidates.append(rows[torch.randperm(len(rows), generator=generator)[:n_each]])
-                total, count = total + rows.T.double() @ rows.double(), count + len(rows)
+            deviation = deviations(features, told.feature_mu, told.feature_logvar).cpu()
+            candidates.append(some_rows(deviation, n_each, generator))
+            rows = rows_of(deviation).flatten(0, 1).double()
+            total, count = total + rows.T @ rows, count + len(rows)
         moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(self.n_features, dtype=torch.float64)
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
         self.whitening.copy_(_inverse_factor(moments * same_tap).float())
@@ -381,6 +393,11 @@ def deviations(features: Tensor, feature_mu: Tensor, feature_logvar: Tensor) -> 
 def rows_of(maps: Tensor) -> Tensor:
     """Every place of maps (B, C, h, w) as a row, (B, h * w, C)."""
     return maps.flatten(2).transpose(1, 2)
+
+
+def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
+    """At most so many places of each map (B, C, h, w), drawn at random, as rows (N, C)."""
+    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_each]] for rows in rows_of(maps)])
 
 
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import contextlib
 import itertools
 import multiprocessing
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -142,6 +143,48 @@ def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.
     return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth")
 
 
+# ------------------------------------------------------------------------------------------ training sets
+
+
+def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, folder: Path) -> str:
+    """The data set to train and test on: the given one, or one of links in which training has fewer images or defective ones.
+
+    Args:
+        n_images: in training, all told; 0 keeps every good one.
+
+    Raises:
+        InputError: there are not so many images.
+    """
+    if not n_images and not settings.contamination:
+        return settings.data_dir
+    source, rng = data_loader.MVTecFolder(settings.data_dir), np.random.default_rng(settings.seed)
+    defective = [item for item in source.test if item.category != "good"]
+    n_images = n_images or len(source.train_good)
+    n_bad = round(settings.contamination * n_images)
+    for n, there, kind in ((n_images - n_bad, len(source.train_good), "good training images"), (n_bad, len(defective), "defective test images")):
+        if n > there:
+            raise config.InputError(f"{settings.data_dir} has {there} {kind}; {n} were asked for.")
+    good = [source.train_good[i] for i in sorted(rng.permutation(len(source.train_good))[: n_images - n_bad])]
+    hidden = {defective[i].path for i in rng.permutation(len(defective))[:n_bad]}
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in [*good, *sorted(hidden)]:
+        link(path, folder / "train" / "good" / "_".join(path.parts[-2:]))
+    for item in source.test:
+        if item.path not in hidden:
+            link(item.path, folder / "test" / item.category / item.path.name)
+        if item.mask_path:
+            link(item.mask_path, folder / "ground_truth" / item.category / item.mask_path.name)
+    return str(folder)
+
+
+def link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # Windows without the right to make links
+        shutil.copyfile(source, target)
+
+
 # ------------------------------------------------------------------------------------------- measurement
 
 
@@ -151,7 +194,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
     folder, paths, found = data_loader.MVTecFolder(settings.data_dir), [], []
-    for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.resize, BATCH_SIZE):
+    for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
         paths += batch.paths
@@ -162,12 +205,12 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
         [each.score for each in found],
         [each.label == "defective" for each in found],
         [each.defect_map for each in found],
-        [data_loader.read_truth(by_path[path], settings.image_size, settings.resize) for path in paths],
+        [data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape) for path, each in zip(paths, found, strict=True)],
         detector.calibration.pixel_threshold,
         N_RESAMPLES,
         settings.seed,
     )
-    return {"method": name, "seed": settings.seed, **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}, **speed}
+    return {"method": name, "seed": settings.seed, "train_images": len(folder.train_good), "contamination": settings.contamination, **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}, **speed}
 
 
 def peak_memory_mb() -> float | None:
@@ -187,13 +230,16 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         raise config.UsageError("--methods names none; expected some of detailvae, patchcore, padim.")
     if settings.device == "cuda" or settings.backbone == "none":
         raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
+    if settings.tile and set(settings.methods) != {"detailvae"}:
+        raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
     if not data_loader.MVTecFolder(settings.data_dir).test:
         raise config.InputError(f"{settings.data_dir} has no test images; expected test/good and test/<defect>.")
     out, rows = Path(settings.output_dir) / "benchmark_results", []
-    print("  ".join(["method    ", "seed", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
-    for seed in settings.seeds or (settings.seed,):
+    print("  ".join(["method    ", "seed", "images", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
+    for n_images, seed in itertools.product(settings.train_images or (0,), settings.seeds or (settings.seed,)):
+        data_dir = training_set(settings.replace(seed=seed), n_images, out / f"data_{n_images}_{seed}")
         for name in settings.methods:
-            run = settings.replace(seed=seed, device="cpu", resume=False, output_dir=str(out / f"{name}_{seed}"))
+            run = settings.replace(seed=seed, data_dir=data_dir, device="cpu", resume=False, output_dir=str(out / f"{name}_{n_images}_{seed}"))
             rows.append(in_own_process(name, run))
             print(line(rows[-1]), flush=True)
             engine.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
@@ -215,7 +261,7 @@ def in_own_process(name: str, settings: config.DetectionBenchmarkSettings) -> di
 
 def line(row: dict) -> str:
     """A row of the table."""
-    shown = [f"{row['method']:<10s}", f"{row['seed']:>4d}"]
+    shown = [f"{row['method']:<10s}", f"{row['seed']:>4d}", f"{row['train_images']:>6d}"]
     for level, key in MEASURED:
         figure = row[f"{level} {key}"]
         interval = f" ({figure['ci95'][0]:.3f}-{figure['ci95'][1]:.3f})" if figure and "ci95" in figure else ""

@@ -12,6 +12,7 @@ from test_classifier_stages import settings_for as classifier_settings
 from test_stages import make_data as make_parts
 
 import config
+import data_loader
 import vae_classifier
 from benchmarks import classifier, detection
 
@@ -63,6 +64,20 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
     assert sum(line.startswith(("detailvae", "padim")) for line in capsys.readouterr().out.splitlines()) == 2
 
 
+def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_for(tmp_path):
+    parts = make_parts(tmp_path / "parts")
+    settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.25, seed=3)
+    before, found = data_loader.MVTecFolder(parts), data_loader.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
+    hidden = [path for path in found.train_good if path.name.startswith("scratch_")]
+    assert len(found.train_good) == 4 and len(hidden) == 1
+    assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {item.path.resolve() for item in found.test}
+    assert {path.resolve() for path in found.train_good if path not in hidden} <= {path.resolve() for path in before.train_good}
+    assert all(item.mask_path for item in found.test if item.category != "good")
+    assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
+    with pytest.raises(config.InputError, match="good training images; 750 were asked for"):
+        detection.training_set(settings, 1000, tmp_path / "many")
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Rows of the classifier benchmark on tiny plots, by method."""
@@ -81,7 +96,7 @@ def test_the_classifier_benchmark_scores_every_method_on_test_and_validation(com
 
 def test_a_frozen_encoder_learns_nothing_from_labels():
     torch.manual_seed(0)
-    model = vae_classifier.VAEClassifier(config.ClassifierModelSettings(widths=(8, 8), profile_channels=4, decoder_widths=(8, 8), reconstruction_size=32, latent_dim=4), 3)
+    model = vae_classifier.VAEClassifier(config.ClassifierModelSettings(widths=(8, 8), profile_channels=4, decoder_channels=8, detail_channels=2, reconstruction_size=32, latent_dim=4), 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     terms, _ = classifier.CrossEntropy(0.1, frozen=True).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
     terms["total"].backward()

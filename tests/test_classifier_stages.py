@@ -24,7 +24,7 @@ import vae_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["flat", "jump", "rise"]
-TINY = {"image_size": 64, "widths": (8, 8), "profile_channels": 4, "decoder_widths": (8, 8), "reconstruction_size": 32, "latent_dim": 4}
+TINY = {"image_size": 64, "widths": (8, 8), "profile_channels": 4, "decoder_channels": 8, "detail_channels": 2, "reconstruction_size": 32, "latent_dim": 4}
 N_TRAIN, N_TEST = 8, 3
 
 

@@ -13,7 +13,18 @@ import defect_maps
 import engine
 import vae_model
 from config import InputError, LossSettings, MapSettings, as_dict
-from defect_maps import Calibration, Detector, calibrate, conformal_threshold, image_score, map_shares, p_value, refine
+from defect_maps import (
+    Calibration,
+    Detector,
+    calibrate,
+    conformal_threshold,
+    fuse,
+    image_score,
+    map_shares,
+    p_value,
+    refine,
+    score_shares,
+)
 from evaluation import ssim_map
 
 # ------------------------------------------------------------------------------------------------ the promise
@@ -118,18 +129,24 @@ def test_smoothing_is_a_gaussian_of_that_share_of_the_longer_side():
 
 
 def test_shares_add_up_and_fall_back_to_pixels():
-    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5)
+    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
     assert map_shares(settings, True) == pytest.approx({"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125})
     assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
     only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
     assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
-    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0)
+    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0)
     assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
+    scored = settings.replace(score_likelihood=0.0, score_nearest=1.0, score_bank=3.0)
+    assert score_shares(scored, True) == {"nearest": 0.25, "bank": 0.75}
+    assert score_shares(scored, False) == map_shares(settings, False)
+    assert score_shares(settings.replace(score_nearest=0.0, score_bank=0.0), True) == map_shares(settings, True)
 
 
 # ------------------------------------------------------------------------------------------- maps of a network
 
-PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+NEAREST_SCORE = {"score_likelihood": 0.0, "score_nearest": 1.0, "score_bank": 0.0}
+FUSED_SCORE = {"score_likelihood": 0.0, "score_nearest": 0.0, "score_bank": 0.0}
+PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
 ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
 
 
@@ -149,7 +166,7 @@ def detector_of(model, maps=PIXELS, n_good=12):
 
 def maps_of(detector, images):
     """All refined maps of images by name."""
-    names = [*detector.fused_names, *detector.scored_names]
+    names = list(detector.fused | detector.scored)
     return detector.refined_maps(images, detector.describe(images, names), names)
 
 
@@ -162,9 +179,9 @@ def test_raw_maps_are_what_their_names_say(make_model):
     model, images = make_model("efficientnet_lite0").eval(), good_images(2)
     with torch.inference_mode():
         told = model.describe(images)
-        maps = defect_maps.raw_maps(["pixel", "ssim", "perceptual", "feature", "likelihood", "nearest"], model, images, told, Distance())
+        maps = defect_maps.raw_maps(defect_maps.MAPS, model, images, told, Distance())
     reconstruction = told.vae.reconstruction
-    assert len(maps) == 6
+    assert tuple(maps) == defect_maps.MAPS
     assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
@@ -173,6 +190,7 @@ def test_raw_maps_are_what_their_names_say(make_model):
     cells = torch.nn.functional.adaptive_avg_pool2d(maps["feature"], 8)  # bilinear growth keeps the middle of cells about
     correlation = np.corrcoef(cells.flatten(), (error**2).mean(1).flatten())[0, 1]
     assert correlation > 0.9
+    assert np.corrcoef(torch.nn.functional.adaptive_avg_pool2d(maps["bank"], 8).flatten(), defect_maps.nearest_distance(told.features, model.bank).flatten())[0, 1] > 0.9
     torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
     model.whitening.copy_(torch.randn(6, 6))
     white = torch.einsum("cd,bdhw->bchw", model.whitening, error / torch.exp(told.feature_logvar).sqrt())
@@ -192,10 +210,10 @@ def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclide
 
 
 def test_maps_with_no_share_are_not_computed(make_model):
-    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, score_map="nearest"))
-    assert (detector.fused_names, detector.scored_names, set(detector.calibration.scales)) == (["pixel"], ["nearest"], {"pixel", "nearest"})
-    without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, score_map="nearest"))
-    assert without.scored_names == ["pixel"] and set(without.calibration.scales) == {"pixel"}
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, **NEAREST_SCORE))
+    assert (list(detector.fused), list(detector.scored), set(detector.calibration.scales)) == (["pixel"], ["nearest"], {"pixel", "nearest"})
+    without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, **NEAREST_SCORE))
+    assert list(without.scored) == ["pixel"] and set(without.calibration.scales) == {"pixel"}
 
 
 def test_the_fused_map_is_the_weighted_mean_of_the_scaled_maps(make_model):
@@ -203,7 +221,7 @@ def test_the_fused_map_is_the_weighted_mean_of_the_scaled_maps(make_model):
     smooth = maps_of(detector, good_images(2, seed=1))
     scales = {"pixel": (0.1, 0.3), "likelihood": (1.0, 2.0)}
     expected = 0.75 * (smooth["pixel"] - 0.1) / 0.2 + 0.25 * (smooth["likelihood"] - 1.0)
-    np.testing.assert_allclose(detector.fuse(smooth, scales), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fuse(smooth, scales, detector.fused), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_feature_maps_are_relative_to_the_images_own_median_and_pixel_maps_are_not(make_model):
@@ -211,6 +229,20 @@ def test_feature_maps_are_relative_to_the_images_own_median_and_pixel_maps_are_n
     medians = {name: np.abs(np.median(maps, axis=(1, 2))).max() for name, maps in smooth.items()}
     assert medians["feature"] < 1e-4 and medians["likelihood"] < 1e-4
     assert medians["pixel"] > 1e-3 and medians["ssim"] > 1e-3
+
+
+@pytest.mark.parametrize(("horizontal", "vertical", "n_views"), [(True, False, 2), (False, True, 2), (True, True, 4), (False, False, 1)])
+def test_flipped_views_are_averaged_where_training_flips(make_model, horizontal, vertical, n_views):
+    plain, images = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0)), torch.rand(2, 3, 64, 64)
+    settings = {**plain.settings, "flip_horizontal": horizontal, "flip_vertical": vertical}
+    averaged = Detector(plain.model, plain.maps.replace(map_flips=True), plain.calibration, settings)
+    flips = [dims for dims, wanted in (((), True), ((3,), horizontal), ((2,), vertical), ((2, 3), horizontal and vertical)) if wanted]
+    assert len(flips) == n_views
+    views = [{name: np.flip(each, [dim - 1 for dim in dims]) for name, each in maps_of(plain, images.flip(dims)).items()} for dims in flips]
+    for name, found in maps_of(averaged, images).items():
+        np.testing.assert_allclose(found, np.mean([view[name] for view in views], 0), atol=1e-4)
+    assert np.ptp([each.score for each in averaged.detect(torch.cat([images[:1].flip(dims) for dims in flips]))]) < 1e-3
+    assert averaged.maps.map_flips and not plain.mirrored
 
 
 def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
@@ -238,14 +270,16 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     model, images = make_model("efficientnet_lite0"), good_images(3, seed=4)
     model.fit_feature_scale([images])
     model.fit_deviations([model.grid_features(good_images(8, seed=6))])
-    of_fused, *of_one = (detector_of(model, maps.replace(score_map=name)) for name in ("fused", "likelihood", "nearest"))
+    model.fit_bank([model.grid_features(good_images(8, seed=6))], 8)
+    of_fused = detector_of(model, maps.replace(**FUSED_SCORE))
+    of_one = [detector_of(model, maps.replace(**{**FUSED_SCORE, f"score_{name}": 2.0})) for name in ("likelihood", "nearest", "bank")]
     for found in of_fused.detect(images):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
-    for name, detector in zip(("likelihood", "nearest"), of_one, strict=True):
+    for name, detector in zip(("likelihood", "nearest", "bank"), of_one, strict=True):
         low, high = detector.calibration.scales[name]
         judged = (maps_of(detector, images)[name] - low) / (high - low)
         assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
-    without = detector_of(make_model("none"), maps.replace(score_map="nearest"))  # no backbone, no likelihood
+    without = detector_of(make_model("none"), maps)  # no backbone, no likelihood
     assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
 
 
@@ -283,7 +317,7 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     detector = detector_of(make_model(skips=False))
     images = torch.cat([good_images(3, seed=9), torch.rand(2, 3, 64, 64)])
     found = detector.detect(images)
-    fused = detector.fuse(maps_of(detector, images), detector.calibration.scales)
+    fused = fuse(maps_of(detector, images), detector.calibration.scales, detector.fused)
     assert len(found) == 5
     for detection, defect_map in zip(found, fused, strict=True):
         np.testing.assert_array_equal(detection.defect_map, defect_map)
@@ -297,16 +331,16 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
 
 
-@pytest.mark.parametrize("score_map", ["nearest", "fused"])
-def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(make_model, monkeypatch, score_map):
-    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0, score_map=score_map))
+@pytest.mark.parametrize("from_pixels", [False, True])
+def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(make_model, monkeypatch, from_pixels):
+    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0, **(FUSED_SCORE if from_pixels else NEAREST_SCORE)))
     images = torch.cat([good_images(2, seed=5), torch.rand(1, 3, 64, 64), good_images(1, seed=5)])
     scores = [each.score for each in detector.detect(images)]
     detector.calibration = dataclasses.replace(detector.calibration, threshold=sorted(scores)[-2])
     thorough, n_painted, decode = detector.detect(images), [], detector.model.decode_pixels
     monkeypatch.setattr(detector.model, "decode_pixels", lambda trunk, *others: n_painted.append(len(trunk)) or decode(trunk, *others))
     sparing = detector.detect(images, thorough=False)
-    assert n_painted == ([1] if score_map == "nearest" else [4])
+    assert n_painted == ([4] if from_pixels else [1])
     assert [each.label for each in sparing].count("defective") == 1
     for a, b in zip(thorough, sparing, strict=True):
         assert a.score == pytest.approx(b.score) and (a.p_value, a.label) == (b.p_value, b.label)
@@ -318,7 +352,7 @@ def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_
             assert b.defect_map is None and b.reconstruction is None
     n_painted.clear()
     detector.calibration = dataclasses.replace(detector.calibration, threshold=max(scores) + 1)
-    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([] if score_map == "nearest" else [4])
+    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([4] if from_pixels else [])
 
 
 def test_detection_leaves_no_training_mode_behind(make_model):

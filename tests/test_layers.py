@@ -19,8 +19,11 @@ LEVELS = {
     "perceptual_loss": 1,
     "series_generator": 1,
     "series_plots": 1,
+    "tiles": 0,
     "data_loader_supervised": 2,
     "defect_maps": 2,
+    "plot_calibration": 2,
+    "plot_strokes": 2,
     "vae_model": 2,
     "vae_classifier": 3,
     "train_with_validation": 4,
@@ -29,7 +32,7 @@ LEVELS = {
     "train_vae_classifier": 4,
     "inference_vae_classifier": 4,
 }
-SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("data_loader", "drawn_defects"), ("defect_maps", "vae_model")}
+SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("data_loader", "drawn_defects"), ("defect_maps", "vae_model"), ("plot_strokes", "vae_model"), ("plot_calibration", "plot_strokes"), ("plot_calibration", "defect_maps")}
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {
     "config": {"run_script", "_without_traceback_when_interrupted"},

@@ -95,6 +95,7 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     detector = classify_images.load_detector(path)
     kept = detector.model.prototypes
     assert kept.any() and len(torch.unique(kept, dim=0)) > 100
+    assert detector.model.bank.any() and torch.equal(detector.model.bank, run.model.bank)
     sparing = list(classify_images.classify(detector, data_loader.find_images(data / "test"), 3, train_stage.engine.Runtime(torch.device("cpu"))))
     thorough = classify_images.classify_folder(data / "test", detector)
     assert [each.detection.score for each in sparing] == pytest.approx([each.detection.score for each in thorough], rel=1e-4)
@@ -122,6 +123,7 @@ def test_test_stage_reports_figures_scores_and_maps(data, trained, tmp_path, cap
     assert {"auroc", "average_precision", "aupro", "f1", "iou", "f1_max", "iou_max"} <= set(report["pixel"])
     assert {"mse", "psnr", "ssim", "skip_leak"} <= set(report["reconstruction"])
     assert {"categories", "threshold", "alpha", "false_alarm_rate"} <= set(report)
+    assert {"auroc", "f1"} <= set(report["drawn_defects"]["image"]) and {"auroc", "average_precision", "pointing"} <= set(report["drawn_defects"]["pixel"])
     threshold = report["threshold"]
     for row in rows:
         assert row["label"] == ("defective" if float(row["score"]) > threshold else "good")

@@ -162,6 +162,17 @@ def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_
     assert to_nearest.max() < 1e-2  # prototypes are deviations that were seen
 
 
+def test_the_bank_holds_features_of_all_training_images(make_model):
+    model = make_model("efficientnet_lite0").eval()
+    images = [smooth_images(6), 1 - smooth_images(2)]
+    model.fit_feature_scale(images)
+    batches = [model.grid_features(each) for each in images]
+    model.fit_bank(batches, 8)
+    for features in batches:  # the stand-in's few places fit whole: each is in the bank, and nothing else
+        assert torch.cdist(vae_model.rows_of(features).flatten(0, 1), model.bank).amin(1).max() < 2e-3
+    assert torch.cdist(model.bank, torch.cat([vae_model.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max() < 2e-3
+
+
 def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_out():
     generator = torch.Generator().manual_seed(3)
     centres = 10 * torch.eye(5)

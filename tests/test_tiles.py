@@ -1,0 +1,129 @@
+"""Tiles cover an image, overlap, and blend back into it; the stages work on them at full resolution."""
+
+import csv
+import itertools
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_stages import TINY
+
+import classify_images
+import config
+import data_loader
+import test_vae as test_stage
+import train_with_validation as train_stage
+from tiles import OVERLAP, Blend, tile_corners
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 64), (65, 200, 64), (300, 129, 64), (1000, 1500, 256)])
+def test_tiles_cover_the_image_and_overlap(height, width, side):
+    corners = tile_corners(height, width, side)
+    seen = np.zeros((height, width), int)
+    for top, left in corners:
+        assert 0 <= top <= height - side and 0 <= left <= width - side
+        seen[top : top + side, left : left + side] += 1
+    assert seen.min() >= 1 and len(set(corners)) == len(corners)
+    for axis in (0, 1):
+        starts = sorted({corner[axis] for corner in corners})
+        assert all(b - a <= side * (1 - OVERLAP) + 1 for a, b in itertools.pairwise(starts))
+
+
+def test_tiles_blend_back_into_the_image_and_count_most_in_their_middle():
+    image = np.random.default_rng(0).random((3, 70, 110)).astype(np.float32)
+    blend = Blend(70, 110, 64)
+    for top, left in tile_corners(70, 110, 64):
+        blend.add(image[:, top : top + 64, left : left + 64], top, left)
+    np.testing.assert_allclose(blend.mean(), image, atol=1e-5)
+    two = Blend(64, 112, 64)
+    two.add(np.zeros((64, 64)), 0, 0)
+    two.add(np.ones((64, 64)), 0, 48)
+    row = two.mean()[32]
+    assert (row[:48] == 0).all() and (row[64:] == 1).all() and (np.diff(row[47:65]) > 0).all()
+    assert row[48:64].mean() == pytest.approx(0.5, abs=1e-3)
+
+
+def write_photo(path, size, rng, scratch=False):
+    """Soft stripes of (height, width), with a bright line where asked; returns the line's mask."""
+    height, width = size
+    image = np.tile(120 + 40 * np.sin(np.arange(width) / 8 + rng.uniform(0, 1)), (height, 1))[..., None] + rng.normal(0, 3, (height, width, 3))
+    mask = np.zeros(size, np.uint8)
+    if scratch:
+        cv2.line(mask, (width - 40, 20), (width - 12, 30), 255, 3)
+        image[mask > 0] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
+    return mask
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    """A data set of photographs of several sizes, one smaller than a tile, and the output of a training run on tiles."""
+    root, out, rng = tmp_path_factory.mktemp("wide"), tmp_path_factory.mktemp("out"), np.random.default_rng(0)
+    sizes = [(80, 130), (64, 64), (150, 70), (40, 90)]
+    for index in range(8):
+        write_photo(root / "train" / "good" / f"{index}.png", sizes[index % 4], rng)
+    for index, size in enumerate(sizes[:3]):
+        write_photo(root / "test" / "good" / f"{index}.png", size, rng)
+        mask = write_photo(root / "test" / "scratch" / f"{index}.png", size, rng, scratch=True)
+        (root / "ground_truth" / "scratch").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "ground_truth" / "scratch" / f"{index}_mask.png"), mask)
+    train_stage.main(config.from_dict(config.TrainSettings, {**TINY, "tile": True, "data_dir": str(root), "output_dir": str(out)}))
+    return root, out
+
+
+def test_training_samples_are_all_tiles_of_all_images(tiled):
+    root, _ = tiled
+    paths = data_loader.MVTecFolder(root).train_good
+    dataset = data_loader.GoodImages(paths, 64, "tile", config.TrainSettings(), 0.5, 0)
+    sizes = [data_loader.read_image(path).shape[:2] for path in paths]
+    expected = [(number, *corner) for number, (h, w) in enumerate(sizes) for corner in tile_corners(max(h, 64), round(w * max(1, 64 / h)), 64)]
+    assert dataset.tiles == expected and len(dataset) == len(expected) > len(paths)
+    tiles = torch.cat(list(dataset.plain_batches(4)))
+    number, top, left = expected[1]
+    np.testing.assert_allclose(tiles[1].permute(1, 2, 0).numpy() * 255, data_loader.read_image(paths[number])[top : top + 64, left : left + 64], atol=1e-3)
+    assert dataset[0].images.shape == (3, 64, 64)
+    loaded = data_loader.load_images(paths, 64, "tile")
+    assert torch.equal(loaded.images, tiles) and loaded.paths == [paths[number] for number, _, _ in expected]
+
+
+def test_maps_on_tiles_have_the_size_of_the_image_and_the_test_scores_them_there(tiled, tmp_path):
+    root, out = tiled
+    model = str(out / "models" / "best_model.pth")
+    test_stage.main(config.DetailTestSettings(model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0, device="cpu"))
+    results = tmp_path / "test_results"
+    for path in sorted((root / "test").rglob("*.png")):
+        saved = np.load(results / "maps" / path.parent.name / f"{path.stem}.npy")
+        assert saved.shape == data_loader.read_image(path).shape[:2] and np.isfinite(saved).all()
+    report = json.loads((results / "metrics" / "test_metrics.json").read_text())
+    assert report["pixel"]["auroc"]["value"] > 0.5 and report["reconstruction"]["psnr"]["value"] > 0
+
+
+def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size(tiled, tmp_path):
+    root, out = tiled
+    model = out / "models" / "best_model.pth"
+    detector = classify_images.load_detector(model)
+    thorough = classify_images.classify_folder(root / "test", detector)
+    assert [each.detection.defect_map.shape for each in thorough] == [data_loader.read_image(each.path).shape[:2] for each in thorough]
+    assert all(each.detection.reconstruction.shape == (3, *each.detection.defect_map.shape) for each in thorough)
+    detector.calibration = detector.calibration.at(0.5)
+    settings = config.ClassifySettings(images=(str(root / "test"),), model=str(model), output_dir=str(tmp_path), target_false_alarms=0.5, device="cpu")
+    classify_images.main(settings)
+    rows = list(csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8")))
+    assert [float(row["score"]) for row in rows] == pytest.approx([each.detection.score for each in thorough], rel=1e-3)
+    overlays = sorted((tmp_path / "classification_results" / "overlays").iterdir())
+    defective = [row["image"] for row in rows if row["label"] == "defective"]
+    assert len(overlays) == len(defective) > 0
+    assert [data_loader.read_image(path).shape for path in overlays] == [data_loader.read_image(path).shape for path in defective]
+
+
+def test_a_photo_of_one_tile_gets_the_map_of_that_tile(tiled):
+    _, out = tiled
+    detector = classify_images.load_detector(out / "models" / "best_model.pth")
+    images = torch.rand(2, 3, 64, 64)
+    names = list(detector.fused | detector.scored)
+    alone = detector.refined_maps(images, detector.describe(images, names), names)
+    for name, maps in detector.all_maps(images, names).items():
+        np.testing.assert_allclose(maps, alone[name], atol=1e-4)
