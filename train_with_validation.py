@@ -23,7 +23,7 @@ import defect_maps
 import engine
 import plots
 from perceptual_loss import PerceptualLoss
-from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
+from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, unlikeness
 
 LAST = Path("models") / "last.pth"
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
@@ -86,7 +86,8 @@ def prepare(settings: config.TrainSettings) -> Run:
     runtime = engine.make_runtime(settings.device)
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)
-    train_paths, held_paths = data_loader.split_holdout(folder.train_good, settings.holdout_frac, settings.seed)
+    good = usual_images(folder.train_good, settings, runtime) if settings.trim_frac else folder.train_good
+    train_paths, held_paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
     held = data_loader.load_images(held_paths, settings.image_size, settings.fitting)
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
@@ -105,6 +106,20 @@ def prepare(settings: config.TrainSettings) -> Run:
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
     return Run(settings, runtime, folder, training, held_paths, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
+
+
+def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: engine.Runtime) -> list[Path]:
+    """The paths without the share ``trim_frac`` of images that are the least like the others, each of those named."""
+    model = runtime.put_model(DetailVAE(settings))
+    if not model.n_features:
+        raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
+    batches = [batch for batch in data_loader.iter_image_batches(paths, settings.image_size, settings.resize, settings.batch_size) if len(batch.images)]
+    model.fit_feature_scale(runtime.put(batch.images) for batch in batches)
+    found = unlikeness(torch.cat([model.grid_features(runtime.put(batch.images)).half().cpu() for batch in batches]))
+    read = [path for batch in batches for path in batch.paths]
+    left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
+    warn([f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others." for path in sorted(left_out)])
+    return [path for path in paths if path not in left_out]
 
 
 def warn(sentences: list[str]) -> None:

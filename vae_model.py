@@ -400,6 +400,19 @@ def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
     return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_each]] for rows in rows_of(maps)])
 
 
+@torch.no_grad()
+def unlikeness(features: Tensor) -> Tensor:
+    """How far the strangest places of each image (N, C, h, w), 2 % of them, lie from any place sampled from the others, (N,)."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [some_rows(each[None].float(), math.ceil(N_CANDIDATES / len(features)), generator) for each in features]
+    found = []
+    for index, each in enumerate(features):
+        others = torch.cat(samples[:index] + samples[index + 1 :])
+        distances = torch.cdist(rows_of(each[None].float())[0], others).amin(1)
+        found.append(distances.topk(math.ceil(0.02 * len(distances))).values.mean())
+    return torch.stack(found)
+
+
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
     """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats where N < n."""
     projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)

@@ -105,6 +105,21 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     assert [each.detection.score for each in classify_images.classify_folder(data / "test", detector)] != pytest.approx([each.detection.score for each in thorough], rel=1e-2)
 
 
+def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny_backbone, capsys):
+    odd = data / "train" / "good" / "odd.png"
+    cv2.imwrite(str(odd), photograph(np.random.default_rng(8), scratch=True)[0])
+    try:
+        settings = config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path), "trim_frac": 0.08})
+        run = train_stage.prepare(settings)
+        assert odd not in run.training.paths + run.held_paths and len(run.training.paths + run.held_paths) == 12
+        assert f"{odd} is left out" in capsys.readouterr().err
+        assert odd in (whole := train_stage.prepare(settings.replace(trim_frac=0.0))).training.paths + whole.held_paths
+        with pytest.raises(config.UsageError, match="no --backbone none with --trim-frac"):
+            train_stage.prepare(settings.replace(backbone="none"))
+    finally:
+        odd.unlink()
+
+
 def test_numbered_checkpoints_can_infer(data, tmp_path):
     train(data, tmp_path, checkpoint_every=1)
     detector = classify_images.load_detector(tmp_path / "models" / "epoch_0001.pth")
