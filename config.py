@@ -127,7 +127,7 @@ class DataSettings(Settings):
     data_dir: str = setting("", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo.")
     image_size: int = setting(256, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
     resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
-    tile: bool = setting(False, "Cut every image at its own resolution into overlapping tiles of image_size instead of resizing it.")
+    tile: bool = setting(False, "Cut every image at its own resolution into overlapping tiles of image_size; resize then has no effect.")
 
     @property
     def fitting(self) -> str:
@@ -225,7 +225,7 @@ class OptimiserSettings(Settings):
 @dataclass(frozen=True)
 class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
-    trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective.", unit="fraction", minimum=0.0, maximum=0.5)
+    trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Augmented variants of each training image; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
     drawn_defects: float = setting(0.75, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
@@ -237,8 +237,8 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
 class DetectionBenchmarkSettings(TrainSettings):
     methods: tuple[str, ...] = setting(("detailvae", "patchcore", "padim"), "Methods to compare.", choices=("detailvae", "patchcore", "padim"))
     seeds: tuple[int, ...] = setting((), "Seeds, every method runs once with each; none means --seed alone.", minimum=0)
-    train_images: tuple[int, ...] = setting((), "Numbers of good training images, drawn by the seed, every method runs once with each; none means all.", minimum=3)
-    contamination: float = setting(0.0, "Share of the training images that are defective ones, taken out of the test.", unit="fraction", minimum=0.0, maximum=0.5)
+    train_images: tuple[int, ...] = setting((), "Numbers of training images, drawn by the seed, every method runs once with each; none means all good ones.", minimum=3)
+    contamination: float = setting(0.0, "Share of the training images that are defective ones, taken out of the test; at least one where it is above 0.", unit="fraction", minimum=0.0, maximum=0.5)
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class ClassifierLossSettings(Settings):
     reconstruction_weight: float = setting(1.0, "Weight of the reconstruction error, which is 1 for the mean training plot.", minimum=0.0)
     kl_weight: float = setting(1.0, "Weight of the KL divergence of both latents, in nats per pixel of the reconstruction.", minimum=0.0)
     class_weight: float = setting(1.0, "Weight of the cross-entropy in nats.", minimum=0.0)
-    ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared and absolute error in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
+    ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared error, absolute error and earth mover's distance in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
     reconstruction_share: float = setting(0.25, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
     detail_dropout: float = setting(0.5, "Share of the reconstructed training plots that are drawn from the latent vector alone, so that it holds the course of a series.", unit="fraction", minimum=0.0, maximum=1.0)
     label_smoothing: float = setting(0.1, "Probability moved from the true class to all classes.", unit="fraction", minimum=0.0, maximum=0.9)

@@ -310,7 +310,7 @@ class LoadedImages(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    images: torch.Tensor  # float32 B x 3 x S x S in [0, 1]
+    images: torch.Tensor  # float32 B x 3 x S x S in [0, 1]; for "tile" 1 x 3 x H x W
     paths: list[Path]
     original_sizes: list[tuple[int, int]]  # height, width; ``read_image(path)`` gives the pixels again
     errors: list[tuple[Path, str]]
@@ -343,18 +343,31 @@ def _ahead(work: Callable, items: Iterable, n_ahead: int, n_threads: int = 0) ->
                 future.cancel()
 
 
+def evenly(n: int, n_wanted: int) -> list[int]:
+    """Indices of all of n things, or of ``n_wanted`` at most, evenly spread; 0 wants all.
+
+    >>> evenly(9, 3)
+    [0, 4, 8]
+    """
+    return np.unique(np.linspace(0, n - 1, min(n_wanted or n, n)).round().astype(int)).tolist()
+
+
 def _empty_tensor(image_size: int) -> torch.Tensor:
     return to_tensor(np.zeros((0, image_size, image_size, 3), np.uint8))
 
 
-def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "stretch") -> LoadedImages:
-    """Every readable image (for "tile": every tile of it, its path repeated) as one tensor, in order, with the list of those skipped."""
+def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
+    """Every readable image as one tensor, in order, with the list of those skipped.
+
+    For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path is repeated.
+    """
     images, kept, errors = [], [], []
-    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
+    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
         else:
-            tiles = [result[0][top : top + image_size, left : left + image_size] for top, left in tile_corners(*result[0].shape[:2], image_size)]
+            corners = tile_corners(*result[0].shape[:2], image_size)
+            tiles = [result[0][top : top + image_size, left : left + image_size].copy() for top, left in (corners[row] for row in evenly(len(corners), n_tiles))]
             images += tiles
             kept += [path] * len(tiles)
     return LoadedImages(to_tensor(images) if images else _empty_tensor(image_size), kept, errors)
@@ -626,7 +639,7 @@ class GoodImages:
         self.skipped: list[tuple[Path, str]] = []
         self.tiles: list[tuple[int, int, int]] = []  # number of the image, top and left within it; one an image without "tile"
         images, n_bytes = [], 0
-        for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 32):
+        for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32):
             if isinstance(result, ImageError):
                 self.skipped.append((path, result.reason))
                 continue
@@ -641,18 +654,21 @@ class GoodImages:
             why = f"; {self.skipped[0][0]} {self.skipped[0][1]}" if self.skipped else ""
             raise config.InputError(f"{len(self.paths)} of {len(paths)} training images can be read, expected 2 or more{why}.")
         self.images = images or None
+        self._last: tuple[int, np.ndarray | None] = (-1, None)  # the image decoded last, where not all are kept
 
     def __len__(self) -> int:
         return len(self.tiles)
 
     def _image(self, index: int) -> np.ndarray:
         number, top, left = self.tiles[index]
-        whole = fit_image(read_image(self.paths[number]), self.image_size, self.resize) if self.images is None else self.images[number]
+        if self.images is None and self._last[0] != number:
+            self._last = number, fit_image(read_image(self.paths[number]), self.image_size, self.resize)
+        whole = self._last[1] if self.images is None else self.images[number]
         return whole[top : top + self.image_size, left : left + self.image_size]
 
     def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
         """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in [0, 1]."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(n_images or len(self), len(self))).round().astype(int))
+        rows = evenly(len(self), n_images)
         for start in range(0, len(rows), batch_size):
             yield to_tensor([self._image(index) for index in rows[start : start + batch_size]])
 

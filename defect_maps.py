@@ -226,7 +226,7 @@ class Detection(NamedTuple):
     score: float
     p_value: float
     label: str  # "good" or "defective"
-    defect_map: np.ndarray | None = None  # float32 (H, W) at the network's input size, all maps fused; about 1 at the top 0.1 % of good pixels
+    defect_map: np.ndarray | None = None  # float32 (H, W) of the image given, all maps fused; about 1 at the top 0.1 % of good pixels
     reconstruction: np.ndarray | None = None  # float32 (3, H, W) in [0, 1]; both None where they were not asked for
 
 
@@ -292,16 +292,22 @@ class Detector:
         return {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
     def _refined(self, name: str, defect_map: np.ndarray) -> np.ndarray:
-        """A raw map (H, W), refined; feature maps relative to the image's own median, which light and sharpness move as a whole."""
+        """A raw map (H, W), refined; feature maps relative to the whole image's median, which light and sharpness move as a whole."""
         refined = refine(defect_map, self.maps.smoothing_frac, self.maps.closing_frac)
+        return refined if self.resize == "tile" else self._centred(name, refined)
+
+    @staticmethod
+    def _centred(name: str, refined: np.ndarray) -> np.ndarray:
         return refined - np.median(refined) if name in FEATURE_MAPS else refined
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
-        return [image_score(each, self.maps.top_frac) for each in fuse(smooth, scales, self.scored)]
+        judged = fuse(smooth, scales, self.scored)
+        share = self.maps.top_frac * min(1.0, self.image_size**2 / judged[0].size)  # of a tile, where the image is larger than one
+        return [image_score(each, share) for each in judged]
 
     def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
-        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size where the detector works on tiles.
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size from ``image_size`` on where the detector works on tiles.
 
         Args:
             thorough: False makes defect maps and reconstructions of images called defective only, where the scores do not
@@ -348,6 +354,8 @@ class Detector:
     def _blended(self, image: Tensor, names: Sequence[str], paint: bool) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its tiles."""
         side, (height, width) = self.image_size, image.shape[1:]
+        if min(height, width) < side:
+            raise ValueError(f"the image is {height} x {width}; expected sides of {side} or more, a tile (see data_loader.fit_image).")
         corners = tile_corners(height, width, side)
         blends: dict[str, Blend] = {name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]}
         for start in range(0, len(corners), TILES_AT_ONCE):
@@ -360,7 +368,7 @@ class Detector:
             for name, each in found.items():
                 for of_tile, corner in zip(each, some, strict=True):
                     blends[name].add(of_tile, *corner)
-        whole = {name: blend.mean() for name, blend in blends.items()}
+        whole = {name: self._centred(name, blend.mean()) for name, blend in blends.items()}
         reconstruction = whole.pop("reconstruction", None)
         return whole, reconstruction
 

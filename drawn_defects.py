@@ -18,6 +18,7 @@ VISIBLE_LEVELS = 6  # a pixel belongs to the mask when a channel moved by this m
 PEAK_LEVELS = 10  # a defect whose strongest pixel moved by less is drawn again
 CONTRAST_LEVELS = (12.0, 110.0)  # log-uniform: median about 36 levels, few strong ones
 ATTEMPTS = 6
+AREA_FRAC = (0.0002, 0.02)
 SMALLEST_PX = 16.0
 """Area below which nothing is aimed at: on small images a smaller defect could not be told from noise."""
 
@@ -32,7 +33,7 @@ def draw_defect(
     image: np.ndarray,
     rng: np.random.Generator,
     donors: Sequence[np.ndarray] = (),
-    area_frac: tuple[float, float] = (0.0002, 0.02),
+    area_frac: tuple[float, float] = AREA_FRAC,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one defect (now and then a group of two or three) anywhere on a copy of the image.
 

@@ -23,7 +23,8 @@ import defect_maps
 import engine
 import evaluation
 import plots
-from drawn_defects import draw_defect
+from drawn_defects import AREA_FRAC, draw_defect
+from tiles import tile_corners
 
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
            ("pixel", "aupro"), ("pixel", "f1"), ("pixel", "iou"), ("pixel", "pointing"))  # fmt: skip
@@ -74,31 +75,39 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
                 item = by_path[batch.paths[index]]
                 mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape)
                 results.items.append(item)
-                results.detections.append(detection)
                 results.masks.append(mask)
                 if item.category == "good":
-                    measure_good(results, detector, images[index : index + 1], rng)
+                    measure_good(results, detector, images[index : index + 1], detection, rng)
                 write_image(out, detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
+                results.detections.append(detection._replace(reconstruction=None))
             bar.update(len(batch.paths) + len(batch.errors))
     if not results.items:
         raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
     return results
 
 
-def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, rng: np.random.Generator) -> None:
-    """Reconstruction quality of one good image (1, 3, S, S), how much of drawn defects survives in it, and where they are seen."""
+def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, detection: defect_maps.Detection, rng: np.random.Generator) -> None:
+    """Reconstruction quality of one good image (1, 3, H, W) already judged, how much of drawn defects survives in it, and where they are seen."""
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    drawn = [draw_defect(pixels, rng) for _ in range(N_DRAWN)]
-    images = torch.cat([image.cpu(), data_loader.to_tensor([damaged for damaged, _ in drawn])]).to(image.device)
-    found = detector.detect(images)
-    reconstruction = torch.from_numpy(np.stack([each.reconstruction for each in found])).to(image.device)
-    results.drawn += [(each._replace(reconstruction=None), mask) for each, (_, mask) in zip(found[1:], drawn, strict=True)]
-    for name, measure in (("mse", evaluation.mse(reconstruction[:1], image)), ("psnr", evaluation.psnr(reconstruction[:1], image, data_range=1.0)),
-                          ("ssim", evaluation.ssim(reconstruction[:1], image, data_range=1.0))):  # fmt: skip
-        results.quality[name].append(measure.item())
+    share = min(1.0, detector.image_size**2 / pixels[..., 0].size)  # as large as in training, on a tile
+    drawn = [draw_defect(pixels, rng, area_frac=tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
+    damaged = data_loader.to_tensor([each for each, _ in drawn]).to(image.device)
+    found = detector.detect(damaged)
+    results.drawn += [(each._replace(reconstruction=None), mask) for each, (_, mask) in zip(found, drawn, strict=True)]
+    images = torch.cat([image, damaged])
+    reconstruction = torch.from_numpy(np.stack([each.reconstruction for each in (detection, *found)])).to(image.device)
+    drawn_tiles, tiles = (cut_tiles(each, detector.image_size) for each in (reconstruction[:1], image))
+    for name, figure in (("mse", evaluation.mse(drawn_tiles, tiles)), ("psnr", evaluation.psnr(drawn_tiles, tiles, data_range=1.0)),
+                         ("ssim", evaluation.ssim(drawn_tiles, tiles, data_range=1.0))):  # fmt: skip
+        results.quality[name].append(figure.mean().item())
     pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, (_, mask) in enumerate(drawn, 1))
     leaks = [evaluation.surviving_contrast(reconstruction[pair], images[pair], mask) for pair, mask in pairs]
     results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
+
+
+def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:
+    """The tiles (N, 3, side, side) of an image (1, 3, H, W); itself where it is one tile."""
+    return torch.cat([image[:, :, top : top + side, left : left + side] for top, left in tile_corners(*image.shape[2:], side)])
 
 
 def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
@@ -129,7 +138,8 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
     if results.drawn:
         good = [(each, mask) for item, each, mask in zip(results.items, results.detections, results.masks, strict=True) if item.category == "good"]
         detections, masks = zip(*good, *results.drawn, strict=True)
-        drawn = figures(["good"] * len(good) + ["drawn"] * len(results.drawn), detections, masks, calibration, settings)
+        # without intervals: the defects drawn on one image are no independent draws
+        drawn = figures(["good"] * len(good) + ["drawn"] * len(results.drawn), detections, masks, calibration, settings.replace(bootstrap=0))
         report["drawn_defects"] = {level: drawn[level] for level in ("image", "pixel")}
     quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
     leak = evaluation.surviving_share(results.skip_leak, settings.bootstrap, settings.seed)

@@ -20,7 +20,7 @@ def tile_corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
 
 
 def _starts(length: int, side: int) -> list[int]:
-    n_steps = math.ceil((length - side) / (side * (1 - OVERLAP)))
+    n_steps = max(0, math.ceil((length - side) / (side * (1 - OVERLAP))))
     return [round(step * (length - side) / n_steps) for step in range(n_steps + 1)] if n_steps else [0]
 
 

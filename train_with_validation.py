@@ -9,6 +9,9 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
+import dataclasses
+import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +33,8 @@ MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "pictur
 """Settings that a resumed run may have otherwise."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
+N_STATISTICS, N_HELD_TILES = 2048, 256
+"""At most so many training images (or tiles) say what features are usual, so many held-out tiles take part in the validation loss."""
 N_REFERENCE = 64
 """Training images from which is learned how features deviate from their prediction."""
 
@@ -89,7 +94,7 @@ def prepare(settings: config.TrainSettings) -> Run:
     good = usual_images(folder.train_good, settings, runtime) if settings.trim_frac else folder.train_good
     train_paths, held_paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
-    held = data_loader.load_images(held_paths, settings.image_size, settings.fitting)
+    held = data_loader.load_images(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
     if not len(held.images):
         raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
@@ -97,9 +102,10 @@ def prepare(settings: config.TrainSettings) -> Run:
     if settings.perceptual_weight > 0:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = runtime.put_model(DetailVAE(settings))
-    model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size))
-    if model.n_features:
-        model.fit_bank((model.grid_features(runtime.put(batch)) for batch in training.plain_batches(settings.batch_size)), len(training))
+    model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
+    if model.n_features and (settings.map_bank or settings.score_bank):
+        plain = training.plain_batches(settings.batch_size, N_STATISTICS)
+        model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
@@ -113,10 +119,14 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
     model = runtime.put_model(DetailVAE(settings))
     if not model.n_features:
         raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
-    batches = [batch for batch in data_loader.iter_image_batches(paths, settings.image_size, settings.resize, settings.batch_size) if len(batch.images)]
-    model.fit_feature_scale(runtime.put(batch.images) for batch in batches)
-    found = unlikeness(torch.cat([model.grid_features(runtime.put(batch.images)).half().cpu() for batch in batches]))
-    read = [path for batch in batches for path in batch.paths]
+
+    def batches() -> Iterator[data_loader.ImageBatch]:
+        every = data_loader.iter_image_batches(paths, settings.image_size, settings.resize, settings.batch_size)
+        return (batch for batch in every if len(batch.images))
+
+    model.fit_feature_scale(runtime.put(batch.images) for batch in batches())
+    read, features = zip(*((batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu()) for batch in batches()), strict=True)
+    read, found = list(itertools.chain.from_iterable(read)), unlikeness(torch.cat(features))
     left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
     warn([f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others." for path in sorted(left_out)])
     return [path for path in paths if path not in left_out]
@@ -216,7 +226,8 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
         whole = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, run.settings.batch_size)
-        detector.calibration = defect_maps.calibrate(detector, (run.runtime.put(batch.images) for batch in whole if len(batch.images)))
+        calibration = defect_maps.calibrate(detector, (run.runtime.put(batch.images) for batch in whole if len(batch.images)))
+        detector.calibration = dataclasses.replace(calibration, promised=calibration.promised and not run.settings.trim_frac)
         run.calibrated = epoch, detector
     return run.calibrated[1]
 
@@ -278,6 +289,8 @@ def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], ti
 
 def describe_calibration(calibration: defect_maps.Calibration) -> str:
     n = len(calibration.good_scores)
+    if math.ceil((n + 1) * (1 - calibration.alpha)) <= n and not calibration.promised:
+        return f"threshold {calibration.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
     if calibration.promised:
         return f"threshold {calibration.threshold:.3f}: at most {calibration.alpha:.1%} false alarms, from {n} held-out good images."
     return (

@@ -123,7 +123,8 @@ class Baseline:
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
     """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them."""
     folder = data_loader.MVTecFolder(settings.data_dir)
-    paths = data_loader.split_holdout(folder.train_good, settings.holdout_frac, settings.seed)
+    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device)) if settings.trim_frac else folder.train_good
+    paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
     backbone = load_backbone(settings.backbone)
     method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
@@ -160,7 +161,7 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     source, rng = data_loader.MVTecFolder(settings.data_dir), np.random.default_rng(settings.seed)
     defective = [item for item in source.test if item.category != "good"]
     n_images = n_images or len(source.train_good)
-    n_bad = round(settings.contamination * n_images)
+    n_bad = max(1, round(settings.contamination * n_images)) if settings.contamination else 0
     for n, there, kind in ((n_images - n_bad, len(source.train_good), "good training images"), (n_bad, len(defective), "defective test images")):
         if n > there:
             raise config.InputError(f"{settings.data_dir} has {there} {kind}; {n} were asked for.")
@@ -168,16 +169,17 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     hidden = {defective[i].path for i in rng.permutation(len(defective))[:n_bad]}
     shutil.rmtree(folder, ignore_errors=True)
     for path in [*good, *sorted(hidden)]:
-        link(path, folder / "train" / "good" / "_".join(path.parts[-2:]))
+        link(path, folder / "train" / "good" / source.relative(path))
     for item in source.test:
         if item.path not in hidden:
-            link(item.path, folder / "test" / item.category / item.path.name)
-        if item.mask_path:
-            link(item.mask_path, folder / "ground_truth" / item.category / item.mask_path.name)
+            for path in filter(None, (item.path, item.mask_path)):
+                link(path, folder / source.relative(path))
     return str(folder)
 
 
 def link(source: Path, target: Path) -> None:
+    if target.is_symlink() or target.exists():
+        return  # a mask that two images share
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.symlink_to(source.resolve())

@@ -66,15 +66,20 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
 
 def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_for(tmp_path):
     parts = make_parts(tmp_path / "parts")
-    settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.25, seed=3)
+    deeper = parts / "test" / "scratch" / "deeper"  # of the same name as another
+    deeper.mkdir()
+    original = (parts / "test" / "scratch" / "000.png").read_bytes()
+    (deeper / "000.png").write_bytes((parts / "test" / "scratch" / "001.png").read_bytes())
+    settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.1, seed=3)
     before, found = data_loader.MVTecFolder(parts), data_loader.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
-    hidden = [path for path in found.train_good if path.name.startswith("scratch_")]
+    hidden = [path for path in found.train_good if "scratch" in path.parts]
     assert len(found.train_good) == 4 and len(hidden) == 1
     assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {item.path.resolve() for item in found.test}
     assert {path.resolve() for path in found.train_good if path not in hidden} <= {path.resolve() for path in before.train_good}
-    assert all(item.mask_path for item in found.test if item.category != "good")
+    assert sum(item.mask_path is not None for item in found.test) >= 3
+    assert (parts / "test" / "scratch" / "000.png").read_bytes() == original
     assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
-    with pytest.raises(config.InputError, match="good training images; 750 were asked for"):
+    with pytest.raises(config.InputError, match="good training images; 900 were asked for"):
         detection.training_set(settings, 1000, tmp_path / "many")
 
 

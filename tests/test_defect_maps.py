@@ -177,6 +177,8 @@ class Distance:
 
 def test_raw_maps_are_what_their_names_say(make_model):
     model, images = make_model("efficientnet_lite0").eval(), good_images(2)
+    for bank in (model.bank, model.prototypes):
+        bank.normal_(std=3.0)
     with torch.inference_mode():
         told = model.describe(images)
         maps = defect_maps.raw_maps(defect_maps.MAPS, model, images, told, Distance())

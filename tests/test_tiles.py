@@ -1,6 +1,7 @@
 """Tiles cover an image, overlap, and blend back into it; the stages work on them at full resolution."""
 
 import csv
+import dataclasses
 import itertools
 import json
 
@@ -58,10 +59,10 @@ def write_photo(path, size, rng, scratch=False):
     return mask
 
 
-@pytest.fixture(scope="module")
-def tiled(tmp_path_factory):
+@pytest.fixture
+def tiled(tmp_path, tiny_backbone):
     """A data set of photographs of several sizes, one smaller than a tile, and the output of a training run on tiles."""
-    root, out, rng = tmp_path_factory.mktemp("wide"), tmp_path_factory.mktemp("out"), np.random.default_rng(0)
+    root, out, rng = tmp_path / "wide", tmp_path / "out", np.random.default_rng(0)
     sizes = [(80, 130), (64, 64), (150, 70), (40, 90)]
     for index in range(8):
         write_photo(root / "train" / "good" / f"{index}.png", sizes[index % 4], rng)
@@ -70,7 +71,7 @@ def tiled(tmp_path_factory):
         mask = write_photo(root / "test" / "scratch" / f"{index}.png", size, rng, scratch=True)
         (root / "ground_truth" / "scratch").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / "ground_truth" / "scratch" / f"{index}_mask.png"), mask)
-    train_stage.main(config.from_dict(config.TrainSettings, {**TINY, "tile": True, "data_dir": str(root), "output_dir": str(out)}))
+    train_stage.main(config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)}))
     return root, out
 
 
@@ -108,7 +109,6 @@ def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size
     thorough = classify_images.classify_folder(root / "test", detector)
     assert [each.detection.defect_map.shape for each in thorough] == [data_loader.read_image(each.path).shape[:2] for each in thorough]
     assert all(each.detection.reconstruction.shape == (3, *each.detection.defect_map.shape) for each in thorough)
-    detector.calibration = detector.calibration.at(0.5)
     settings = config.ClassifySettings(images=(str(root / "test"),), model=str(model), output_dir=str(tmp_path), target_false_alarms=0.5, device="cpu")
     classify_images.main(settings)
     rows = list(csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8")))
@@ -119,11 +119,34 @@ def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size
     assert [data_loader.read_image(path).shape for path in overlays] == [data_loader.read_image(path).shape for path in defective]
 
 
+def test_a_defect_scores_alike_on_a_photo_of_one_tile_and_of_many(tiled):
+    _, out = tiled
+    detector = classify_images.load_detector(out / "models" / "best_model.pth")
+    blob = np.zeros((1, 64, 64), np.float32)
+    blob[0, 20:24, 30:34] = 1.0
+    wide = np.zeros((1, 300, 500), np.float32)
+    wide[0, 100:104, 200:204] = 1.0
+    (one,), (many,) = (detector.scores(dict.fromkeys(detector.scored, each), dict.fromkeys(detector.scored, (0.0, 1.0))) for each in (blob, wide))
+    assert many == pytest.approx(one)
+
+
+def test_what_covers_a_whole_tile_still_stands_out_of_the_photo(tiled):
+    """Feature maps are relative to the median of the photo, not of the tile."""
+    _, out = tiled
+    detector = classify_images.load_detector(out / "models" / "best_model.pth")
+    image = torch.full((3, 64, 320), 0.5)
+    image[:, :, 128:256] = torch.rand(3, 64, 128)
+    bank = detector.all_maps(image[None], ["bank"])["bank"][0]
+    assert abs(np.median(bank[:, :100])) < 0.2 * np.median(bank[:, 150:230])
+    with pytest.raises(ValueError, match="expected sides of 64 or more"):
+        detector.detect(torch.rand(1, 3, 32, 64))
+
+
 def test_a_photo_of_one_tile_gets_the_map_of_that_tile(tiled):
     _, out = tiled
     detector = classify_images.load_detector(out / "models" / "best_model.pth")
     images = torch.rand(2, 3, 64, 64)
     names = list(detector.fused | detector.scored)
-    alone = detector.refined_maps(images, detector.describe(images, names), names)
+    alone = dataclasses.replace(detector, settings={**detector.settings, "tile": False}).all_maps(images, names)
     for name, maps in detector.all_maps(images, names).items():
         np.testing.assert_allclose(maps, alone[name], atol=1e-4)

@@ -150,6 +150,8 @@ def test_ink_in_the_wrong_row_is_the_wronger_the_farther_off():
     lines = [torch.ones(1, 3, 12, 12) for _ in range(3)]
     for image, row in zip(lines, (2, 5, 9), strict=True):
         image[:, :, row] = 0
+    more = torch.rand(2, 3, 12, 12)  # not as much ink: no end of the columns is preferred
+    torch.testing.assert_close(vc.error_parts(more[:1], more[1:]), vc.error_parts(more[:1].flip(2), more[1:].flip(2)))
     near, far = (vc.error_parts(lines[0], other)[2].item() for other in lines[1:])
     assert far == pytest.approx(7 / 3 * near)
 
@@ -232,7 +234,7 @@ def test_one_batch_can_be_learned_by_heart():
         terms["total"].backward()
         optimizer.step()
     assert terms["classification"] < 0.1 * first["classification"]
-    assert terms["reconstruction"] < 0.6 * first["reconstruction"]
+    assert terms["reconstruction"] < 0.8 * first["reconstruction"]
 
 
 # --------------------------------------------------------------------------------------- probabilities
