@@ -310,7 +310,7 @@ class ClassifierLossSettings(Settings):
     class_weight: float = setting(1.0, "Weight of the cross-entropy in nats.", minimum=0.0)
     ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared error, absolute error and earth mover's distance in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
     reconstruction_share: float = setting(0.25, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
-    detail_dropout: float = setting(0.5, "Share of the reconstructed training plots that are drawn from the latent vector alone, so that it holds the course of a series.", unit="fraction", minimum=0.0, maximum=1.0)
+    detail_dropout: float = setting(0.1, "Share of the reconstructed training plots that are drawn from the latent vector alone, with the details it lets expect.", unit="fraction", minimum=0.0, maximum=1.0)
     label_smoothing: float = setting(0.1, "Probability moved from the true class to all classes.", unit="fraction", minimum=0.0, maximum=0.9)
     mixup_alpha: float = setting(0.0, "Beta distribution's parameter of mixing two plots and their labels; 0 never mixes.", minimum=0.0)
 

@@ -305,7 +305,7 @@ def train(run: Run) -> list[dict]:
             for name, group in run.data.validation.items():
                 row |= engine.prefixed("val" if name == "real" else name, validate(run, group))
             run.history.append(row)
-            is_best = keep_if_best(run, row["val/macro_f1"])
+            is_best = keep_if_best(run, validation_score(row))
             save_last(run, optimizer, scheduler)
             if epoch % s.picture_every == 0 or epoch == s.epochs:
                 write_pictures(run, epoch)
@@ -405,6 +405,11 @@ def save_best(run: Run, model: VAEClassifier, per_class: int) -> None:
     """A checkpoint with all that inference needs."""
     contents = vae_classifier.checkpoint_contents(model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, run.best_epoch)
     engine.save_checkpoint(run.out / BEST, KIND, contents)
+
+
+def validation_score(row: dict) -> float:
+    """Macro F1 of validation, the mean over its groups: plots of the data set and, where there are any, fresh series."""
+    return float(np.mean([row[key] for key in ("val/macro_f1", "fresh/macro_f1") if key in row]))
 
 
 def keep_if_best(run: Run, macro_f1: float) -> bool:

@@ -120,26 +120,27 @@ class VAEClassifier(nn.Module):
             return F.adaptive_avg_pool2d(images, side)
         return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu, logvar), each (B, D), of images (B, 3, S, S)."""
+    def encode(self, images: Tensor, profile: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar), each (B, D), of images (B, 3, S, S); ``profile`` is their ``column_profile``, where already computed."""
         features = pooled(self.trunk(ink_of(images) if self.settings.ink else images))
         if self.settings.profile_channels:
-            features = torch.cat([features, pooled(self.profile(column_profile(images)))], 1)
+            features = torch.cat([features, pooled(self.profile(column_profile(images) if profile is None else profile))], 1)
         mu, logvar = self.to_latent(features).float().chunk(2, 1)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
-    def encode_detail(self, images: Tensor) -> Gaussian:
+    def encode_detail(self, images: Tensor, profile: Tensor | None = None) -> Gaussian:
         """What the columns of images (B, 3, S, S) hold beyond the latent vector: mean and log-variance, each (B, d, R)."""
-        return self.to_detail(column_profile(self.target(images)))
+        target = self.target(images)
+        return self.to_detail(column_profile(target) if profile is None or target is not images else profile)
 
     def decode(self, z: Tensor, detail: Tensor | None = None) -> Tensor:
         """Plots (B, 3, R, R) in [0, 1] from latent vectors (B, D) and details (B, d, R); without, the details expected of z."""
         columns = self.decoder.columns(z)
         return self.decoder.draw(columns, self.decoder.prior_of(columns).mean if detail is None else detail)
 
-    def reconstruct(self, images: Tensor, mu: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, mu: Tensor, profile: Tensor | None = None) -> Tensor:
         """Plots (B, 3, R, R) from the means of both latents of images (B, 3, S, S)."""
-        return self.decode(mu, self.encode_detail(images).mean)
+        return self.decode(mu, self.encode_detail(images, profile).mean)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
@@ -204,12 +205,13 @@ class ClassifierLoss:
         targets = smoothed_targets(labels, model.head[-1].out_features, s.label_smoothing if model.training else 0.0)
         if model.training and s.mixup_alpha > 0:
             images, targets = mixed(images, targets, s.mixup_alpha)
-        mu, logvar = model.encode(images)
+        profile = column_profile(images)
+        mu, logvar = model.encode(images, profile)
         logits = model.head(mu).float()
         n_drawn = max(1, math.ceil(s.reconstruction_share * len(images))) if model.training else len(images)
-        drawn = model.target(images[:n_drawn])
-        z, detail = model.sample(mu[:n_drawn], logvar[:n_drawn]), model.encode_detail(drawn)
-        columns = model.decoder.columns(z)
+        seen = images[:n_drawn]
+        drawn, detail = model.target(seen), model.encode_detail(seen, profile[:n_drawn])
+        columns = model.decoder.columns(model.sample(mu[:n_drawn], logvar[:n_drawn]))
         expected = model.decoder.prior_of(columns)
         known = model.sample(*detail)
         if model.training:
@@ -284,14 +286,14 @@ def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None
         flips_below: average over four flips where the class is less sure than this; None does as the calibration says.
     """
     model.eval()
-    calibration = model.calibration
-    mu, _ = model.encode(images)
+    calibration, profile = model.calibration, column_profile(images)
+    mu, _ = model.encode(images, profile)
     logits = model.head(mu)
     probabilities = calibration.probabilities(F.log_softmax(logits.float(), 1)[None])
     unsure = calibration.unsure(probabilities, flips_below)
     if len(unsure):
         probabilities[unsure] = calibration.probabilities(view_log_probabilities(model, images[unsure], logits[unsure]))
-    reconstruction = model.reconstruct(images, mu)
+    reconstruction = model.reconstruct(images, mu, profile)
     distances = novelty_distances(model, calibration, images, mu, reconstruction)
     p_values = calibration.p_values(calibration.novelty(distances))
     return Judgement(probabilities.cpu().numpy(), p_values, reconstruction.float().cpu().numpy(), mu.cpu().numpy())

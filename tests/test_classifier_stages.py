@@ -116,8 +116,13 @@ def test_the_history_names_every_number_and_no_time(trained):
     assert [row["epoch"] for row in history["epochs"]] == [1, 2] and history["best_epoch"] in (1, 2)
     terms = ("total", "reconstruction", "kl", "classification", "accuracy", "macro_f1", "macro_precision", "macro_recall")
     assert history["epochs"][0].keys() == {"epoch", *(f"{part}/{term}" for part in ("train", "val") for term in terms)}
-    best = max(history["epochs"], key=lambda row: row["val/macro_f1"])
+    best = max(history["epochs"], key=lambda row: row["val/macro_f1"])  # there are no fresh series
     assert history["best_epoch"] == best["epoch"]
+
+
+def test_the_best_epoch_is_judged_on_all_validation_plots():
+    assert training.validation_score({"val/macro_f1": 0.8, "test/macro_f1": 0.1}) == 0.8
+    assert training.validation_score({"val/macro_f1": 0.8, "fresh/macro_f1": 0.6, "train/macro_f1": 0.1}) == pytest.approx(0.7)
 
 
 def test_the_checkpoint_is_enough_for_inference(trained):

@@ -17,6 +17,7 @@ import engine
 import evaluation
 import plot_calibration as pc
 import vae_classifier as vc
+from plot_strokes import column_profile
 
 TINY = {"latent_dim": 6, "widths": (8, 8, 12), "profile_channels": 6, "decoder_channels": 8, "detail_channels": 2, "reconstruction_size": 32}
 BLUE = (31, 119, 180)
@@ -89,6 +90,16 @@ def test_details_tell_apart_what_the_latent_vector_does_not():
         assert (together[0] - together[1]).abs().max() > 1e-4
         assert torch.equal(plain[0], plain[1])
         torch.testing.assert_close(model(images).reconstruction, model.reconstruct(images, model.encode(images)[0]))
+
+
+@pytest.mark.parametrize("size", [32, SIDE])
+def test_a_profile_already_computed_changes_nothing(size):
+    model, images = tiny(reconstruction_size=size).eval(), three_kinds(1)[0]
+    profile = column_profile(images)
+    with torch.inference_mode():
+        mu, _ = model.encode(images)
+        torch.testing.assert_close(model.encode(images, profile)[0], mu)
+        torch.testing.assert_close(model.reconstruct(images, mu, profile), model.reconstruct(images, mu))
 
 
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch():
