@@ -28,7 +28,7 @@ import numpy as np
 
 import config
 import drawn_defects
-from tiles import tile_corners
+from tiles import tile_corners, window
 
 if TYPE_CHECKING:  # torch takes seconds to import and --help must not wait for it
     import torch
@@ -343,6 +343,11 @@ def _ahead(work: Callable, items: Iterable, n_ahead: int, n_threads: int = 0) ->
                 future.cancel()
 
 
+def _read_all(paths: Sequence[str | Path], image_size: int, resize: str) -> Iterator[tuple]:
+    """(path, ``_read_fitted`` of it) in order; of whole photographs few are held at a time."""
+    return _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32)
+
+
 def evenly(n: int, n_wanted: int) -> list[int]:
     """Indices of all of n things, or of ``n_wanted`` at most, evenly spread; 0 wants all.
 
@@ -362,12 +367,12 @@ def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "str
     For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path is repeated.
     """
     images, kept, errors = [], [], []
-    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32):
+    for path, result in _read_all(paths, image_size, resize):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
         else:
             corners = tile_corners(*result[0].shape[:2], image_size)
-            tiles = [result[0][top : top + image_size, left : left + image_size].copy() for top, left in (corners[row] for row in evenly(len(corners), n_tiles))]
+            tiles = [np.ascontiguousarray(result[0][window(*corners[row], image_size)]) for row in evenly(len(corners), n_tiles)]
             images += tiles
             kept += [path] * len(tiles)
     return LoadedImages(to_tensor(images) if images else _empty_tensor(image_size), kept, errors)
@@ -639,7 +644,7 @@ class GoodImages:
         self.skipped: list[tuple[Path, str]] = []
         self.tiles: list[tuple[int, int, int]] = []  # number of the image, top and left within it; one an image without "tile"
         images, n_bytes = [], 0
-        for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32):
+        for path, result in _read_all(paths, image_size, resize):
             if isinstance(result, ImageError):
                 self.skipped.append((path, result.reason))
                 continue
@@ -664,7 +669,7 @@ class GoodImages:
         if self.images is None and self._last[0] != number:
             self._last = number, fit_image(read_image(self.paths[number]), self.image_size, self.resize)
         whole = self._last[1] if self.images is None else self.images[number]
-        return whole[top : top + self.image_size, left : left + self.image_size]
+        return whole[window(top, left, self.image_size)]
 
     def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
         """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in [0, 1]."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import load_checkpoint, reading_contents
 from evaluation import ssim_map
-from tiles import Blend, tile_corners
+from tiles import Blend, tile_corners, window
 from vae_model import (
     KIND,
     DetailOutput,
@@ -183,6 +183,7 @@ class Calibration:
         threshold: an image scoring above is defective.
         promised: whether the number of held-out images allows to promise alpha.
         pixel_threshold: a pixel whose fused map lies above is part of a defect.
+        exchangeable: False where the held-out images were chosen (``trim_frac``), so that no rate can be promised.
     """
 
     scales: dict[str, tuple[float, float]]
@@ -191,6 +192,7 @@ class Calibration:
     threshold: float
     promised: bool
     pixel_threshold: float
+    exchangeable: bool = True
 
     def as_dict(self) -> dict:
         return {**self.__dict__, "scales": {name: list(pair) for name, pair in self.scales.items()}}
@@ -200,11 +202,11 @@ class Calibration:
         return cls(**{**values, "scales": {name: tuple(pair) for name, pair in values["scales"].items()}})
 
     @classmethod
-    def of(cls, scales: dict[str, tuple[float, float]], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float) -> Calibration:
+    def of(cls, scales: dict[str, tuple[float, float]], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
         """Thresholds from the image scores and the maps, of any shape, of held-out good images."""
         scores = sorted(scores)
         threshold, promised = conformal_threshold(np.array(scores), alpha)
-        return cls(scales, scores, alpha, threshold, promised, float(np.quantile(maps, 1 - pixel_false_positives)))
+        return cls(scales, scores, alpha, threshold, promised and exchangeable, float(np.quantile(maps, 1 - pixel_false_positives)), exchangeable)
 
     def judge(self, score: float) -> Detection:
         """What an image score says, still without a map."""
@@ -214,7 +216,7 @@ class Calibration:
     def at(self, alpha: float) -> Calibration:
         """The same scores with the threshold for another share of false alarms."""
         threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
-        return replace(self, alpha=alpha, threshold=threshold, promised=promised)
+        return replace(self, alpha=alpha, threshold=threshold, promised=promised and self.exchangeable)
 
 
 # ------------------------------------------------------------------------------------------- detection
@@ -279,8 +281,10 @@ class Detector:
 
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names."""
-        views = [self._view_maps(images, output, names)] if names else []
-        for flip in self.mirrored if names else []:
+        if not names:
+            return {}
+        views = [self._view_maps(images, output, names)]
+        for flip in self.mirrored:
             view = images.flip(flip)
             maps = self._view_maps(view, self.describe(view, names), names)
             views.append({name: np.flip(each, [axis - 1 for axis in flip]) for name, each in maps.items()})
@@ -303,8 +307,11 @@ class Detector:
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
         judged = fuse(smooth, scales, self.scored)
-        share = self.maps.top_frac * min(1.0, self.image_size**2 / judged[0].size)  # of a tile, where the image is larger than one
-        return [image_score(each, share) for each in judged]
+        return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
+
+    def tile_share(self, height: int, width: int) -> float:
+        """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
+        return min(1.0, self.image_size**2 / (height * width))
 
     def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
         """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size from ``image_size`` on where the detector works on tiles.
@@ -331,7 +338,6 @@ class Detector:
             judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
         return judged
 
-
     def all_maps(self, images: Tensor, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Refined maps by name, each (B, H, W), of images (B, 3, H, W)."""
         if self.resize != "tile":
@@ -342,12 +348,13 @@ class Detector:
     def _detect_whole(self, image: Tensor, thorough: bool) -> Detection:
         """The detection of one image (3, H, W), on overlapping tiles."""
         scales = self.calibration.scales
-        smooth, reconstruction = self._blended(image, list(self.fused | self.scored) if thorough else list(self.scored), thorough)
+        smooth, reconstruction = self._blended(image, list(self.fused | self.scored if thorough else self.scored), thorough)
         judged = self.calibration.judge(self.scores({name: each[None] for name, each in smooth.items()}, scales)[0])
         if not thorough and judged.label == "good":
             return judged
         if not thorough:
-            smooth, reconstruction = self._blended(image, list(self.fused), paint=True)
+            missing, reconstruction = self._blended(image, [name for name in self.fused if name not in smooth], paint=True)
+            smooth |= missing
         fused = fuse({name: each[None] for name, each in smooth.items()}, scales, self.fused)[0]
         return judged._replace(defect_map=fused, reconstruction=reconstruction)
 
@@ -360,7 +367,7 @@ class Detector:
         blends: dict[str, Blend] = {name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]}
         for start in range(0, len(corners), TILES_AT_ONCE):
             some = corners[start : start + TILES_AT_ONCE]
-            tiles = torch.stack([image[:, top : top + side, left : left + side] for top, left in some])
+            tiles = torch.stack([image[(..., *window(*corner, side))] for corner in some])
             output = self.describe(tiles, names, paint)
             found = self.refined_maps(tiles, output, names)
             if paint:
@@ -380,7 +387,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     scales = {name: _scale(np.concatenate([maps[name].ravel() for maps in found])) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
     fused = np.concatenate([fuse(maps, scales, detector.fused).ravel() for maps in found])
-    return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives)
+    return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
 
 
 def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float]) -> np.ndarray:

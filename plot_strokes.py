@@ -49,16 +49,6 @@ class Gaussian(NamedTuple):
     logvar: Tensor
 
 
-def gaussian_kl(found: Gaussian, expected: Gaussian) -> Tensor:
-    """KL(found || expected) of every variable in nats, of the variables' shape.
-
-    >>> gaussian_kl(Gaussian(torch.ones(1), torch.zeros(1)), Gaussian(torch.zeros(1), torch.zeros(1))).item()
-    0.5
-    """
-    offset = (found.mean - expected.mean) ** 2
-    return 0.5 * (expected.logvar - found.logvar + (offset + found.logvar.exp()) * torch.exp(-expected.logvar) - 1)
-
-
 class DetailEncoder(nn.Module):
     """Details of each column from its profile: (B, 6, R) -> mean and log-variance, each (B, d, R)."""
 

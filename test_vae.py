@@ -24,7 +24,7 @@ import engine
 import evaluation
 import plots
 from drawn_defects import AREA_FRAC, draw_defect
-from tiles import tile_corners
+from tiles import tile_corners, window
 
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
            ("pixel", "aupro"), ("pixel", "f1"), ("pixel", "iou"), ("pixel", "pointing"))  # fmt: skip
@@ -89,7 +89,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
 def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, detection: defect_maps.Detection, rng: np.random.Generator) -> None:
     """Reconstruction quality of one good image (1, 3, H, W) already judged, how much of drawn defects survives in it, and where they are seen."""
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    share = min(1.0, detector.image_size**2 / pixels[..., 0].size)  # as large as in training, on a tile
+    share = detector.tile_share(*pixels.shape[:2])  # as large as in training
     drawn = [draw_defect(pixels, rng, area_frac=tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
     damaged = data_loader.to_tensor([each for each, _ in drawn]).to(image.device)
     found = detector.detect(damaged)
@@ -107,7 +107,7 @@ def measure_good(results: Results, detector: defect_maps.Detector, image: torch.
 
 def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:
     """The tiles (N, 3, side, side) of an image (1, 3, H, W); itself where it is one tile."""
-    return torch.cat([image[:, :, top : top + side, left : left + side] for top, left in tile_corners(*image.shape[2:], side)])
+    return torch.cat([image[(..., *window(*corner, side))] for corner in tile_corners(*image.shape[2:], side)])
 
 
 def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
@@ -178,7 +178,8 @@ def table(report: dict) -> str:
     for group, keys in (("image", ("auroc",)), ("pixel", ("auroc", "average_precision", "aupro")), ("reconstruction", ("psnr", "ssim", "skip_leak"))):
         lines += [sentence(f"{group} {key}", report[group][key]) for key in keys if key in report.get(group, {})]
     drawn = report.get("drawn_defects", {}).get("pixel", {})
-    lines += [sentence(f"drawn defects, pixel {key}", drawn[key]) for key in ("average_precision",) if key in drawn]
+    if "average_precision" in drawn:
+        lines.append(sentence("drawn defects, pixel average_precision", drawn["average_precision"]))
     if "false_alarm_rate" in report:
         lines.append(sentence(f"false alarms on good images (asked for: {report['alpha']:.1%})", report["false_alarm_rate"]))
     return "\n".join(lines)

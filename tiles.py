@@ -19,6 +19,11 @@ def tile_corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
     return [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
 
 
+def window(top: int, left: int, side: int) -> tuple[slice, slice]:
+    """Rows and columns of the tile at (top, left): ``image[window(...)]``, or ``image[(..., *window(...))]`` where they come last."""
+    return slice(top, top + side), slice(left, left + side)
+
+
 def _starts(length: int, side: int) -> list[int]:
     n_steps = max(0, math.ceil((length - side) / (side * (1 - OVERLAP))))
     return [round(step * (length - side) / n_steps) for step in range(n_steps + 1)] if n_steps else [0]
@@ -36,9 +41,9 @@ class Blend:
         """Put in an array (..., side, side) found on the tile at (top, left)."""
         if self.total is None:
             self.total = np.zeros((*found.shape[:-2], *self.weight.shape), np.float32)
-        here = (..., slice(top, top + len(self.window)), slice(left, left + len(self.window)))
-        self.total[here] += found * self.window
-        self.weight[here[1:]] += self.window
+        here = window(top, left, len(self.window))
+        self.total[(..., *here)] += found * self.window
+        self.weight[here] += self.window
 
     def mean(self) -> np.ndarray:
         """float32 (..., height, width)."""

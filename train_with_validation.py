@@ -9,7 +9,6 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
-import dataclasses
 import itertools
 import math
 import time
@@ -91,8 +90,7 @@ def prepare(settings: config.TrainSettings) -> Run:
     runtime = engine.make_runtime(settings.device)
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)
-    good = usual_images(folder.train_good, settings, runtime) if settings.trim_frac else folder.train_good
-    train_paths, held_paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
+    train_paths, held_paths = data_loader.split_holdout(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
     held = data_loader.load_images(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
@@ -116,6 +114,8 @@ def prepare(settings: config.TrainSettings) -> Run:
 
 def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: engine.Runtime) -> list[Path]:
     """The paths without the share ``trim_frac`` of images that are the least like the others, each of those named."""
+    if not settings.trim_frac:
+        return paths
     model = runtime.put_model(DetailVAE(settings))
     if not model.n_features:
         raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
@@ -225,11 +225,17 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
-        whole = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, run.settings.batch_size)
-        calibration = defect_maps.calibrate(detector, (run.runtime.put(batch.images) for batch in whole if len(batch.images)))
-        detector.calibration = dataclasses.replace(calibration, promised=calibration.promised and not run.settings.trim_frac)
+        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run))
         run.calibrated = epoch, detector
     return run.calibrated[1]
+
+
+def whole_held_out(run: Run) -> Iterator[Tensor]:
+    """The held-out good images, in batches as they are in memory; where those are tiles, read anew, one whole at a time."""
+    if not run.settings.tile:
+        return (images for images, _ in run.held_out)
+    batches = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting)
+    return (run.runtime.put(batch.images) for batch in batches if len(batch.images))
 
 
 def save_model(run: Run, name: str) -> None:
@@ -289,7 +295,7 @@ def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], ti
 
 def describe_calibration(calibration: defect_maps.Calibration) -> str:
     n = len(calibration.good_scores)
-    if math.ceil((n + 1) * (1 - calibration.alpha)) <= n and not calibration.promised:
+    if not calibration.exchangeable:
         return f"threshold {calibration.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
     if calibration.promised:
         return f"threshold {calibration.threshold:.3f}: at most {calibration.alpha:.1%} false alarms, from {n} held-out good images."

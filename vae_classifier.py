@@ -24,7 +24,7 @@ from data_loader_supervised import four_flips
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
-from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, gaussian_kl, ink_of
+from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
 from vae_model import LOGVAR_RANGE, Down, ResidualBlock, conv_norm, fold_norms, kl_divergence
 
 KIND = "vae_classifier"
@@ -147,8 +147,9 @@ class VAEClassifier(nn.Module):
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
 
     def forward(self, images: Tensor) -> ClassifierOutput:
-        mu, logvar = self.encode(images)
-        detail = self.sample(*self.encode_detail(images))
+        profile = column_profile(images)
+        mu, logvar = self.encode(images, profile)
+        detail = self.sample(*self.encode_detail(images, profile))
         return ClassifierOutput(self.decode(self.sample(mu, logvar), detail), mu, logvar, self.head(mu))
 
 
@@ -217,7 +218,7 @@ class ClassifierLoss:
         if model.training:
             known = torch.where(torch.rand(n_drawn, 1, 1, device=known.device) < s.detail_dropout, expected.mean, known)
         reconstruction = model.decoder.draw(columns, known)
-        detail_nats = gaussian_kl(detail, expected).flatten(1).sum(1).mean()
+        detail_nats = kl_divergence(*detail, expected) * detail.mean[0].numel()
         found = {
             "reconstruction": reconstruction_error(reconstruction, drawn, model.error_scale, s.ssim_share).mean(),
             "kl": (kl_divergence(mu, logvar) * mu.shape[1] + detail_nats) / drawn[0, 0].numel(),
@@ -260,10 +261,11 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
     model.eval()
     parts: list[tuple[Tensor, ...]] = []
     for images in batches:
-        mu, _ = model.encode(images)
+        profile = column_profile(images)
+        mu, _ = model.encode(images, profile)
         logits = model.head(mu)
         views = view_log_probabilities(model, images, logits) if flips else F.log_softmax(logits.float(), 1)[None]
-        error = reconstruction_error(model.reconstruct(images, mu), model.target(images), model.error_scale, 0.0)
+        error = reconstruction_error(model.reconstruct(images, mu, profile), model.target(images), model.error_scale, 0.0)
         parts.append((mu.cpu(), views.transpose(0, 1).cpu(), picture_statistics(images).cpu(), error.cpu()))
     mu, views, pictures, errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return Encoded(mu, views.transpose(0, 1), pictures, errors, np.asarray(labels))

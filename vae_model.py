@@ -441,15 +441,19 @@ def feature_surprise(features: Tensor | None, feature_mu: Tensor | None, feature
 # ------------------------------------------------------------------------------------------------ loss
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats, mean over all latent variables of the batch.
+def kl_divergence(mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """KL(N(mu, exp(logvar)) || prior) in nats, mean over all latent variables of the batch.
 
-    Kingma & Welling 2014, appendix B: -1/2 (1 + logvar - mu^2 - exp(logvar)), divided by the number of
-    variables, so that one weight serves every latent size and image size.
+    The prior is N(0, 1), or normal with the mean and log-variance given.
+
+    Kingma & Welling 2014, appendix B, for the standard normal: -1/2 (1 + logvar - mu^2 - exp(logvar)), divided by the
+    number of variables, so that one weight serves every latent size and image size.
 
     >>> round(kl_divergence(torch.ones(1, 4), torch.zeros(1, 4)).item(), 6)
     0.5
     """
+    if prior is not None:  # the divergence stays when both are shifted and scaled alike, so that the prior becomes N(0, 1)
+        mu, logvar = (mu - prior[0]) * torch.exp(-0.5 * prior[1]), logvar - prior[1]
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
 

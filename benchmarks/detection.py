@@ -123,7 +123,7 @@ class Baseline:
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
     """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them."""
     folder = data_loader.MVTecFolder(settings.data_dir)
-    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device)) if settings.trim_frac else folder.train_good
+    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device))
     paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
     backbone = load_backbone(settings.backbone)
@@ -133,7 +133,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     baseline = Baseline(method, backbone, settings.smoothing_frac)
     scores, maps = zip(*(baseline.maps(batch) for batch in held.split(BATCH_SIZE)), strict=True)
     all_scores = itertools.chain.from_iterable(scores)
-    baseline.calibration = defect_maps.Calibration.of({}, all_scores, np.concatenate(maps), settings.target_false_alarms, settings.pixel_false_positives)
+    baseline.calibration = defect_maps.Calibration.of({}, all_scores, np.concatenate(maps), settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac)
     return baseline
 
 

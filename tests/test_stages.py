@@ -113,6 +113,8 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
         run = train_stage.prepare(settings)
         assert odd not in run.training.paths + run.held_paths and len(run.training.paths + run.held_paths) == 12
         assert f"{odd} is left out" in capsys.readouterr().err
+        calibration = train_stage.calibrated_detector(run).calibration
+        assert not calibration.promised and not calibration.at(0.5).promised and "no rate of false alarms is promised" in train_stage.describe_calibration(calibration)
         assert odd in (whole := train_stage.prepare(settings.replace(trim_frac=0.0))).training.paths + whole.held_paths
         with pytest.raises(config.UsageError, match="no --backbone none with --trim-frac"):
             train_stage.prepare(settings.replace(backbone="none"))
