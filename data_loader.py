@@ -626,7 +626,8 @@ class GoodImages:
         augment: ranges of the random changes (``config.TrainSettings`` is one).
         defect_share: share of samples that get a drawn defect, 0..1.
         seed: seed of all random choices.
-        n_variants: every image has so many random variants, which come round again; 0 for a new one in every epoch.
+        n_variants: every image has so many variants, which come round again; 0 for a new one in every epoch. The first is the image as it is:
+            what is interpolated and re-lit is a little softer than what is judged later.
 
     Attributes:
         paths: the readable ones; skipped: (path, reason) of the others.
@@ -684,7 +685,7 @@ class GoodImages:
         epoch, index = divmod(int(key), len(self))
         variant = epoch % self.n_variants if self.n_variants else epoch
         rng = np.random.default_rng((self.seed, variant, index))
-        clean = augment_image(self._image(index), self.augment, rng)
+        clean = augment_image(self._image(index), self.augment, rng) if variant else self._image(index)
         corrupted, mask = clean, np.zeros(clean.shape[:2], bool)
         if rng.random() < self.defect_share:
             donors = self.images if self.images is not None else ()

@@ -43,8 +43,8 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-MAPS = ("pixel", "ssim", "perceptual", "feature", "likelihood", "nearest", "bank")
-FEATURE_MAPS = {"feature", "likelihood", "nearest", "bank"}
+MAPS = ("pixel", "ssim", "perceptual", "feature", "deviation", "likelihood", "nearest", "bank")
+FEATURE_MAPS = {"feature", "deviation", "likelihood", "nearest", "bank"}
 """Maps that need no reconstruction in pixels."""
 
 
@@ -57,14 +57,15 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
     """
-    deviation = decorrelated(output, model) if {"likelihood", "nearest"}.intersection(names) else None
+    whitened = decorrelated(output, model) if {"likelihood", "nearest"}.intersection(names) else None
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
         "feature": lambda: resized(feature_error(output), images),
-        "likelihood": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
-        "nearest": lambda: resized(nearest_distance(deviation, model.prototypes), images),
+        "deviation": lambda: resized(feature_likelihood(deviation_of(output), model.tap_channels), images),
+        "likelihood": lambda: resized(feature_likelihood(whitened, model.tap_channels), images),
+        "nearest": lambda: resized(nearest_distance(whitened, model.prototypes), images),
         "bank": lambda: resized(nearest_distance(output.features, model.bank), images),
     }
     return {name: makers[name]().float() for name in names}
@@ -77,7 +78,7 @@ def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
 
 def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
     """Share of each map in the one that the image score is taken from: the fused one where none is asked for or possible."""
-    return _shares(settings, "score_", ("likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
+    return _shares(settings, "score_", ("deviation", "likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
 
 
 def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_features: bool) -> dict[str, float]:
@@ -91,14 +92,18 @@ def feature_error(output: DetailOutput) -> Tensor:
     return ((output.features - output.feature_mu) ** 2).mean(1, keepdim=True)
 
 
+def deviation_of(output: DetailOutput) -> Tensor:
+    """Errors of features in units of their predicted standard deviation, (B, C, H/8, W/8)."""
+    return deviations(output.features, output.feature_mu, output.feature_logvar)
+
+
 def decorrelated(output: DetailOutput, model: DetailVAE) -> Tensor:
-    """Errors of features in units of their predicted standard deviation, decorrelated, (B, C, H/8, W/8); see ``DetailVAE.fit_deviations``."""
-    deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
-    return F.conv2d(deviation, model.whitening[:, :, None, None])
+    """The same, decorrelated; see ``DetailVAE.fit_deviations``."""
+    return F.conv2d(deviation_of(output), model.whitening[:, :, None, None])
 
 
 def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
-    """Root of the mean Gaussian exponent of decorrelated deviations (B, C, h, w) within each tap, averaged over taps, (B, 1, h, w).
+    """Root of the mean Gaussian exponent of deviations (B, C, h, w), decorrelated or not, within each tap, averaged over taps, (B, 1, h, w).
 
     About 1 where features deviate as they do on good images; every tap counts alike, however many channels it has.
     """
@@ -293,16 +298,7 @@ class Detector:
     def _view_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
-        return {name: np.stack([self._refined(name, each) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
-
-    def _refined(self, name: str, defect_map: np.ndarray) -> np.ndarray:
-        """A raw map (H, W), refined; feature maps relative to the whole image's median, which light and sharpness move as a whole."""
-        refined = refine(defect_map, self.maps.smoothing_frac, self.maps.closing_frac)
-        return refined if self.resize == "tile" else self._centred(name, refined)
-
-    @staticmethod
-    def _centred(name: str, refined: np.ndarray) -> np.ndarray:
-        return refined - np.median(refined) if name in FEATURE_MAPS else refined
+        return {name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
@@ -375,7 +371,7 @@ class Detector:
             for name, each in found.items():
                 for of_tile, corner in zip(each, some, strict=True):
                     blends[name].add(of_tile, *corner)
-        whole = {name: self._centred(name, blend.mean()) for name, blend in blends.items()}
+        whole = {name: blend.mean() for name, blend in blends.items()}
         reconstruction = whole.pop("reconstruction", None)
         return whole, reconstruction
 

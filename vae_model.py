@@ -457,29 +457,43 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | Non
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
 
-def gaussian_nll(squared_error: Tensor, logvar: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats of a Gaussian with that log-variance, without the constant.
+def gaussian_nll(squared_error: Tensor, logvar: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood in nats of a Gaussian with that log-variance, (B, C, H, W) both, without the constant.
 
-    Kendall & Gal 2017, eq. 5. The caller detaches the error where only the variance is to learn from it.
+    Kendall & Gal 2017, eq. 5. The caller detaches the error where only the variance is to learn from it. ``weight``
+    (B, 1, H, W), of 0 and 1, says which places count; where none does, this is 0.
     """
-    return 0.5 * (logvar + squared_error * torch.exp(-logvar)).mean()
+    nats = 0.5 * (logvar + squared_error * torch.exp(-logvar))
+    return nats.mean() if weight is None else (nats.mean(1, keepdim=True) * weight).sum() / weight.sum().clamp_min(1)
 
 
-def corrupt_features(features: Tensor, noise: float, paste_probability: float) -> Tensor:
-    """Features (B, C, h, w) with uniform noise and, in some images, a rectangle pasted from another image.
+def sound_places(defect_mask: Tensor, pasted: Tensor) -> Tensor:
+    """1 where features see nothing of a drawn defect (B, 1, H, W) nor of what was ``pasted`` (B, 1, h, w), else 0; (B, 1, h, w).
+
+    The predicted variance is to tell how much good parts vary: learned from defects too, it grows wherever one was drawn, and
+    faint real ones drown in it. A place sees its surroundings, so two more on each side are left out.
+    """
+    drawn = F.adaptive_max_pool2d(defect_mask.to(pasted), pasted.shape[-2:])
+    return 1 - F.max_pool2d(torch.maximum(drawn, pasted), 5, 1, 2)
+
+
+def corrupt_features(features: Tensor, noise: float, paste_probability: float) -> tuple[Tensor, Tensor]:
+    """Features (B, C, h, w) with uniform noise and, in some images, a rectangle pasted from another image; and where, (B, 1, h, w) of 0 and 1.
 
     ``noise`` is a standard deviation (uniform, because Gaussian numbers cost a sixth of a training step on CPU).
 
     The decoder still has to predict the clean features: the latents learn to leave out what does not belong.
     """
     seen = features + noise * (12**0.5) * (torch.rand_like(features) - 0.5)
+    pasted = torch.zeros_like(features[:, :1])
     batch, _, height, width = features.shape
     for index in torch.nonzero(torch.rand(batch) < paste_probability).flatten().tolist():
         h, w = (int(torch.randint(1, max(2, side // 4) + 1, ())) for side in (height, width))
         (y, x), (from_y, from_x) = ((int(torch.randint(0, height - h + 1, ())), int(torch.randint(0, width - w + 1, ()))) for _ in range(2))
         donor = int(torch.randint(0, batch, ()))
         seen[index, :, y : y + h, x : x + w] = features[donor, :, from_y : from_y + h, from_x : from_x + w]
-    return seen
+        pasted[index, :, y : y + h, x : x + w] = 1
+    return seen, pasted
 
 
 class DetailLoss:
@@ -512,16 +526,18 @@ class DetailLoss:
         """
         clean = model.grid_features(images) if clean is None else clean
         actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
-        seen = self._corrupt(actual) if model.training else actual
+        seen, pasted = self._corrupt(actual) if model.training else (actual, None)
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
         surprise = feature_surprise(actual, feature_mu, feature_logvar, trunk)
-        terms = self._pixel_terms(*self._paint(model, trunk, images, corrupted, surprise, defect_mask))
+        drawn_from = trunk if clean is None else trunk.detach()  # what the latents hold is for the features to say: pixels would draw it off
+        terms = self._pixel_terms(*self._paint(model, drawn_from, images, corrupted, surprise, defect_mask))
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
             error = (clean - feature_mu) ** 2
-            terms["feature"], terms["feature_nll"] = error.mean(), gaussian_nll(error.detach(), feature_logvar)
+            sound = None if defect_mask is None or pasted is None else sound_places(defect_mask, pasted)
+            terms["feature"], terms["feature_nll"] = error.mean(), gaussian_nll(error.detach(), feature_logvar, sound)
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
@@ -534,8 +550,8 @@ class DetailLoss:
         weight = 1 + self.settings.repair_weight * cut(defect_mask, windows, FEATURE_STRIDE).to(images.device)
         return painting, cut(images, windows, FEATURE_STRIDE), weight
 
-    def _corrupt(self, features: Tensor | None) -> Tensor | None:
-        return None if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
+    def _corrupt(self, features: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
 
     def _pixel_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""

@@ -527,7 +527,7 @@ def test_samples_depend_on_seed_epoch_and_index_only(good_images):
     forward, backward = [dataset[key] for key in keys], [again[key] for key in reversed(keys)]
     assert all(same(a, b) for a, b in zip(forward, reversed(backward), strict=True))
     assert not torch.equal(dataset[2].images, dataset[7].images), "another epoch, another augmentation"
-    assert not torch.equal(dataset[2].images, good_images(seed=4)[2].images)
+    assert not torch.equal(dataset[7].images, good_images(seed=4)[7].images)
 
 
 def test_a_limited_number_of_variants_comes_round_again(good_images):
@@ -536,6 +536,14 @@ def test_a_limited_number_of_variants_comes_round_again(good_images):
     assert same(first, third) and (first.key, second.key, third.key) == (3, 8, 3)
     assert not torch.equal(first.images, second.images)
     assert good_images()[3 + 10].key == 13, "without a limit every epoch is new"
+
+
+def test_the_first_variant_is_the_image_as_it_is(good_images):
+    dataset = good_images(n_variants=3, defect_share=0.0)
+    (whole,) = dataset.plain_batches(5)
+    for index in range(5):
+        assert torch.equal(dataset[index].images, whole[index]) and torch.equal(dataset[15 + index].images, whole[index])
+        assert not torch.equal(dataset[5 + index].images, whole[index])
 
 
 def test_without_memory_files_are_read_again(good_images, monkeypatch):

@@ -57,6 +57,38 @@ def test_gaussian_nll_is_that_of_torch_distributions_up_to_the_constant():
     torch.testing.assert_close(gaussian_nll((x - mean) ** 2, logvar), expected)
 
 
+def test_places_of_no_weight_do_not_count_in_the_likelihood():
+    squared, logvar = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    weight = torch.zeros(2, 1, 4, 4)
+    assert gaussian_nll(squared, logvar, weight).item() == 0.0
+    weight[:, :, :2] = 1.0
+    torch.testing.assert_close(gaussian_nll(squared, logvar, weight), gaussian_nll(squared[:, :, :2], logvar[:, :, :2]))
+
+
+def test_the_sound_places_are_those_that_see_nothing_of_a_drawn_defect():
+    mask, pasted = torch.zeros(1, 1, 96, 96), torch.zeros(1, 1, 12, 12)
+    mask[0, 0, 44, 52], pasted[0, 0, 9, 0] = 1.0, 1.0
+    sound = vae_model.sound_places(mask, pasted)[0, 0]
+    touched = torch.zeros(12, 12, dtype=torch.bool)
+    touched[3:8, 4:9] = touched[7:12, :3] = True
+    assert torch.equal(sound == 0, touched)
+
+
+def test_drawn_defects_do_not_teach_the_predicted_variance(make_model):
+    model, images = shake(make_model("efficientnet_lite0")).train(), smooth_images(2, 96, 96)
+    mask = torch.zeros(2, 1, 96, 96)
+    mask[:, :, 40:48, 40:48] = 1.0
+    damaged, clean = torch.where(mask > 0, 1 - images, images), model.grid_features(images)
+    far_off = clean + 100.0 * (1 - vae_model.sound_places(mask, torch.zeros_like(clean[:, :1])))
+
+    def likelihood(aim, defect_mask):
+        torch.manual_seed(0)
+        return DetailLoss(LOSS.replace(feature_paste=0.0), None)(model, images, damaged, 1.0, defect_mask, aim)["feature_nll"].item()
+
+    assert likelihood(far_off, mask) == pytest.approx(likelihood(clean, mask), rel=1e-5)
+    assert likelihood(far_off, torch.zeros_like(mask)) > likelihood(clean, torch.zeros_like(mask)) + 1.0
+
+
 def test_the_sample_has_the_mean_and_spread_it_was_given(make_model):
     model = make_model().train()
     mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
@@ -395,8 +427,9 @@ def test_corrupted_features_keep_shape_and_change_by_the_noise():
     torch.manual_seed(0)
     features = torch.randn(4, 5, 12, 16)
     kept = features.clone()
-    assert torch.equal(corrupt_features(features, 0.0, 0.0), features)
-    noisy = corrupt_features(features, 0.3, 0.0)
+    assert torch.equal(corrupt_features(features, 0.0, 0.0)[0], features)
+    noisy, pasted = corrupt_features(features, 0.3, 0.0)
+    assert not pasted.any()
     assert noisy.shape == features.shape and (noisy - features).std().item() == pytest.approx(0.3, rel=0.05)
     assert torch.equal(features, kept)
 
@@ -406,9 +439,10 @@ def test_pasted_features_are_a_rectangle_from_some_image_of_the_batch():
     features = torch.arange(3 * 8 * 12, dtype=torch.float32).view(3, 1, 8, 12).repeat(1, 2, 1, 1)
     n_changed = 0
     for _ in range(40):
-        seen = corrupt_features(features, 0.0, 1.0)
-        for image, original in zip(seen, features, strict=True):
+        seen, pasted = corrupt_features(features, 0.0, 1.0)
+        for image, original, where in zip(seen, features, pasted[:, 0], strict=True):
             changed = (image != original).any(0)
+            assert where[changed].all() and torch.equal(image[:, where == 0], original[:, where == 0]) and where.any()
             rows, columns = torch.nonzero(changed.any(1)).flatten(), torch.nonzero(changed.any(0)).flatten()
             if not len(rows):
                 continue  # pasted onto itself
@@ -420,7 +454,7 @@ def test_pasted_features_are_a_rectangle_from_some_image_of_the_batch():
             assert torch.equal(patch, features[source, 0, y : y + patch.shape[0], x : x + patch.shape[1]])
     assert n_changed > 60
     torch.manual_seed(0)
-    share = np.mean([(corrupt_features(features, 0.0, 0.25) != features).flatten(1).any(1).float().mean() for _ in range(200)])
+    share = np.mean([(corrupt_features(features, 0.0, 0.25)[0] != features).flatten(1).any(1).float().mean() for _ in range(200)])
     assert 0.15 < share < 0.3
 
 
