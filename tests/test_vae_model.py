@@ -89,6 +89,15 @@ def test_drawn_defects_do_not_teach_the_predicted_variance(make_model):
     assert likelihood(far_off, torch.zeros_like(mask)) > likelihood(clean, torch.zeros_like(mask)) + 1.0
 
 
+@pytest.mark.parametrize(("backbone", "taught"), [("efficientnet_lite0", False), ("none", True)])
+def test_pixels_teach_the_latents_only_where_there_are_no_features(make_model, backbone, taught):
+    model, images = shake(make_model(backbone)).train(), smooth_images(2)
+    DetailLoss(LOSS, None)(model, images, images, 1.0)["painted"].backward()
+    gradient = model.from_detail.weight.grad
+    assert (gradient is not None and bool(gradient.any())) == taught
+    assert model.up4.reduce[0].weight.grad.any()
+
+
 def test_the_sample_has_the_mean_and_spread_it_was_given(make_model):
     model = make_model().train()
     mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
