@@ -98,7 +98,7 @@ def deviation_of(output: DetailOutput) -> Tensor:
 
 
 def decorrelated(output: DetailOutput, model: DetailVAE) -> Tensor:
-    """The same, decorrelated; see ``DetailVAE.fit_deviations``."""
+    """``deviation_of`` the output, decorrelated, (B, C, H/8, W/8); see ``DetailVAE.fit_deviations``."""
     return F.conv2d(deviation_of(output), model.whitening[:, :, None, None])
 
 

@@ -5,7 +5,8 @@ stem) and leads through residual blocks to two latents: ``z`` (a vector: pose, l
 ``z_detail`` (a map, one place for every 32 px: what is where). From these latents alone the decoder predicts
 the features *and how sure it is of each* (a log-variance). A second branch goes on to pixels, with
 detail-enhancement layers and skip connections from the pixel stem. Each skip passes a gate that closes where
-the features came as a surprise, so that a defect is not copied through the skip into the reconstruction.
+the features came as a surprise, so that a defect is not copied through the skip into the reconstruction. Its
+gradient stops at what both branches share: the latents learn from features alone, where there are any.
 """
 
 from __future__ import annotations
@@ -531,7 +532,7 @@ class DetailLoss:
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
         surprise = feature_surprise(actual, feature_mu, feature_logvar, trunk)
-        drawn_from = trunk if clean is None else trunk.detach()  # what the latents hold is for the features to say: pixels would draw it off
+        drawn_from = trunk if clean is None else trunk.detach()  # pixels' gradients made the latents predict features worse
         terms = self._pixel_terms(*self._paint(model, drawn_from, images, corrupted, surprise, defect_mask))
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
