@@ -57,13 +57,14 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
     """
-    whitened = decorrelated(output, model) if {"likelihood", "nearest"}.intersection(names) else None
+    deviation = deviation_of(output) if {"deviation", "likelihood", "nearest"}.intersection(names) else None
+    whitened = decorrelated(deviation, model) if {"likelihood", "nearest"}.intersection(names) else None
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
         "feature": lambda: resized(feature_error(output), images),
-        "deviation": lambda: resized(feature_likelihood(deviation_of(output), model.tap_channels), images),
+        "deviation": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
         "likelihood": lambda: resized(feature_likelihood(whitened, model.tap_channels), images),
         "nearest": lambda: resized(nearest_distance(whitened, model.prototypes), images),
         "bank": lambda: resized(nearest_distance(output.features, model.bank), images),
@@ -97,9 +98,9 @@ def deviation_of(output: DetailOutput) -> Tensor:
     return deviations(output.features, output.feature_mu, output.feature_logvar)
 
 
-def decorrelated(output: DetailOutput, model: DetailVAE) -> Tensor:
-    """``deviation_of`` the output, decorrelated, (B, C, H/8, W/8); see ``DetailVAE.fit_deviations``."""
-    return F.conv2d(deviation_of(output), model.whitening[:, :, None, None])
+def decorrelated(deviation: Tensor, model: DetailVAE) -> Tensor:
+    """Deviations (B, C, h, w) decorrelated, of the same shape; see ``DetailVAE.fit_deviations``."""
+    return F.conv2d(deviation, model.whitening[:, :, None, None])
 
 
 def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
