@@ -166,6 +166,7 @@ class ModelSettings(Settings):
     base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
     skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
     skip_noise: float = setting(0.05, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
+    segmentation: bool = setting(True, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing learns from it, and without drawn defects there is none.")
     backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
 
 
@@ -185,6 +186,7 @@ class LossSettings(Settings):
     pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
     pixel_crop_px: int = setting(64, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
     pixel_share: float = setting(1.0, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
+    segmentation_weight: float = setting(1.0, "Weight of the cross-entropy that trains the head that outlines defects.", minimum=0.0)
     repair_weight: float = setting(10.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
@@ -199,6 +201,7 @@ class MapSettings(Settings):
     map_deviation: float = setting(0.0, "Share of the features' error over its predicted standard deviation, every channel for itself.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
     map_nearest: float = setting(0.0, "Share of the distance of the features' deviations to the nearest ones seen on training images.", minimum=0.0)
+    map_segmentation: float = setting(3.0, "Share of the map of where the head trained on drawn defects sees one.", minimum=0.0)
     map_bank: float = setting(1.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0)
     score_deviation: float = setting(0.0, "Share of the plain deviation in the map that the image score is taken from.", minimum=0.0)
     score_likelihood: float = setting(0.0, "Share of the likelihood in the map that the image score is taken from; where all four shares are 0, or without a backbone, that is the fused map.", minimum=0.0)

@@ -9,7 +9,7 @@ from any seen on training images. It says how unusual an image is, the fused map
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from vae_model import (
     fold_norms,
     resized,
     rows_of,
+    tap_roots,
 )
 
 TILES_AT_ONCE = 8
@@ -43,9 +44,11 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-MAPS = ("pixel", "ssim", "perceptual", "feature", "deviation", "likelihood", "nearest", "bank")
+MAPS = ("pixel", "ssim", "perceptual", "segmentation", "feature", "deviation", "likelihood", "nearest", "bank")
 FEATURE_MAPS = {"feature", "deviation", "likelihood", "nearest", "bank"}
 """Maps that need no reconstruction in pixels."""
+RARE_ODDS = 0.02
+"""Odds of a defect below which the map of the head that outlines them is near 0; it is log(1 + odds / RARE_ODDS)."""
 
 
 def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
@@ -63,6 +66,7 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
+        "segmentation": lambda: F.softplus(output.defect_logits - math.log(RARE_ODDS)),
         "feature": lambda: resized(feature_error(output), images),
         "deviation": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
         "likelihood": lambda: resized(feature_likelihood(whitened, model.tap_channels), images),
@@ -72,18 +76,24 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
     return {name: makers[name]().float() for name in names}
 
 
-def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
-    """Share of each map in the fused one, of those above 0; feature maps fall back to pixels without a backbone."""
-    return _shares(settings, "map_", MAPS, has_features) or {"pixel": 0.5, "ssim": 0.5}
+def possible_maps(model: DetailVAE) -> list[str]:
+    """Those of ``MAPS`` that a model has what it takes for: a backbone, a head that outlines defects."""
+    return [name for name in MAPS if (model.n_features or name not in FEATURE_MAPS) and (model.defect_head is not None or name != "segmentation")]
 
 
-def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
+def map_shares(settings: MapSettings, possible: Collection[str] = MAPS) -> dict[str, float]:
+    """Share of each map in the fused one, of those possible and above 0; where there are none, those of the reconstruction."""
+    return _shares(settings, "map_", possible) or {"pixel": 0.5, "ssim": 0.5}
+
+
+def score_shares(settings: MapSettings, possible: Collection[str] = MAPS) -> dict[str, float]:
     """Share of each map in the one that the image score is taken from: the fused one where none is asked for or possible."""
-    return _shares(settings, "score_", ("deviation", "likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
+    scored = [name for name in ("deviation", "likelihood", "nearest", "bank") if name in possible]
+    return _shares(settings, "score_", scored) or map_shares(settings, possible)
 
 
-def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_features: bool) -> dict[str, float]:
-    shares = {name: getattr(settings, prefix + name) for name in names if has_features or name not in FEATURE_MAPS}
+def _shares(settings: MapSettings, prefix: str, names: Iterable[str]) -> dict[str, float]:
+    shares = {name: getattr(settings, prefix + name) for name in names}
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items() if share > 0}
 
@@ -108,7 +118,7 @@ def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor
 
     About 1 where features deviate as they do on good images; every tap counts alike, however many channels it has.
     """
-    return torch.stack([(tap**2).mean(1, keepdim=True).sqrt() for tap in deviation.split(list(tap_channels), 1)]).mean(0)
+    return tap_roots(deviation, tap_channels).mean(1, keepdim=True)
 
 
 def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
@@ -264,12 +274,12 @@ class Detector:
     @property
     def fused(self) -> dict[str, float]:
         """Maps that make the defect map, and their shares."""
-        return map_shares(self.maps, self.model.n_features > 0)
+        return map_shares(self.maps, possible_maps(self.model))
 
     @property
     def scored(self) -> dict[str, float]:
         """Maps that make the image score, and their shares."""
-        return score_shares(self.maps, self.model.n_features > 0)
+        return score_shares(self.maps, possible_maps(self.model))
 
     def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
         """What the model says of images (B, 3, H, W); painted where the named maps need it or ``paint`` asks for it."""

@@ -87,6 +87,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
 
 def prepare(settings: config.TrainSettings) -> Run:
     """Read the data, split off the held-out images, build the model."""
+    settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device)
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)

@@ -6,7 +6,8 @@ stem) and leads through residual blocks to two latents: ``z`` (a vector: pose, l
 the features *and how sure it is of each* (a log-variance). A second branch goes on to pixels, with
 detail-enhancement layers and skip connections from the pixel stem. Each skip passes a gate that closes where
 the features came as a surprise, so that a defect is not copied through the skip into the reconstruction. Its
-gradient stops at what both branches share: the latents learn from features alone, where there are any.
+gradient stops at what both branches share: the latents learn from features alone, where there are any. A head
+that no other part learns from outlines defects, from all that the model says of an image.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class DetailOutput(NamedTuple):
 
     vae: VAEOutput
     pixel_logvar: Tensor | None  # (B, 1, H, W), None where the pixel branch did not run
+    defect_logits: Tensor | None  # (B, 1, H, W) log-odds of a defect, None there too and without the head
     features: Tensor | None  # (B, C, H/8, W/8) standardised features of the input
     feature_mu: Tensor | None  # (B, C, H/8, W/8) predicted from the latents alone
     feature_logvar: Tensor | None  # (B, C, H/8, W/8)
@@ -173,6 +175,34 @@ class ImageSkip(nn.Module):
         return painted + openness * (images - painted)
 
 
+class DefectHead(nn.Module):
+    """Log-odds of a defect at every pixel: a small U-Net (Ronneberger et al. 2015) over all that the model says of an image.
+
+    It learns from drawn defects, as the second network of DRAEM does (Zavrtanik et al. 2021).
+
+    Args:
+        n_taps: taps of the backbone, whose deviations enter at stride 8.
+        width: channels at half resolution.
+    """
+
+    def __init__(self, n_taps: int, width: int):
+        super().__init__()
+        self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv_norm(4 * 9, width), nn.SiLU(), ResidualBlock(width))
+        self.down4, self.down8 = Down(width, 3 * width // 2), Down(3 * width // 2, 2 * width)
+        self.join = nn.Sequential(conv_norm(2 * width + n_taps, 2 * width), nn.SiLU(), ResidualBlock(2 * width))
+        self.up4, self.up2 = Up(2 * width, 3 * width // 2), Up(3 * width // 2, width)
+        self.leave = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, images: Tensor, painting: Painting, taps: Tensor) -> Tensor:
+        """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and ``tap_deviations`` (B, n_taps, H/8, W/8)."""
+        residual = painting.reconstruction - images
+        likely = ((painting.painted - images) * torch.exp(-0.5 * painting.logvar)).clamp(-10, 10)
+        x2 = self.enter(torch.cat([images - 0.5, 10 * residual, likely], 1))
+        x4 = self.down4(x2)
+        x = self.join(torch.cat([self.down8(x4), taps.clamp_min(0.01).log()], 1))
+        return self.leave(self.up2(self.up4(x) + x4) + x2)
+
+
 def ceiling(surprise: Tensor) -> Tensor:
     """How far a skip may open at most, in (0, 1): near 1 where features are as expected, near 0 where they surprise."""
     return torch.sigmoid(GATE_SHARPNESS * (GATE_LEVEL - surprise))
@@ -205,6 +235,7 @@ class DetailVAE(nn.Module):
         self._hold_backbone(settings.backbone, backbone_weights)
         self._build_encoder()
         self._build_decoder()
+        self.defect_head = DefectHead(len(self.tap_channels), 2 * width) if settings.segmentation else None
 
     def _hold_backbone(self, name: str, weights: str) -> None:
         backbone = None if name == "none" else load_backbone(name, weights)
@@ -355,20 +386,21 @@ class DetailVAE(nn.Module):
 
         Args:
             features: their standardised features, where already computed; without painting, images are not needed then.
-            paint: run the pixel branch; without it reconstruction and pixel_logvar are None, for half the time.
+            paint: run the pixel branch; without it reconstruction, pixel_logvar and defect_logits are None, for half the time.
         """
         features = self.grid_features(images) if features is None else features
         mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
         trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
-        output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, features, feature_mu, feature_logvar, trunk)
+        output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, None, features, feature_mu, feature_logvar, trunk)
         return self.paint(images, output) if paint else output
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
-        """What ``describe`` said of these images without painting, with reconstruction and pixel_logvar."""
-        surprise = feature_surprise(output.features, output.feature_mu, output.feature_logvar, output.trunk)
-        reconstruction, _, pixel_logvar = self.decode_pixels(output.trunk, images, surprise)
-        return output._replace(vae=output.vae._replace(reconstruction=reconstruction), pixel_logvar=pixel_logvar)
+        """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
+        told = output.features, output.feature_mu, output.feature_logvar
+        painting = self.decode_pixels(output.trunk, images, feature_surprise(*told, output.trunk))
+        defect_logits = self.defect_head and self.defect_head(images, painting, tap_deviations(*told, self.tap_channels, output.trunk))
+        return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
 
     def forward(self, images: Tensor) -> VAEOutput:
         return self.describe(images).vae
@@ -437,6 +469,17 @@ def feature_surprise(features: Tensor | None, feature_mu: Tensor | None, feature
         return torch.zeros_like(like[:, :1])
     with torch.no_grad():
         return torch.log1p((deviations(features, feature_mu, feature_logvar) ** 2).mean(1, keepdim=True))
+
+
+@torch.no_grad()
+def tap_deviations(features: Tensor | None, feature_mu: Tensor | None, feature_logvar: Tensor | None, tap_channels: Sequence[int], like: Tensor) -> Tensor:
+    """Root mean square of the deviations within each tap of the backbone, (B, n_taps, H/8, W/8), no gradient."""
+    return like[:, :0] if features is None else tap_roots(deviations(features, feature_mu, feature_logvar), tap_channels)
+
+
+def tap_roots(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
+    """Root of the mean square of the channels of each tap, (B, n_taps, h, w) of (B, C, h, w)."""
+    return torch.cat([(tap**2).mean(1, keepdim=True).sqrt() for tap in deviation.split(list(tap_channels), 1)], 1)
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -531,9 +574,8 @@ class DetailLoss:
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
-        surprise = feature_surprise(actual, feature_mu, feature_logvar, trunk)
         drawn_from = trunk if clean is None else trunk.detach()  # pixels' gradients made the latents predict features worse
-        terms = self._pixel_terms(*self._paint(model, drawn_from, images, corrupted, surprise, defect_mask))
+        terms = self._pixel_terms(model, drawn_from, images, corrupted, (actual, feature_mu, feature_logvar), defect_mask)
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
             error = (clean - feature_mu) ** 2
@@ -542,19 +584,25 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
-    def _paint(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, surprise: Tensor, defect_mask: Tensor | None) -> tuple[Painting, Tensor, Tensor]:
-        """(painting, target, weight of each pixel): crops in training, else whole images."""
-        if not model.training or defect_mask is None:
-            return model.decode_pixels(trunk, corrupted, surprise), images, torch.ones_like(images[:, :1])
-        windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
-        painting = model.decode_pixels(cut(trunk, windows, 1), cut(corrupted, windows, FEATURE_STRIDE), cut(surprise, windows, 1))
-        weight = 1 + self.settings.repair_weight * cut(defect_mask, windows, FEATURE_STRIDE).to(images.device)
-        return painting, cut(images, windows, FEATURE_STRIDE), weight
-
     def _corrupt(self, features: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
 
-    def _pixel_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def _pixel_terms(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, told: tuple[Tensor | None, ...], defect_mask: Tensor | None) -> dict[str, Tensor]:
+        """What is painted, on crops in training, else on whole images; ``told``: features, their prediction and its log-variance."""
+        surprise, taps = feature_surprise(*told, trunk), tap_deviations(*told, model.tap_channels, trunk)
+        if model.training and defect_mask is not None:
+            windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
+            trunk, surprise, taps = (cut(each, windows, 1) for each in (trunk, surprise, taps))
+            images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
+        painting = model.decode_pixels(trunk, corrupted, surprise)
+        weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
+        terms = self._painted_terms(painting, images, weight)
+        if defect_mask is not None and model.defect_head is not None:
+            logits = model.defect_head(corrupted, Painting(*(each.detach() for each in painting)), taps)
+            terms["segmentation"] = F.binary_cross_entropy_with_logits(logits, defect_mask)
+        return terms
+
+    def _painted_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
         scale = (weight / weight.mean()).sqrt()
 
@@ -582,6 +630,7 @@ class DetailLoss:
             "feature": s.feature_weight,
             "feature_nll": s.likelihood_weight,
             "pixel_nll": s.pixel_likelihood_weight,
+            "segmentation": s.segmentation_weight,
         }
         return sum(weights[name] * term for name, term in terms.items())
 

@@ -129,25 +129,33 @@ def test_smoothing_is_a_gaussian_of_that_share_of_the_longer_side():
 
 
 def test_shares_add_up_and_fall_back_to_pixels():
-    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
-    assert map_shares(settings, True) == pytest.approx({"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125})
-    assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
-    only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
-    assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
-    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0)
-    assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
+    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_segmentation=1.0, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
+    pixels = ("pixel", "ssim", "perceptual")
+    assert map_shares(settings) == pytest.approx({"pixel": 0.2, "perceptual": 0.1, "segmentation": 0.2, "feature": 0.4, "likelihood": 0.1})
+    assert map_shares(settings, pixels) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
+    only_features = settings.replace(map_pixel=0.0, map_perceptual=0.0)
+    assert map_shares(only_features, pixels) == {"pixel": 0.5, "ssim": 0.5}
+    nothing = only_features.replace(map_segmentation=0.0, map_feature=0.0, map_likelihood=0.0)
+    assert map_shares(nothing) == {"pixel": 0.5, "ssim": 0.5}
     scored = settings.replace(score_likelihood=0.0, score_nearest=1.0, score_bank=3.0)
-    assert score_shares(scored, True) == {"nearest": 0.25, "bank": 0.75}
-    assert score_shares(scored, False) == map_shares(settings, False)
-    assert score_shares(settings.replace(score_nearest=0.0, score_bank=0.0), True) == map_shares(settings, True)
+    assert score_shares(scored) == {"nearest": 0.25, "bank": 0.75}
+    assert score_shares(scored, pixels) == map_shares(settings, pixels)
+    assert score_shares(settings.replace(score_nearest=0.0, score_bank=0.0)) == map_shares(settings)
+
+
+def test_the_possible_maps_are_those_that_the_model_has_what_it_takes_for(make_model):
+    pixels = ["pixel", "ssim", "perceptual"]
+    assert defect_maps.possible_maps(make_model("efficientnet_lite0")) == list(defect_maps.MAPS)
+    assert defect_maps.possible_maps(make_model()) == [*pixels, "segmentation"]
+    assert defect_maps.possible_maps(make_model(segmentation=False)) == pixels
 
 
 # ------------------------------------------------------------------------------------------- maps of a network
 
 NEAREST_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 1.0, "score_bank": 0.0}
 FUSED_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 0.0, "score_bank": 0.0}
-PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
-ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
+PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_segmentation=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+ALL = PIXELS.replace(map_segmentation=1.0, map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
 
 
 def good_images(n, seed=0, side=64):
@@ -188,6 +196,7 @@ def test_raw_maps_are_what_their_names_say(make_model):
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
     torch.testing.assert_close(maps["perceptual"], (reconstruction - images).abs().amax(1, keepdim=True))
+    torch.testing.assert_close(maps["segmentation"], torch.log(1 + told.defect_logits.exp() / 0.02))
     error = told.features - told.feature_mu
     taps = (error**2 / told.feature_logvar.exp()).split([2, 4], 1)  # those of the stand-in
     coarse = {"feature": (error**2).mean(1), "deviation": sum(tap.mean(1).sqrt() for tap in taps) / 2, "bank": defect_maps.nearest_distance(told.features, model.bank)}
@@ -381,7 +390,7 @@ def trained(model, n_steps=12):
 
 @pytest.mark.parametrize(("backbone", "skips"), [("none", False), ("efficientnet_lite0", True)])
 def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
-    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01, map_feature=1.0)
+    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01, map_feature=1.0, map_segmentation=0.0)
     detector = detector_of(trained(make_model(backbone, skips=skips)), maps, n_good=19)
     damaged = good_images(2, seed=8)
     damaged[0, :, 16:28, 36:48] = 1.0

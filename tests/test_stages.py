@@ -386,6 +386,12 @@ def test_readme_commands_are_understood(words):
         config.parse(SCRIPTS[words[0]], "", words[1:])
 
 
+def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path):
+    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, drawn_defects=0.0))
+    assert detector.model.defect_head is None and "segmentation" not in detector.fused
+    assert np.isfinite(detector.detect(torch.rand(1, 3, 64, 64))[0].defect_map).all()
+
+
 def test_demo_is_used_when_no_data_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = train_stage.use_demo(config.TrainSettings(output_dir=str(tmp_path), batch_size=3))

@@ -98,6 +98,37 @@ def test_pixels_teach_the_latents_only_where_there_are_no_features(make_model, b
     assert model.up4.reduce[0].weight.grad.any()
 
 
+def test_the_head_that_outlines_defects_learns_from_the_drawn_ones_and_teaches_no_other_part(make_model):
+    """100 steps over dark squares, each drawn where the mask says so: at its end it sees those of further images."""
+    model = shake(make_model("efficientnet_lite0")).train()
+    optimizer, loss, rng = torch.optim.AdamW(model.defect_head.parameters(), lr=0.01), DetailLoss(LOSS.replace(pixel_crop_px=0), None), np.random.default_rng(0)
+
+    def damaged_batch(n):
+        images, mask = smooth_images(n), torch.zeros(n, 1, 64, 64)
+        for each in mask:
+            y, x = rng.integers(0, 52, 2)
+            each[:, y : y + 12, x : x + 12] = 1.0
+        return images, images * (1 - 0.7 * mask), mask
+
+    for _ in range(100):
+        images, damaged, mask = damaged_batch(4)
+        optimizer.zero_grad()
+        loss(model, images, damaged, 1.0, mask)["segmentation"].backward()
+        optimizer.step()
+    assert {name.split(".")[0] for name, each in model.named_parameters() if each.grad is not None} == {"defect_head"}
+    _, damaged, mask = damaged_batch(8)
+    logits = model.eval().describe(damaged).defect_logits
+    found = (logits > 0) == (mask > 0)
+    assert found[mask > 0].float().mean() > 0.9 and found[mask == 0].float().mean() > 0.98
+
+
+def test_without_the_head_nothing_is_outlined_and_its_term_is_gone(make_model):
+    model, images = make_model("efficientnet_lite0", segmentation=False).train(), smooth_images(2)
+    assert "segmentation" not in DetailLoss(LOSS, None)(model, images, images, 1.0, torch.zeros(2, 1, 64, 64))
+    assert model.describe(images).defect_logits is None
+    assert not [name for name in model.state_dict() if name.startswith("defect_head")]
+
+
 def test_the_sample_has_the_mean_and_spread_it_was_given(make_model):
     model = make_model().train()
     mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
@@ -511,6 +542,7 @@ WEIGHTS = {
     "feature_weight": "feature",
     "likelihood_weight": "feature_nll",
     "pixel_likelihood_weight": "pixel_nll",
+    "segmentation_weight": "segmentation",
 }
 
 
@@ -518,8 +550,9 @@ WEIGHTS = {
 def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
     model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     base = LossSettings()
-    plain = DetailLoss(base, Distance())(model, images, images, 0.5)
-    heavier = DetailLoss(base.replace(**{setting: getattr(base, setting) + 2.0}), Distance())(model, images, images, 0.5)
+    mask = mask_of(2, 64, 64, (0, 9, 9))
+    plain = DetailLoss(base, Distance())(model, images, images, 0.5, mask)
+    heavier = DetailLoss(base.replace(**{setting: getattr(base, setting) + 2.0}), Distance())(model, images, images, 0.5, mask)
     scale = 0.5 if "kl" in term else 1.0
     assert (heavier["total"] - plain["total"]).item() == pytest.approx(2.0 * scale * plain[term].item(), rel=1e-3)
     assert plain[term].item() != 0.0
