@@ -166,7 +166,7 @@ class ModelSettings(Settings):
     base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
     skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
     skip_noise: float = setting(0.05, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
-    segmentation: bool = setting(True, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing learns from it, and without drawn defects there is none.")
+    segmentation: bool = setting(False, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing else learns from it, and without drawn defects there is none.")
     backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
 
 
@@ -201,12 +201,12 @@ class MapSettings(Settings):
     map_deviation: float = setting(0.0, "Share of the features' error over its predicted standard deviation, every channel for itself.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
     map_nearest: float = setting(0.0, "Share of the distance of the features' deviations to the nearest ones seen on training images.", minimum=0.0)
-    map_segmentation: float = setting(3.0, "Share of the map of where the head trained on drawn defects sees one.", minimum=0.0)
     map_bank: float = setting(1.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0)
     score_deviation: float = setting(0.0, "Share of the plain deviation in the map that the image score is taken from.", minimum=0.0)
     score_likelihood: float = setting(0.0, "Share of the likelihood in the map that the image score is taken from; where all four shares are 0, or without a backbone, that is the fused map.", minimum=0.0)
     score_nearest: float = setting(1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0)
     score_bank: float = setting(1.0, "Share of the features' distance in the map that the image score is taken from.", minimum=0.0)
+    segmentation_gate: float = setting(0.75, "How far the head that outlines defects gates the fused map, where there is one: the map is multiplied by 1 - gate + gate * probability.", unit="fraction", minimum=0.0, maximum=1.0)
     map_flips: bool = setting(False, "Average every map over the mirrored views that training allows: slower in proportion.")
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)

@@ -9,7 +9,7 @@ from any seen on training images. It says how unusual an image is, the fused map
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,18 +44,16 @@ SCALE_QUANTILES = (0.5, 0.999)
 # ------------------------------------------------------------------------------------------------ maps
 
 
-MAPS = ("pixel", "ssim", "perceptual", "segmentation", "feature", "deviation", "likelihood", "nearest", "bank")
+MAPS = ("pixel", "ssim", "perceptual", "feature", "deviation", "likelihood", "nearest", "bank")
 FEATURE_MAPS = {"feature", "deviation", "likelihood", "nearest", "bank"}
 """Maps that need no reconstruction in pixels."""
-RARE_ODDS = 0.02
-"""Odds of a defect below which the map of the head that outlines them is near 0; it is log(1 + odds / RARE_ODDS)."""
 
 
 def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
     """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
-        names: of ``MAPS``, which are ``MapSettings.map_*`` without the prefix.
+        names: of ``MAPS``, which are ``MapSettings.map_*`` without the prefix, or "segmentation", the probability of a defect.
         images: (B, 3, H, W) in [0, 1].
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
@@ -66,7 +64,7 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
         "ssim": lambda: (1 - ssim_map(output.vae.reconstruction, images, data_range=1.0)).clamp_min(0),
         "perceptual": lambda: perceptual.distance_map(output.vae.reconstruction, images),
-        "segmentation": lambda: F.softplus(output.defect_logits - math.log(RARE_ODDS)),
+        "segmentation": lambda: torch.sigmoid(output.defect_logits),
         "feature": lambda: resized(feature_error(output), images),
         "deviation": lambda: resized(feature_likelihood(deviation, model.tap_channels), images),
         "likelihood": lambda: resized(feature_likelihood(whitened, model.tap_channels), images),
@@ -76,24 +74,18 @@ def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: Det
     return {name: makers[name]().float() for name in names}
 
 
-def possible_maps(model: DetailVAE) -> list[str]:
-    """Those of ``MAPS`` that a model has what it takes for: a backbone, a head that outlines defects."""
-    return [name for name in MAPS if (model.n_features or name not in FEATURE_MAPS) and (model.defect_head is not None or name != "segmentation")]
+def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
+    """Share of each map in the fused one, of those above 0; feature maps fall back to pixels without a backbone."""
+    return _shares(settings, "map_", MAPS, has_features) or {"pixel": 0.5, "ssim": 0.5}
 
 
-def map_shares(settings: MapSettings, possible: Collection[str] = MAPS) -> dict[str, float]:
-    """Share of each map in the fused one, of those possible and above 0; where there are none, those of the reconstruction."""
-    return _shares(settings, "map_", possible) or {"pixel": 0.5, "ssim": 0.5}
-
-
-def score_shares(settings: MapSettings, possible: Collection[str] = MAPS) -> dict[str, float]:
+def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
     """Share of each map in the one that the image score is taken from: the fused one where none is asked for or possible."""
-    scored = [name for name in ("deviation", "likelihood", "nearest", "bank") if name in possible]
-    return _shares(settings, "score_", scored) or map_shares(settings, possible)
+    return _shares(settings, "score_", ("deviation", "likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
 
 
-def _shares(settings: MapSettings, prefix: str, names: Iterable[str]) -> dict[str, float]:
-    shares = {name: getattr(settings, prefix + name) for name in names}
+def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_features: bool) -> dict[str, float]:
+    shares = {name: getattr(settings, prefix + name) for name in names if has_features or name not in FEATURE_MAPS}
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items() if share > 0}
 
@@ -274,12 +266,22 @@ class Detector:
     @property
     def fused(self) -> dict[str, float]:
         """Maps that make the defect map, and their shares."""
-        return map_shares(self.maps, possible_maps(self.model))
+        return map_shares(self.maps, self.model.n_features > 0)
+
+    @property
+    def gate(self) -> float:
+        """How far the head that outlines defects gates the fused map; 0 where there is none."""
+        return 0.0 if self.model.defect_head is None else self.maps.segmentation_gate
+
+    @property
+    def shown(self) -> list[str]:
+        """Names of all maps that the defect map is made of."""
+        return [*self.fused, *(["segmentation"] if self.gate else [])]
 
     @property
     def scored(self) -> dict[str, float]:
         """Maps that make the image score, and their shares."""
-        return score_shares(self.maps, possible_maps(self.model))
+        return score_shares(self.maps, self.model.n_features > 0)
 
     def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
         """What the model says of images (B, 3, H, W); painted where the named maps need it or ``paint`` asks for it."""
@@ -316,6 +318,11 @@ class Detector:
         judged = fuse(smooth, scales, self.scored)
         return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
 
+    def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
+        """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
+        fused = fuse(smooth, scales, self.fused)
+        return fused * (1 - self.gate + self.gate * smooth["segmentation"]) if self.gate else fused
+
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
         return min(1.0, self.image_size**2 / (height * width))
@@ -340,8 +347,8 @@ class Detector:
             with torch.inference_mode():
                 output = self.model.paint(shown, output)
         smooth = {name: maps[rows] for name, maps in smooth.items()}
-        smooth |= self.refined_maps(shown, output, [name for name in self.fused if name not in smooth])
-        for row, fused, reconstruction in zip(rows, fuse(smooth, scales, self.fused), output.vae.reconstruction.float().cpu().numpy(), strict=True):
+        smooth |= self.refined_maps(shown, output, [name for name in self.shown if name not in smooth])
+        for row, fused, reconstruction in zip(rows, self.defect_maps(smooth, scales), output.vae.reconstruction.float().cpu().numpy(), strict=True):
             judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
         return judged
 
@@ -355,14 +362,14 @@ class Detector:
     def _detect_whole(self, image: Tensor, thorough: bool) -> Detection:
         """The detection of one image (3, H, W), on overlapping tiles."""
         scales = self.calibration.scales
-        smooth, reconstruction = self._blended(image, list(self.fused | self.scored if thorough else self.scored), thorough)
+        smooth, reconstruction = self._blended(image, list(dict.fromkeys([*self.shown, *self.scored]) if thorough else self.scored), thorough)
         judged = self.calibration.judge(self.scores({name: each[None] for name, each in smooth.items()}, scales)[0])
         if not thorough and judged.label == "good":
             return judged
         if not thorough:
-            missing, reconstruction = self._blended(image, [name for name in self.fused if name not in smooth], paint=True)
+            missing, reconstruction = self._blended(image, [name for name in self.shown if name not in smooth], paint=True)
             smooth |= missing
-        fused = fuse({name: each[None] for name, each in smooth.items()}, scales, self.fused)[0]
+        fused = self.defect_maps({name: each[None] for name, each in smooth.items()}, scales)[0]
         return judged._replace(defect_map=fused, reconstruction=reconstruction)
 
     def _blended(self, image: Tensor, names: Sequence[str], paint: bool) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -389,11 +396,11 @@ class Detector:
 
 def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch."""
-    names = list(detector.fused | detector.scored)
+    names = list(dict.fromkeys([*detector.shown, *detector.scored]))
     found = [detector.all_maps(images, names) for images in batches]
     scales = {name: _scale(np.concatenate([maps[name].ravel() for maps in found])) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
-    fused = np.concatenate([fuse(maps, scales, detector.fused).ravel() for maps in found])
+    fused = np.concatenate([detector.defect_maps(maps, scales).ravel() for maps in found])
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
 
 

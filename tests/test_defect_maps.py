@@ -129,33 +129,25 @@ def test_smoothing_is_a_gaussian_of_that_share_of_the_longer_side():
 
 
 def test_shares_add_up_and_fall_back_to_pixels():
-    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_segmentation=1.0, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
-    pixels = ("pixel", "ssim", "perceptual")
-    assert map_shares(settings) == pytest.approx({"pixel": 0.2, "perceptual": 0.1, "segmentation": 0.2, "feature": 0.4, "likelihood": 0.1})
-    assert map_shares(settings, pixels) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
-    only_features = settings.replace(map_pixel=0.0, map_perceptual=0.0)
-    assert map_shares(only_features, pixels) == {"pixel": 0.5, "ssim": 0.5}
-    nothing = only_features.replace(map_segmentation=0.0, map_feature=0.0, map_likelihood=0.0)
-    assert map_shares(nothing) == {"pixel": 0.5, "ssim": 0.5}
+    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
+    assert map_shares(settings, True) == pytest.approx({"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125})
+    assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
+    only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
+    assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
+    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0)
+    assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
     scored = settings.replace(score_likelihood=0.0, score_nearest=1.0, score_bank=3.0)
-    assert score_shares(scored) == {"nearest": 0.25, "bank": 0.75}
-    assert score_shares(scored, pixels) == map_shares(settings, pixels)
-    assert score_shares(settings.replace(score_nearest=0.0, score_bank=0.0)) == map_shares(settings)
-
-
-def test_the_possible_maps_are_those_that_the_model_has_what_it_takes_for(make_model):
-    pixels = ["pixel", "ssim", "perceptual"]
-    assert defect_maps.possible_maps(make_model("efficientnet_lite0")) == list(defect_maps.MAPS)
-    assert defect_maps.possible_maps(make_model()) == [*pixels, "segmentation"]
-    assert defect_maps.possible_maps(make_model(segmentation=False)) == pixels
+    assert score_shares(scored, True) == {"nearest": 0.25, "bank": 0.75}
+    assert score_shares(scored, False) == map_shares(settings, False)
+    assert score_shares(settings.replace(score_nearest=0.0, score_bank=0.0), True) == map_shares(settings, True)
 
 
 # ------------------------------------------------------------------------------------------- maps of a network
 
 NEAREST_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 1.0, "score_bank": 0.0}
 FUSED_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 0.0, "score_bank": 0.0}
-PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_segmentation=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
-ALL = PIXELS.replace(map_segmentation=1.0, map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
+PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
 
 
 def good_images(n, seed=0, side=64):
@@ -184,19 +176,19 @@ class Distance:
 
 
 def test_raw_maps_are_what_their_names_say(make_model):
-    model, images = make_model("efficientnet_lite0").eval(), good_images(2)
+    model, images = make_model("efficientnet_lite0", segmentation=True).eval(), good_images(2)
     for bank in (model.bank, model.prototypes):
         bank.normal_(std=3.0)
     with torch.inference_mode():
         told = model.describe(images)
-        maps = defect_maps.raw_maps(defect_maps.MAPS, model, images, told, Distance())
+        maps = defect_maps.raw_maps((*defect_maps.MAPS, "segmentation"), model, images, told, Distance())
     reconstruction = told.vae.reconstruction
-    assert tuple(maps) == defect_maps.MAPS
+    assert tuple(maps) == (*defect_maps.MAPS, "segmentation")
     assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
     torch.testing.assert_close(maps["perceptual"], (reconstruction - images).abs().amax(1, keepdim=True))
-    torch.testing.assert_close(maps["segmentation"], torch.log(1 + told.defect_logits.exp() / 0.02))
+    torch.testing.assert_close(maps["segmentation"], torch.sigmoid(told.defect_logits))
     error = told.features - told.feature_mu
     taps = (error**2 / told.feature_logvar.exp()).split([2, 4], 1)  # those of the stand-in
     coarse = {"feature": (error**2).mean(1), "deviation": sum(tap.mean(1).sqrt() for tap in taps) / 2, "bank": defect_maps.nearest_distance(told.features, model.bank)}
@@ -209,6 +201,21 @@ def test_raw_maps_are_what_their_names_say(make_model):
     torch.testing.assert_close(defect_maps.decorrelated(defect_maps.deviation_of(told), model), white)
     balanced = 0.5 * ((white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt())  # the stand-in's taps have 2 and 4 channels
     torch.testing.assert_close(defect_maps.feature_likelihood(white, model.tap_channels)[:, 0], balanced)
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_the_gate_leaves_of_the_map_what_the_head_sees_as_a_defect(make_model, monkeypatch, thorough):
+    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, **NEAREST_SCORE))
+    plain = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE))
+    for each in (detector, plain):
+        each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
+    left = torch.where(torch.arange(64) < 32, 40.0, -40.0)  # sure of the left half
+    monkeypatch.setattr(detector.model.defect_head, "forward", lambda images, painting, taps: left.expand(len(images), 1, 64, 64))
+    assert detector.shown == ["pixel", "ssim", "segmentation"] and plain.shown == ["pixel", "ssim"]
+    for gated, whole in zip(detector.detect(good_images(2), thorough), plain.detect(good_images(2), thorough), strict=True):
+        np.testing.assert_allclose(gated.defect_map[:, :20], whole.defect_map[:, :20], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(gated.defect_map[:, 44:], 0.1 * whole.defect_map[:, 44:], rtol=1e-3, atol=1e-4)
+        assert gated.score == pytest.approx(whole.score)
 
 
 def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclidean_elsewhere():
@@ -390,7 +397,7 @@ def trained(model, n_steps=12):
 
 @pytest.mark.parametrize(("backbone", "skips"), [("none", False), ("efficientnet_lite0", True)])
 def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
-    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01, map_feature=1.0, map_segmentation=0.0)
+    maps = MapSettings(smoothing_frac=0.01, closing_frac=0.02, top_frac=0.01, map_feature=1.0)
     detector = detector_of(trained(make_model(backbone, skips=skips)), maps, n_good=19)
     damaged = good_images(2, seed=8)
     damaged[0, :, 16:28, 36:48] = 1.0

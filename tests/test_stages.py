@@ -386,9 +386,10 @@ def test_readme_commands_are_understood(words):
         config.parse(SCRIPTS[words[0]], "", words[1:])
 
 
-def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path):
-    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, drawn_defects=0.0))
-    assert detector.model.defect_head is None and "segmentation" not in detector.fused
+@pytest.mark.parametrize(("drawn_defects", "head"), [(0.75, True), (0.0, False)])
+def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path, drawn_defects, head):
+    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, drawn_defects=drawn_defects, segmentation=True))
+    assert (detector.model.defect_head is not None) == ("segmentation" in detector.shown) == head
     assert np.isfinite(detector.detect(torch.rand(1, 3, 64, 64))[0].defect_map).all()
 
 

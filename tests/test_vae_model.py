@@ -100,7 +100,7 @@ def test_pixels_teach_the_latents_only_where_there_are_no_features(make_model, b
 
 def test_the_head_that_outlines_defects_learns_from_the_drawn_ones_and_teaches_no_other_part(make_model):
     """100 steps over dark squares, each drawn where the mask says so: at its end it sees those of further images."""
-    model = shake(make_model("efficientnet_lite0")).train()
+    model = shake(make_model("efficientnet_lite0", segmentation=True)).train()
     optimizer, loss, rng = torch.optim.AdamW(model.defect_head.parameters(), lr=0.01), DetailLoss(LOSS.replace(pixel_crop_px=0), None), np.random.default_rng(0)
 
     def damaged_batch(n):
@@ -123,7 +123,7 @@ def test_the_head_that_outlines_defects_learns_from_the_drawn_ones_and_teaches_n
 
 
 def test_without_the_head_nothing_is_outlined_and_its_term_is_gone(make_model):
-    model, images = make_model("efficientnet_lite0", segmentation=False).train(), smooth_images(2)
+    model, images = make_model("efficientnet_lite0").train(), smooth_images(2)
     assert "segmentation" not in DetailLoss(LOSS, None)(model, images, images, 1.0, torch.zeros(2, 1, 64, 64))
     assert model.describe(images).defect_logits is None
     assert not [name for name in model.state_dict() if name.startswith("defect_head")]
@@ -188,7 +188,7 @@ def test_one_image_is_judged_alike_alone_and_in_a_batch(make_model):
 
 @each_backbone
 def test_every_parameter_learns(make_model, backbone):
-    model, images = shake(make_model(backbone)).train(), smooth_images(3)
+    model, images = shake(make_model(backbone, segmentation=True)).train(), smooth_images(3)
     DetailLoss(LOSS, None)(model, images, images, 1.0, torch.zeros(3, 1, 64, 64))["total"].backward()
     idle = [name for name, each in model.named_parameters() if each.grad is None or not each.grad.abs().sum() > 0]
     assert idle == []
@@ -548,7 +548,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(("setting", "term"), WEIGHTS.items())
 def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
-    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
+    model, images = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2)
     base = LossSettings()
     mask = mask_of(2, 64, 64, (0, 9, 9))
     plain = DetailLoss(base, Distance())(model, images, images, 0.5, mask)
@@ -639,7 +639,7 @@ def test_a_saved_model_says_the_same_in_a_new_process(make_model, tmp_path):
 
 
 def test_a_model_with_features_comes_back_with_their_scale(make_model, tmp_path):
-    model, images = make_model("efficientnet_lite0"), smooth_images(2)
+    model, images = make_model("efficientnet_lite0", segmentation=True), smooth_images(2)
     model.fit_feature_scale([images])
     path = save(model.eval(), tmp_path / "model.pth")
     loaded = vae_model.load_detail_vae(path)
