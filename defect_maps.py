@@ -290,6 +290,11 @@ class Detector:
             return self.model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(names))
 
     @property
+    def needed(self) -> list[str]:
+        """Names of all maps that the defect map and the image score are made of."""
+        return list(dict.fromkeys([*self.shown, *self.scored]))
+
+    @property
     def mirrored(self) -> list[tuple[int, ...]]:
         """Dimensions of images (B, 3, H, W) to flip for each further view: those that training flipped at random."""
         if not self.maps.map_flips:
@@ -362,7 +367,7 @@ class Detector:
     def _detect_whole(self, image: Tensor, thorough: bool) -> Detection:
         """The detection of one image (3, H, W), on overlapping tiles."""
         scales = self.calibration.scales
-        smooth, reconstruction = self._blended(image, list(dict.fromkeys([*self.shown, *self.scored]) if thorough else self.scored), thorough)
+        smooth, reconstruction = self._blended(image, self.needed if thorough else list(self.scored), thorough)
         judged = self.calibration.judge(self.scores({name: each[None] for name, each in smooth.items()}, scales)[0])
         if not thorough and judged.label == "good":
             return judged
@@ -396,7 +401,7 @@ class Detector:
 
 def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch."""
-    names = list(dict.fromkeys([*detector.shown, *detector.scored]))
+    names = detector.needed
     found = [detector.all_maps(images, names) for images in batches]
     scales = {name: _scale(np.concatenate([maps[name].ravel() for maps in found])) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]

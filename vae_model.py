@@ -570,7 +570,9 @@ class DetailLoss:
         """
         clean = model.grid_features(images) if clean is None else clean
         actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
-        seen, pasted = self._corrupt(actual) if model.training else (actual, None)
+        seen, pasted = actual, None
+        if model.training and actual is not None:
+            seen, pasted = corrupt_features(actual, self.settings.feature_noise, self.settings.feature_paste)
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
@@ -584,20 +586,17 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
-    def _corrupt(self, features: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if features is None else corrupt_features(features, self.settings.feature_noise, self.settings.feature_paste)
-
     def _pixel_terms(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, told: tuple[Tensor | None, ...], defect_mask: Tensor | None) -> dict[str, Tensor]:
         """What is painted, on crops in training, else on whole images; ``told``: features, their prediction and its log-variance."""
-        surprise, taps = feature_surprise(*told, trunk), tap_deviations(*told, model.tap_channels, trunk)
         if model.training and defect_mask is not None:
             windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
-            trunk, surprise, taps = (cut(each, windows, 1) for each in (trunk, surprise, taps))
+            trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
             images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
-        painting = model.decode_pixels(trunk, corrupted, surprise)
+        painting = model.decode_pixels(trunk, corrupted, feature_surprise(*told, trunk))
         weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
         terms = self._painted_terms(painting, images, weight)
         if defect_mask is not None and model.defect_head is not None:
+            taps = tap_deviations(*told, model.tap_channels, trunk)
             logits = model.defect_head(corrupted, Painting(*(each.detach() for each in painting)), taps)
             terms["segmentation"] = F.binary_cross_entropy_with_logits(logits, defect_mask)
         return terms
