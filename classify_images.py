@@ -67,10 +67,14 @@ def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime
 
     Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
     """
-    for batch in data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size):
+    batches = data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size)
+
+    def detected(batch: data_loader.ImageBatch) -> list[Classified]:
         detections = detector.detect(runtime.put(batch.images), thorough) if len(batch.images) else []
-        yield from (Classified(path, None, reason) for path, reason in batch.errors)
-        yield from (Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True))
+        return [Classified(path, None, reason) for path, reason in batch.errors] + [Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)]
+
+    for found in runtime.each(detected, batches):
+        yield from found
 
 
 def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8, thorough: bool = True) -> list[Classified]:

@@ -347,7 +347,7 @@ class ClassifierBenchmarkSettings(TrainClassifierSettings):
 class InferClassifierSettings(RunSettings):
     inputs: tuple[str, ...] = setting((), "Images, CSV series, folders of them (searched recursively) or quoted globs.", positional="*")
     model: str = setting("vae_models/best_vae_classifier.pth", "Checkpoint written by train_vae_classifier.py.")
-    batch_size: int = setting(32, "Plots in one forward pass.", unit="plots", minimum=1)
+    batch_size: int = setting(8, "Plots in one forward pass.", unit="plots", minimum=1)
     flips: str = setting("auto", "Average over four flips of a plot; auto does so for those that the model is unsure of.", choices=("auto", "always", "never"))
     pictures: bool = setting(True, "Write a picture of original, reconstruction and class probabilities.")
     max_pictures: int = setting(200, "Pictures written at most, those of the first plots.", unit="pictures", minimum=0)

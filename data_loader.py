@@ -15,9 +15,8 @@ import os
 import struct
 import sys
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 
 import config
 import drawn_defects
+from streams import ahead
 from tiles import tile_corners, window
 
 if TYPE_CHECKING:  # torch takes seconds to import and --help must not wait for it
@@ -69,9 +69,9 @@ def read_image(path: str | Path) -> np.ndarray:
     size = _plain_png_size(data) or _plain_jpeg_size(data)
     if size:
         _check_size(path, *size)
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None and pixels.shape[:2] == size:
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            return pixels
     return _decode(path, data, _to_rgb, _check_size)
 
 
@@ -324,28 +324,9 @@ def _read_fitted(path: Path, image_size: int, resize: str) -> tuple[np.ndarray, 
     return fit_image(image, image_size, resize), image.shape[:2]
 
 
-def _ahead(work: Callable, items: Iterable, n_ahead: int, n_threads: int = 0) -> Iterator[tuple]:
-    """(item, work(item)) in order, computed by threads at most ``n_ahead`` items ahead: memory stays bounded."""
-    n_threads = n_threads or min(8, os.cpu_count() or 1)
-    waiting: deque = deque()
-    with ThreadPoolExecutor(n_threads) as pool:
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(work, item)))
-                if len(waiting) > n_ahead:
-                    item, future = waiting.popleft()
-                    yield item, future.result()
-            while waiting:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
 def _read_all(paths: Sequence[str | Path], image_size: int, resize: str) -> Iterator[tuple]:
     """(path, ``_read_fitted`` of it) in order; of whole photographs few are held at a time."""
-    return _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32)
+    return ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 if resize == "tile" else 32)
 
 
 def evenly(n: int, n_wanted: int) -> list[int]:
@@ -394,7 +375,7 @@ def iter_image_batches(
         images = to_tensor([row[1] for row in rows]) if rows else _empty_tensor(image_size)
         return ImageBatch(images, [row[0] for row in rows], [row[2] for row in rows], list(errors))
 
-    for path, result in _ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 * batch_size, n_threads):
+    for path, result in ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 * batch_size, n_threads):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
             continue
@@ -883,7 +864,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     _remove_stale(out, before, {job.output for job in jobs})
     report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
     try:
-        done = _ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
+        done = ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
         for n_done, (_, result) in enumerate(progress(done, len(jobs)), 1):
             report["skipped" if "reason" in result else "kept"].append(result)
             if n_done % SAVE_REPORT_EVERY == 0:

@@ -30,6 +30,7 @@ import config
 import data_loader
 import series_generator
 import series_plots
+from streams import ahead
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, ba
         images = data_loader.to_tensor(np.stack(rows) if rows else np.zeros((0, image_size, image_size, 3), np.uint8))
         return PlotBatch(images, list(kept), list(errors))
 
-    for path, result in data_loader._ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads):
+    for path, result in ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads):
         if isinstance(result, str):
             errors.append((path, result))
             continue
@@ -266,7 +267,7 @@ def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, ca
     known = {} if file is None else _read_cache(file, image_size)
     todo = [i for i, path in enumerate(paths) if known.get(str(path), (None,))[0] != marks[i]]
     fresh: dict[int, np.ndarray | str] = {}
-    work = data_loader._ahead(lambda i: _read_prepared(paths[i], image_size, crop_axes), todo, 64)
+    work = ahead(lambda i: _read_prepared(paths[i], image_size, crop_axes), todo, 64)
     for i, result in progress(work, len(todo)):
         fresh[i] = result
     results = [fresh[i] if i in fresh else known[str(path)][1] for i, path in enumerate(paths)]

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from config import InputError, Settings, UsageError, as_dict
+from streams import ahead
 
 FORMAT = 5
 """Format number written into every checkpoint; a reader refuses any other."""
@@ -66,6 +68,23 @@ class Runtime:
         """The tensor on the device; images and maps in channels-last order, which convolutions like."""
         layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         return tensor.to(self.device, non_blocking=True, memory_format=layout)
+
+    def each(self, work: Callable, items: Iterable) -> Iterator:
+        """``work(item)`` for every item, in order. On a CPU every core works on an item of its own, as far as items go.
+
+        All cores on one batch of a small network wait for each other, and for the threads that read the next one.
+        """
+        n_cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        items = iter(items)
+        first = list(islice(items, n_cores))
+        if n_cores == 1 or len(first) < n_cores:
+            yield from map(work, chain(first, items))
+            return
+        torch.set_num_threads(1)
+        try:
+            yield from (result for _, result in ahead(work, chain(first, items), n_cores, n_cores))
+        finally:
+            torch.set_num_threads(n_cores)
 
     def put_model(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, memory_format=torch.channels_last)

@@ -68,14 +68,15 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
     runtime = engine.Runtime(torch.device(engine.resolve_device(device)) if isinstance(device, str) else device)
     paths = [Path(path) for path in paths]
     place = {path: number for number, path in enumerate(paths)}
-    for batch in plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size):
-        found = [Predicted(path, error=reason) for path, reason in batch.errors]
-        if len(batch.images):
-            found += _judged(batch, model, class_names, runtime, flips_below)
+    batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
+    for found in runtime.each(lambda batch: list(_judged(batch, model, class_names, runtime, flips_below)), batches):
         yield from sorted(found, key=lambda each: place[each.path])
 
 
 def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips_below: float | None) -> Iterator[Predicted]:
+    yield from (Predicted(path, error=reason) for path, reason in batch.errors)
+    if not len(batch.images):
+        return
     said = vae_classifier.judge(model, runtime.put(batch.images), flips_below)
     for i, path in enumerate(batch.paths):
         order = np.argsort(-said.probabilities[i], kind="stable")

@@ -245,8 +245,8 @@ def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor)
     Args:
         logits: (B, K) of the images as they are, which come first.
     """
-    flipped = [model.head(model.encode(view)[0]) for view in four_flips(images)[1:]]
-    return torch.stack([F.log_softmax(each.float(), 1) for each in (logits, *flipped)])
+    flipped = model.head(model.encode(torch.cat(four_flips(images)[1:]))[0])
+    return F.log_softmax(torch.cat([logits, flipped]).float(), 1).view(4, len(images), -1)
 
 
 def novelty_distances(model: VAEClassifier, calibration: ClassifierCalibration, images: Tensor, mu: Tensor, reconstruction: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import stat
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -194,6 +196,34 @@ def test_on_cpu_the_precision_is_full_and_the_scaler_does_nothing():
     assert not runtime.scaler.is_enabled() and not runtime.pin_memory
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_on_cpu_every_core_works_on_an_item_of_its_own_and_results_keep_their_order(two_cores):
+    meeting = threading.Barrier(2, timeout=20)  # passed only by two at once
+
+    def work(item):
+        meeting.wait()
+        time.sleep(0.02 * (item % 2 == 0))
+        return item, torch.get_num_threads()
+
+    assert list(engine.make_runtime("cpu").each(work, iter(range(6)))) == [(item, 1) for item in range(6)]
+    assert torch.get_num_threads() == 2
+
+
+def test_fewer_items_than_cores_are_worked_on_by_all_cores_and_a_failure_leaves_the_cores_as_they_were(two_cores):
+    runtime = engine.make_runtime("cpu")
+    assert list(runtime.each(lambda item: (item, torch.get_num_threads()), [7])) == [(7, 2)]
+    with pytest.raises(ZeroDivisionError):
+        list(runtime.each(lambda item: 1 // item, [1, 0, 1]))
+    assert torch.get_num_threads() == 2
 
 
 def test_a_seed_repeats_every_kind_of_draw():

@@ -19,6 +19,7 @@ LEVELS = {
     "perceptual_loss": 1,
     "series_generator": 1,
     "series_plots": 1,
+    "streams": 0,
     "tiles": 0,
     "data_loader_supervised": 2,
     "defect_maps": 2,
