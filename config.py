@@ -201,7 +201,7 @@ class MapSettings(Settings):
     map_deviation: float = setting(0.0, "Share of the features' error over its predicted standard deviation, every channel for itself.", minimum=0.0)
     map_likelihood: float = setting(1.0, "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within each tap of the backbone.", minimum=0.0)
     map_nearest: float = setting(0.0, "Share of the distance of the features' deviations to the nearest ones seen on training images.", minimum=0.0)
-    map_bank: float = setting(1.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0)
+    map_bank: float = setting(2.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0)
     score_deviation: float = setting(0.0, "Share of the plain deviation in the map that the image score is taken from.", minimum=0.0)
     score_likelihood: float = setting(0.0, "Share of the likelihood in the map that the image score is taken from; where all four shares are 0, or without a backbone, that is the fused map.", minimum=0.0)
     score_nearest: float = setting(1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0)

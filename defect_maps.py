@@ -1,7 +1,7 @@
 """Where and how bad: maps of defects, their morphology, the image score, and a calibration fitted on good images.
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
-are smoothed, brought to one scale by held-out good images, and averaged by the shares of ``MapSettings``. The image
+are smoothed, brought to one scale by held-out good images, compressed and averaged by the shares of ``MapSettings``. The image
 score comes, by default, from the features alone: from how far they, and their deviations from what the VAE expects, lie
 from any seen on training images. It says how unusual an image is, the fused map says where.
 """
@@ -119,8 +119,9 @@ def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any good
     image deviated so. Of features: whether any good image looked so at all.
     """
-    distances = [torch.cdist(rows, prototypes).amin(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
-    return torch.stack(distances).view(len(maps), 1, *maps.shape[-2:]) / maps.shape[1] ** 0.5
+    lengths = prototypes.square().sum(1)
+    squared = [torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
+    return (torch.stack(squared).clamp_min(0) / maps.shape[1]).sqrt().view(len(maps), 1, *maps.shape[-2:])
 
 
 def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:
@@ -410,8 +411,12 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
 
 
 def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float]) -> np.ndarray:
-    """The weighted mean of refined maps, each (B, H, W), after each is brought to its scale, (B, H, W)."""
-    return sum(share * (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, share in shares.items()).astype(np.float32)
+    """The weighted mean of refined maps, each (B, H, W), on its scale and compressed, (B, H, W).
+
+    Compressed to sign(z) log2(1 + |z|), which leaves 0 and 1 where they are: what one map alone shouts, others outvote.
+    """
+    scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
+    return sum(share * np.copysign(np.log2(1 + np.abs(scaled[name])), scaled[name]) for name, share in shares.items()).astype(np.float32)
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

@@ -38,7 +38,9 @@ FEATURE_STRIDE = 8
 SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
 N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
-"""Deviations that are kept, how many they are chosen from, and the dimensions in which they are compared."""
+"""Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are compared."""
+N_BANK_CANDIDATES = 2**17
+"""Features that those of the bank are chosen from: all places of 128 images of 256 px."""
 
 
 class VAEOutput(NamedTuple):
@@ -310,7 +312,7 @@ class DetailVAE(nn.Module):
         A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of places.
         """
         generator = torch.Generator().manual_seed(0)
-        n_each = math.ceil(N_CANDIDATES / max(1, n_images))
+        n_each = math.ceil(N_BANK_CANDIDATES / max(1, n_images))
         candidates = torch.cat([some_rows(batch.cpu(), n_each, generator) for batch in features])
         self.bank.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
 
