@@ -1,7 +1,7 @@
 """Where and how bad: maps of defects, their morphology, the image score, and a calibration fitted on good images.
 
 A map says of every pixel how far the image is from what the model expects there. Raw maps of several kinds
-are smoothed, brought to one scale by held-out good images, compressed and averaged by the shares of ``MapSettings``. The image
+are smoothed, brought to one scale by held-out good images, and fused by the shares of ``MapSettings``. The image
 score comes, by default, from the features alone: from how far they, and their deviations from what the VAE expects, lie
 from any seen on training images. It says how unusual an image is, the fused map says where.
 """
@@ -411,12 +411,13 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
 
 
 def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float]) -> np.ndarray:
-    """The weighted mean of refined maps, each (B, H, W), on its scale and compressed, (B, H, W).
+    """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
-    Compressed to sign(z) log2(1 + |z|), which leaves 0 and 1 where they are: what one map alone shouts, others outvote.
+    0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1 + |z|.
     """
     scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
-    return sum(share * np.copysign(np.log2(1 + np.abs(scaled[name])), scaled[name]) for name, share in shares.items()).astype(np.float32)
+    logs = sum(share * np.copysign(np.log1p(np.abs(scaled[name])), scaled[name]) for name, share in shares.items())
+    return np.copysign(np.expm1(np.abs(logs)), logs).astype(np.float32)
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

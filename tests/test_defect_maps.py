@@ -235,22 +235,17 @@ def test_maps_with_no_share_are_not_computed(make_model):
     assert list(without.scored) == ["pixel"] and set(without.calibration.scales) == {"pixel"}
 
 
-def compressed(z):
-    return np.sign(z) * np.log(1 + np.abs(z)) / np.log(2)
-
-
 def test_what_one_map_shouts_counts_less_than_what_two_maps_say():
     smooth = {"pixel": np.array([[[9.0, 3.0, -0.5]]], np.float32), "bank": np.array([[[0.0, 3.0, -0.5]]], np.float32)}
-    fused = fuse(smooth, {"pixel": (0.0, 1.0), "bank": (0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
-    assert fused[1] == pytest.approx(2.0) and fused[0] == pytest.approx(np.log2(10) / 2) and fused[0] < fused[1]
-    assert fused[2] == pytest.approx(-np.log2(1.5)), "below the median keeps its order"
+    shouted, said, low = fuse(smooth, {"pixel": (0.0, 1.0), "bank": (0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
+    assert said == pytest.approx(3.0) and shouted == pytest.approx(10**0.5 - 1) and low == pytest.approx(-0.5)
 
 
-def test_the_fused_map_is_the_weighted_mean_of_the_scaled_and_compressed_maps(make_model):
+def test_the_fused_map_is_the_weighted_geometric_mean_of_one_more_than_the_scaled_maps(make_model):
     detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0))
     smooth = maps_of(detector, good_images(2, seed=1))
-    scales = {"pixel": (0.1, 0.3), "likelihood": (1.0, 2.0)}
-    expected = 0.75 * compressed((smooth["pixel"] - 0.1) / 0.2) + 0.25 * compressed(smooth["likelihood"] - 1.0)
+    scales = {"pixel": (0.0, 0.2), "likelihood": (0.0, 2.0)}  # all above 0
+    expected = (1 + smooth["pixel"] / 0.2) ** 0.75 * (1 + smooth["likelihood"] / 2.0) ** 0.25 - 1
     np.testing.assert_allclose(fuse(smooth, scales, detector.fused), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -281,11 +276,13 @@ def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     detector, images = detector_of(make_model()), good_images(12, seed=5)
     found = detector.calibration
     smooth = maps_of(detector, images)
-    fused = 0.0
+    logs = 0.0
     for name, maps in smooth.items():
         low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
         assert found.scales[name] == pytest.approx((low, high), rel=1e-4)
-        fused = fused + 0.5 * compressed((maps - low) / (high - low))
+        z = (maps - low) / (high - low)
+        logs = logs + 0.5 * np.sign(z) * np.log(1 + np.abs(z))
+    fused = np.exp(logs) - 1  # exact where it is above 0, as the largest are
     scores = sorted(np.sort(each.ravel())[::-1][: round(0.01 * 64 * 64)].mean() for each in fused)
     assert found.good_scores == pytest.approx(scores, rel=1e-3)
     assert found.threshold == found.good_scores[-1] and found.alpha == 0.05 and not found.promised  # 12 < 19
@@ -309,7 +306,7 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
     for name, detector in zip(("deviation", "likelihood", "nearest", "bank"), of_one, strict=True):
         low, high = detector.calibration.scales[name]
-        judged = compressed((maps_of(detector, images)[name] - low) / (high - low))
+        judged = (maps_of(detector, images)[name] - low) / (high - low)
         assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
     without = detector_of(make_model("none"), maps)  # no backbone, no likelihood
     assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
