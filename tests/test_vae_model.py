@@ -245,6 +245,18 @@ def test_the_bank_holds_features_of_all_training_images(make_model):
     assert torch.cdist(model.bank, torch.cat([vae_model.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max() < 2e-3
 
 
+def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
+    model = make_model("efficientnet_lite0").eval()
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(8, model.n_features, 64, 64, generator=generator)  # 32,768 places
+    rare = [(image, 7 * image, 60 - 7 * image) for image in range(8)]
+    for image, row, column in rare:
+        features[image, :, row, column] = 4 * torch.randn(model.n_features, generator=generator)
+    model.fit_bank(features.split(3), 8)
+    for image, row, column in rare:
+        assert (model.bank == features[image, :, row, column]).all(1).any()
+
+
 def test_the_image_with_a_place_like_no_other_is_the_least_like_the_rest():
     features = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1 * torch.randn(9, 6, 8, 8, generator=torch.Generator().manual_seed(1))
     features[4, :, 2:4, 5] += 4.0
