@@ -166,7 +166,7 @@ class ModelSettings(Settings):
     base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
     skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
     skip_noise: float = setting(0.05, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
-    segmentation: bool = setting(False, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing else learns from it, and without drawn defects there is none.")
+    segmentation: bool = setting(True, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing else learns from it, and without drawn defects there is none.")
     backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
 
 
@@ -195,6 +195,7 @@ class LossSettings(Settings):
 @dataclass(frozen=True)
 class MapSettings(Settings):
     map_pixel: float = setting(1.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
+    residual_ceiling: float = setting(0.25, "Where the residual counts no further in a map fused with maps of features, on the scale of good pixels (0 their median, 1 their 99.9 % quantile); 0 sets no ceiling.", minimum=0.0)
     map_ssim: float = setting(0.0, "Share of the 1 - SSIM map.", minimum=0.0)
     map_perceptual: float = setting(0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0)
     map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
@@ -206,7 +207,8 @@ class MapSettings(Settings):
     score_likelihood: float = setting(0.0, "Share of the likelihood in the map that the image score is taken from; where all four shares are 0, or without a backbone, that is the fused map.", minimum=0.0)
     score_nearest: float = setting(1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0)
     score_bank: float = setting(1.0, "Share of the features' distance in the map that the image score is taken from.", minimum=0.0)
-    segmentation_gate: float = setting(0.75, "How far the head that outlines defects gates the fused map, where there is one: the map is multiplied by 1 - gate + gate * probability.", unit="fraction", minimum=0.0, maximum=1.0)
+    segmentation_gate: float = setting(0.9, "How far the head that outlines defects shapes the fused map, where there is one: what stands out is multiplied by 1 - gate + gate * outline.", unit="fraction", minimum=0.0, maximum=1.0)
+    outline_window_frac: float = setting(0.1, "Diameter of the disc within which the head's probability is compared with its largest, which makes the outline, of the side.", unit="fraction", minimum=0.0, maximum=0.5)
     map_flips: bool = setting(False, "Average every map over the mirrored views that training allows: slower in proportion.")
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
@@ -229,6 +231,7 @@ class OptimiserSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
+    weights: str = setting("", "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with what is said here of maps and thresholds.")
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)

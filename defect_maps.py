@@ -9,9 +9,10 @@ from any seen on training images. It says how unusual an image is, the fused map
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import cv2
@@ -39,6 +40,10 @@ from vae_model import (
 TILES_AT_ONCE = 8
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
+OUTLINE_FLOOR = 0.1
+"""Added to the head's probability of a defect: what is far below it has no shape."""
+SHAPED_ABOVE = 0.25
+"""Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see, there is little to outline."""
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -321,13 +326,21 @@ class Detector:
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
-        judged = fuse(smooth, scales, self.scored)
+        judged = fuse(smooth, scales, self.scored, self._ceilings(self.scored))
         return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
 
     def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
-        fused = fuse(smooth, scales, self.fused)
-        return fused * (1 - self.gate + self.gate * smooth["segmentation"]) if self.gate else fused
+        fused = fuse(smooth, scales, self.fused, self._ceilings(self.fused))
+        if not self.gate:
+            return fused
+        shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
+        return np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
+
+    def _ceilings(self, shares: dict[str, float]) -> dict[str, float]:
+        """The largest value that counts, of the maps that have one: of the residual, where maps of features know better."""
+        ceiling = self.maps.residual_ceiling
+        return {"pixel": ceiling} if ceiling and FEATURE_MAPS.intersection(shares) else {}
 
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
@@ -410,14 +423,26 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
 
 
-def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float]) -> np.ndarray:
+def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float], ceilings: Mapping[str, float] = MappingProxyType({})) -> np.ndarray:
     """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
     0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1 + |z|.
+    ``ceilings``: the largest z that counts, of the maps that have one.
     """
-    scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
+    scaled = {name: np.minimum((smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]), ceilings.get(name, np.inf)) for name in shares}
     logs = sum(share * np.copysign(np.log1p(np.abs(scaled[name])), scaled[name]) for name, share in shares.items())
     return np.copysign(np.expm1(np.abs(logs)), logs).astype(np.float32)
+
+
+def outline(probability: np.ndarray, diameter: int) -> np.ndarray:
+    """How a defect is shaped, whether or not it is one: the probability of a defect (B, H, W) over its largest within a disc, (B, H, W) in (0, 1].
+
+    Both have OUTLINE_FLOOR added, so that it is near 1 where the head sees nothing at all. So a place that the head takes for a defect,
+    rightly or not, gains nothing against another place; it is only told from its own surroundings.
+    """
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter | 1, diameter | 1))
+    largest = np.stack([cv2.dilate(each, disc) for each in probability])
+    return (probability + OUTLINE_FLOOR) / (largest + OUTLINE_FLOOR)
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
+import dataclasses
 import itertools
 import math
 import time
@@ -27,9 +28,10 @@ import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, unlikeness
 
-LAST = Path("models") / "last.pth"
+BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
+RUN_FIELDS, MAP_FIELDS = ({each.name for each in dataclasses.fields(group)} for group in (config.RunSettings, config.MapSettings))
 N_PICTURED = 4
 """Images in one reconstruction picture."""
 N_STATISTICS, N_HELD_TILES = 2048, 256
@@ -65,13 +67,17 @@ class Run:
 
 def main(settings: config.TrainSettings) -> None:
     """Train, and leave checkpoints, pictures, curves and history in the output folder."""
-    run = prepare(use_demo(settings) if not settings.data_dir else settings)
-    started = time.perf_counter()
-    train(run)
-    minutes = (time.perf_counter() - started) / 60
-    plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
-    print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / 'models' / 'best_model.pth'}")
-    detector = defect_maps.load_detector(run.out / "models" / "best_model.pth")
+    if settings.weights:
+        run = recalibrate(settings)
+        print(f"weights of {settings.weights}, calibrated anew: {run.out / BEST}")
+    else:
+        run = prepare(use_demo(settings) if not settings.data_dir else settings)
+        started = time.perf_counter()
+        train(run)
+        minutes = (time.perf_counter() - started) / 60
+        plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
+        print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
+    detector = defect_maps.load_detector(run.out / BEST)
     print(describe_calibration(detector.calibration))
 
 
@@ -85,8 +91,8 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     return settings.with_preset(preset).replace(data_dir=str(root))
 
 
-def prepare(settings: config.TrainSettings) -> Run:
-    """Read the data, split off the held-out images, build the model."""
+def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
+    """Read the data, split off the held-out images, build the model, with these weights where given."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device)
     engine.seed_everything(settings.seed)
@@ -101,6 +107,8 @@ def prepare(settings: config.TrainSettings) -> Run:
     if settings.perceptual_weight > 0:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = runtime.put_model(DetailVAE(settings))
+    if weights is not None:
+        engine.load_weights(model, weights, settings.weights)
     model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
     if model.n_features and (settings.map_bank or settings.score_bank):
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
@@ -111,6 +119,25 @@ def prepare(settings: config.TrainSettings) -> Run:
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
     return Run(settings, runtime, folder, training, held_paths, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
+
+
+def recalibrate(settings: config.TrainSettings) -> Run:
+    """Keep the weights of a checkpoint and make its banks, maps and thresholds anew, from the images it was trained and calibrated on.
+
+    Raises:
+        InputError: the checkpoint cannot be used, or what is no matter of maps was given and is otherwise there.
+    """
+    contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
+    with engine.reading_contents(settings.weights):
+        trained = config.from_dict(config.TrainSettings, contents["settings"])
+    ours = {"weights", *RUN_FIELDS, *MAP_FIELDS} - {"seed"}
+    for key in sorted(settings.given - ours):
+        if getattr(settings, key) != getattr(trained, key):
+            raise config.InputError(f"{settings.weights} was trained with {key} {getattr(trained, key)!r}, not {getattr(settings, key)!r}; expected settings of maps and thresholds alone with --weights.")
+    run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
+    config.save(run.settings, run.out / "models" / "config.yaml")
+    save_model(run, BEST.name, contents["epoch"])
+    return run
 
 
 def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: engine.Runtime) -> list[Path]:
@@ -159,7 +186,7 @@ def train(run: Run) -> list[dict]:
             if epoch % validate_every(run) == 0 or epoch == run.epochs:
                 line += check_in(run, epoch, optimizer, scheduler)
             if epoch % s.checkpoint_every == 0:
-                save_model(run, f"epoch_{epoch:04d}.pth")
+                save_model(run, f"epoch_{epoch:04d}.pth", epoch)
             if epoch % s.picture_every == 0 or epoch == run.epochs:
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
@@ -239,18 +266,18 @@ def whole_held_out(run: Run) -> Iterator[Tensor]:
     return (run.runtime.put(batch.images) for batch in batches if len(batch.images))
 
 
-def save_model(run: Run, name: str) -> None:
-    """A checkpoint with all that inference needs."""
-    engine.save_checkpoint(run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration))
+def save_model(run: Run, name: str, epoch: int) -> None:
+    """A checkpoint with all that inference needs, of the model after that epoch."""
+    engine.save_checkpoint(run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration, epoch))
 
 
-def model_contents(run: Run, calibration: defect_maps.Calibration) -> dict:
+def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -> dict:
     return {
         "settings": config.as_dict(run.settings),
         "value_range": [0.0, 1.0],
         "image_size": run.settings.image_size,
         "class_names": ["good", "defective"],
-        "epoch": len(run.history),
+        "epoch": epoch,
         "calibration": calibration.as_dict(),
         "model": run.model.state_dict(),
     }
@@ -261,7 +288,7 @@ def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
     if not loss < run.best:  # also where it is not a number
         return False
     run.best, run.best_epoch = loss, epoch
-    save_model(run, "best_model.pth")
+    save_model(run, BEST.name, epoch)
     return True
 
 

@@ -43,7 +43,7 @@ def make_model(tiny_backbone):
 
     def make(backbone="none", **changes):
         torch.manual_seed(0)
-        narrow = {"latent_dim": 4, "detail_channels": 2, "base_channels": 4, "backbone": backbone}
+        narrow = {"latent_dim": 4, "detail_channels": 2, "base_channels": 4, "backbone": backbone, "segmentation": False}
         return vae_model.DetailVAE(ModelSettings(**{**narrow, **changes}))
 
     return make

@@ -204,18 +204,37 @@ def test_raw_maps_are_what_their_names_say(make_model):
 
 
 @pytest.mark.parametrize("thorough", [True, False])
-def test_the_gate_leaves_of_the_map_what_the_head_sees_as_a_defect(make_model, monkeypatch, thorough):
-    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, **NEAREST_SCORE))
+def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough):
+    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, outline_window_frac=0.25, **NEAREST_SCORE))
     plain = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE))
     for each in (detector, plain):
         each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
     left = torch.where(torch.arange(64) < 32, 40.0, -40.0)  # sure of the left half
     monkeypatch.setattr(detector.model.defect_head, "forward", lambda images, painting, taps: left.expand(len(images), 1, 64, 64))
     assert detector.shown == ["pixel", "ssim", "segmentation"] and plain.shown == ["pixel", "ssim"]
-    for gated, whole in zip(detector.detect(good_images(2), thorough), plain.detect(good_images(2), thorough), strict=True):
-        np.testing.assert_allclose(gated.defect_map[:, :20], whole.defect_map[:, :20], rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(gated.defect_map[:, 44:], 0.1 * whole.defect_map[:, 44:], rtol=1e-3, atol=1e-4)
+    beside = 0.1 + 0.9 * defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)
+    n_shaped = 0
+    images = torch.cat([good_images(1), torch.rand(1, 3, 64, 64)])
+    for gated, whole in zip(detector.detect(images, thorough), plain.detect(images, thorough), strict=True):
+        np.testing.assert_allclose(gated.defect_map[:, :24], whole.defect_map[:, :24], rtol=1e-3, atol=1e-4)
+        seen = whole.defect_map[:, 36:38]
+        level = defect_maps.SHAPED_ABOVE
+        np.testing.assert_allclose(gated.defect_map[:, 36:38], np.where(seen > level, level + beside * (seen - level), seen), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(gated.defect_map[:, 48:], whole.defect_map[:, 48:], rtol=1e-3, atol=1e-4)  # out of its reach
         assert gated.score == pytest.approx(whole.score)
+        n_shaped += (seen > level).sum()
+    assert n_shaped
+
+
+def test_an_outline_compares_a_place_with_its_surroundings_alone():
+    probability = np.zeros((2, 40, 40), np.float32)
+    probability[0, 10, 10], probability[0, 10, 12], probability[0, 30, 30] = 0.9, 0.4, 0.4
+    found = defect_maps.outline(probability, 9)
+    assert found.dtype == np.float32 and found.shape == probability.shape
+    assert found[0, 10, 10] == found[0, 30, 30] == 1.0  # sure or not, each is the peak of its place
+    assert found[0, 10, 12] == pytest.approx(0.5 / 1.0) and found[0, 14, 10] == pytest.approx(0.1) and found[0, 34, 30] == pytest.approx(0.2)
+    assert (found[0, 20] == 1.0).all() and (found[1] == 1.0).all()
+    np.testing.assert_array_equal(defect_maps.outline(probability, 0), 1.0)
 
 
 def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclidean_elsewhere():
@@ -239,6 +258,18 @@ def test_what_one_map_shouts_counts_less_than_what_two_maps_say():
     smooth = {"pixel": np.array([[[9.0, 3.0, -0.5]]], np.float32), "bank": np.array([[[0.0, 3.0, -0.5]]], np.float32)}
     shouted, said, low = fuse(smooth, {"pixel": (0.0, 1.0), "bank": (0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
     assert said == pytest.approx(3.0) and shouted == pytest.approx(10**0.5 - 1) and low == pytest.approx(-0.5)
+
+
+def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_features(make_model):
+    maps = PIXELS.replace(map_ssim=0.0, map_likelihood=1.0, residual_ceiling=0.5)
+    detector = detector_of(make_model("efficientnet_lite0"), maps)
+    scales = {"pixel": (0.0, 1.0), "likelihood": (0.0, 1.0)}
+    smooth = {"pixel": np.array([[[0.2, 0.5, 80.0]]], np.float32), "likelihood": np.array([[[3.0, 3.0, 3.0]]], np.float32)}
+    np.testing.assert_allclose(detector.defect_maps(smooth, scales)[0, 0], [(1.2 * 4) ** 0.5 - 1, 6**0.5 - 1, 6**0.5 - 1], rtol=1e-5)
+    detector.maps = maps.replace(residual_ceiling=0.0)
+    assert detector.defect_maps(smooth, scales)[0, 0, 2] == pytest.approx((81 * 4) ** 0.5 - 1, rel=1e-5)
+    alone = detector_of(make_model(segmentation=False), PIXELS.replace(map_ssim=0.0, residual_ceiling=0.5))
+    assert alone.defect_maps(smooth, scales)[0, 0, 2] == pytest.approx(80.0, rel=1e-5)  # all that there is
 
 
 def test_the_fused_map_is_the_weighted_geometric_mean_of_one_more_than_the_scaled_maps(make_model):

@@ -105,6 +105,22 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     assert [each.detection.score for each in classify_images.classify_folder(data / "test", detector)] != pytest.approx([each.detection.score for each in thorough], rel=1e-2)
 
 
+def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_path, capsys):
+    before = classify_images.load_detector(trained / "models" / "best_model.pth")
+    arguments = ["--weights", str(trained / "models" / "best_model.pth"), "--output-dir", str(tmp_path), "--map-ssim", "3", "--target-false-alarms", "0.4"]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
+    assert "calibrated anew" in capsys.readouterr().out
+    after = classify_images.load_detector(tmp_path / "models" / "best_model.pth")
+    for name, kept in before.model.state_dict().items():
+        torch.testing.assert_close(after.model.state_dict()[name], kept)
+    assert (before.fused, after.fused) == ({"pixel": 1.0}, {"pixel": 0.25, "ssim": 0.75})
+    assert set(after.calibration.scales) == {"pixel", "ssim", "segmentation"} and after.calibration.alpha == 0.4
+    assert after.calibration.scales["pixel"] == pytest.approx(before.calibration.scales["pixel"])
+    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "8"]) == 1
+    assert "was trained with base_channels 4, not 8; expected settings of maps and thresholds alone" in capsys.readouterr().err
+    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "4"]) == 0
+
+
 def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny_backbone, capsys):
     odd = data / "train" / "good" / "odd.png"
     cv2.imwrite(str(odd), photograph(np.random.default_rng(8), scratch=True)[0])
