@@ -118,7 +118,7 @@ def _check_value(field: dataclasses.Field, value) -> None:
 class RunSettings(Settings):
     output_dir: str = setting(".", "Folder under which the fixed output folders are made.")
     device: str = setting("auto", "Where to compute; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda"))
-    seed: int = setting(0, "Seed of every random choice; the same seed gives the same run on CPU.", minimum=0)
+    seed: int = setting(0, "Seed of every random choice; the same seed gives the same run on CPU with as many threads.", minimum=0)
     num_workers: int = setting(-1, "Loader processes beside the main one; -1 takes none on CPU (the cores compute) and one a core, eight at most, with CUDA.", minimum=-1)
 
 
