@@ -231,7 +231,7 @@ class OptimiserSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
-    weights: str = setting("", "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with what is said here of maps and thresholds.")
+    weights: str = setting("", "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with those settings of maps and thresholds that are given.")
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)

@@ -31,7 +31,9 @@ from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, unlikeness
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
-RUN_FIELDS, MAP_FIELDS = ({each.name for each in dataclasses.fields(group)} for group in (config.RunSettings, config.MapSettings))
+MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
+HERE_FIELDS = {"weights", "output_dir", "device", "num_workers"}
+"""Settings that a run with the weights of another has of its own, beside those of maps."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
 N_STATISTICS, N_HELD_TILES = 2048, 256
@@ -124,17 +126,18 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
 def recalibrate(settings: config.TrainSettings) -> Run:
     """Keep the weights of a checkpoint and make its banks, maps and thresholds anew, from the images it was trained and calibrated on.
 
+    Of the settings of maps those change that a flag or the file gave; all others stay as they were.
+
     Raises:
         InputError: the checkpoint cannot be used, or what is no matter of maps was given and is otherwise there.
     """
     contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
     with engine.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
-    ours = {"weights", *RUN_FIELDS, *MAP_FIELDS} - {"seed"}
-    for key in sorted(settings.given - ours):
+    for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS):
         if getattr(settings, key) != getattr(trained, key):
             raise config.InputError(f"{settings.weights} was trained with {key} {getattr(trained, key)!r}, not {getattr(settings, key)!r}; expected settings of maps and thresholds alone with --weights.")
-    run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
+    run = prepare(trained.replace(**{key: getattr(settings, key) for key in HERE_FIELDS | (MAP_FIELDS & settings.given)}), contents["model"])
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
     return run

@@ -118,7 +118,10 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
     assert after.calibration.scales["pixel"] == pytest.approx(before.calibration.scales["pixel"])
     assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "8"]) == 1
     assert "was trained with base_channels 4, not 8; expected settings of maps and thresholds alone" in capsys.readouterr().err
-    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "4"]) == 0
+    again = ["--weights", str(tmp_path / "models" / "best_model.pth"), "--output-dir", str(tmp_path / "again"), "--base-channels", "4", "--map-pixel", "0"]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, again) == 0
+    twice = classify_images.load_detector(tmp_path / "again" / "models" / "best_model.pth")
+    assert twice.fused == {"ssim": 1.0} and twice.calibration.alpha == 0.4  # what is not given stays
 
 
 def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny_backbone, capsys):
