@@ -9,10 +9,9 @@ from any seen on training images. It says how unusual an image is, the fused map
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import cv2
@@ -326,21 +325,16 @@ class Detector:
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
-        judged = fuse(smooth, scales, self.scored, self._ceilings(self.scored))
+        judged = fuse(smooth, scales, self.scored, self.maps.residual_ceiling)
         return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
 
     def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
-        fused = fuse(smooth, scales, self.fused, self._ceilings(self.fused))
+        fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
         if not self.gate:
             return fused
         shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
         return np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
-
-    def _ceilings(self, shares: dict[str, float]) -> dict[str, float]:
-        """The largest value that counts, of the maps that have one: of the residual, where maps of features know better."""
-        ceiling = self.maps.residual_ceiling
-        return {"pixel": ceiling} if ceiling and FEATURE_MAPS.intersection(shares) else {}
 
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
@@ -423,13 +417,15 @@ def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
 
 
-def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float], ceilings: Mapping[str, float] = MappingProxyType({})) -> np.ndarray:
+def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:
     """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
     0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1 + |z|.
-    ``ceilings``: the largest z that counts, of the maps that have one.
+    ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which know better; 0 sets none.
     """
-    scaled = {name: np.minimum((smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]), ceilings.get(name, np.inf)) for name in shares}
+    scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
+    if residual_ceiling and "pixel" in scaled and FEATURE_MAPS.intersection(scaled):
+        scaled["pixel"] = np.minimum(scaled["pixel"], residual_ceiling)
     logs = sum(share * np.copysign(np.log1p(np.abs(scaled[name])), scaled[name]) for name, share in shares.items())
     return np.copysign(np.expm1(np.abs(logs)), logs).astype(np.float32)
 

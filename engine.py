@@ -350,6 +350,13 @@ def save_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler,
     write_json(history, {"best_epoch": run.best_epoch, "epochs": run.history})
 
 
+def require_same(path: Path | str, ours: dict, trained: dict, expected: str) -> None:
+    """Raise InputError, naming the first that differs, where a checkpoint was trained with other settings than ours."""
+    for key, value in ours.items():
+        if trained.get(key) != value:
+            raise InputError(f"{path} was trained with {key} {trained.get(key)!r}, not {value!r}; {expected}")
+
+
 def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, may_differ: set[str]) -> dict:
     """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
 
@@ -357,9 +364,7 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
         InputError: there is none, or it was made with other settings than those that may differ.
     """
     state = load_checkpoint(path, f"{kind}_training")
-    for key, value in as_dict(run.settings).items():
-        if key not in may_differ and state["settings"].get(key) != value:
-            raise InputError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}; give the same settings to resume.")
+    require_same(path, {key: value for key, value in as_dict(run.settings).items() if key not in may_differ}, state["settings"], "give the same settings to resume.")
     load_weights(run.model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

@@ -94,7 +94,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
 
 
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
-    """Read the data, split off the held-out images, build the model, with these weights where given."""
+    """Read the data, split off the held-out images, build the model; with these weights, where given, it is not for training."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device)
     engine.seed_everything(settings.seed)
@@ -106,12 +106,13 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     if not len(held.images):
         raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
     perceptual = None
-    if settings.perceptual_weight > 0:
+    if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = runtime.put_model(DetailVAE(settings))
-    if weights is not None:
+    if weights is None:
+        model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
+    else:
         engine.load_weights(model, weights, settings.weights)
-    model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
     if model.n_features and (settings.map_bank or settings.score_bank):
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
         model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
@@ -134,9 +135,8 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
     with engine.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
-    for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS):
-        if getattr(settings, key) != getattr(trained, key):
-            raise config.InputError(f"{settings.weights} was trained with {key} {getattr(trained, key)!r}, not {getattr(settings, key)!r}; expected settings of maps and thresholds alone with --weights.")
+    fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS)}
+    engine.require_same(settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights.")
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in HERE_FIELDS | (MAP_FIELDS & settings.given)}), contents["model"])
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
