@@ -291,8 +291,8 @@ class SupervisedDataSettings(Settings):
 
 @dataclass(frozen=True)
 class GeneratedDataSettings(Settings):
-    generated_home: int = setting(700, "Series of each class generated in the style of the home plots and mixed into training, where the classes are betise's nine kinds.", unit="series", minimum=0)
-    generated_present: int = setting(250, "Series of each class generated with betise's present parameters and mixed into training.", unit="series", minimum=0)
+    generated_home: int = setting(1400, "Series of each class generated in the style of the home plots and mixed into training, where the classes are betise's nine kinds.", unit="series", minimum=0)
+    generated_present: int = setting(500, "Series of each class generated with betise's present parameters and mixed into training.", unit="series", minimum=0)
     fresh_per_class: int = setting(20, "Series of each class with betise's present parameters kept for a validation of their own.", unit="series", minimum=0)
     real_share: float = setting(0.4, "Share of an epoch's plots that come from the data set, the others are generated ones.", unit="fraction", minimum=0.01, maximum=1.0)
     epoch_samples: int = setting(0, "Plots shown in one epoch; 0 shows each plot of the data set once.", unit="plots", minimum=0)
@@ -301,10 +301,9 @@ class GeneratedDataSettings(Settings):
 @dataclass(frozen=True)
 class ClassifierModelSettings(Settings):
     latent_dim: int = setting(128, "Length of the latent vector.", minimum=1, maximum=4096)
-    widths: tuple[int, ...] = setting((24, 64, 128, 256), "Channels of the encoder at a quarter of the side, an eighth and so on.", minimum=4, maximum=1024)
-    blocks: int = setting(1, "Residual blocks of the encoder at each resolution.", minimum=1, maximum=8)
-    profile_channels: int = setting(48, "Channels of the branch that reads the trace column by column; 0 leaves it out.", minimum=0, maximum=512)
-    ink: bool = setting(True, "Let the encoder see the distance from white instead of three colours.")
+    profile_channels: int = setting(48, "Channels of the encoder's branch that reads the trace column by column; 0 leaves it out.", minimum=0, maximum=512)
+    widths: tuple[int, ...] = setting((12, 24, 48, 96), "Channels of the encoder's branch that sees the picture in 32 rows, at every second column, every fourth and so on; none leaves it out.", minimum=4, maximum=1024)
+    ink: bool = setting(True, "Let the picture branch see the distance from white instead of three colours.")
     dropout: float = setting(0.2, "Share of latent means silenced before the classifier head in training.", unit="fraction", minimum=0.0, maximum=0.9)
     decoder_channels: int = setting(64, "Channels of the decoder along the columns of the reconstruction.", minimum=4, maximum=1024)
     detail_channels: int = setting(4, "Detail latents of each column of the reconstruction, beside the latent vector.", minimum=1, maximum=64)
@@ -317,7 +316,7 @@ class ClassifierLossSettings(Settings):
     kl_weight: float = setting(1.0, "Weight of the KL divergence of both latents, in nats per pixel of the reconstruction.", minimum=0.0)
     class_weight: float = setting(1.0, "Weight of the cross-entropy in nats.", minimum=0.0)
     ssim_share: float = setting(0.3, "Share of 1 - SSIM in the reconstruction error; the rest is squared error, absolute error and earth mover's distance in equal parts.", unit="fraction", minimum=0.0, maximum=1.0)
-    reconstruction_share: float = setting(0.25, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
+    reconstruction_share: float = setting(0.125, "Share of each training batch that is reconstructed.", unit="fraction", minimum=0.01, maximum=1.0)
     detail_dropout: float = setting(0.1, "Share of the reconstructed training plots that are drawn from the latent vector alone, with the details it lets expect.", unit="fraction", minimum=0.0, maximum=1.0)
     label_smoothing: float = setting(0.1, "Probability moved from the true class to all classes.", unit="fraction", minimum=0.0, maximum=0.9)
     mixup_alpha: float = setting(0.0, "Beta distribution's parameter of mixing two plots and their labels; 0 never mixes.", minimum=0.0)
@@ -325,7 +324,7 @@ class ClassifierLossSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainClassifierSettings(ClassifierLossSettings, ClassifierModelSettings, GeneratedDataSettings, SupervisedDataSettings, RunSettings):
-    epochs: int = setting(26, "Passes over the training plots.", unit="epochs", minimum=1)
+    epochs: int = setting(60, "Passes over the training plots.", unit="epochs", minimum=1)
     batch_size: int = setting(32, "Plots in one optimizer step.", unit="plots", minimum=1)
     learning_rate: float = setting(0.002, "Peak learning rate of AdamW; it warms up and falls to zero along a cosine.", minimum=0.0)
     warmup_frac: float = setting(0.1, "Share of the steps over which the learning rate rises.", unit="fraction", minimum=0.0, maximum=0.9)

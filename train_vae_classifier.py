@@ -129,7 +129,9 @@ def generated_plots(settings: config.TrainClassifierSettings, style: str, per_cl
     if images is None or images.shape != (len(labels), side, side, 3):
         jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
         made = plot_loader._in_processes(draw_generated, jobs, -1)
-        images = np.stack(list(bar(f"{style} series")(made, len(jobs))))
+        images = np.empty((len(jobs), side, side, 3), np.uint8)
+        for i, image in enumerate(bar(f"{style} series")(made, len(jobs))):
+            images[i] = image
         plot_loader.write_arrays(file, {"images": images})
     return Plots(images, labels)
 

@@ -1,16 +1,17 @@
 """VAEClassifier: a variational autoencoder of plots with a classifier head on its latent means, its loss, and loading one from a file.
 
-The encoder sees the ink of a plot, its distance from white, in two ways: as a picture, through a residual network, and
-column by column (where the trace runs, how far it spreads, how much ink there is), through a one-dimensional one, which is
-nearly the series itself. Both are pooled to one vector and lead to the latent; the head names the class from its mean. The
-decoder draws the plot from a sample of it, stroke by stroke, and from a second latent that holds the details of each column,
-such as its noise, which no short vector could.
+The encoder sees the ink of a plot, its distance from white, in two ways: column by column (where the trace runs, how far it
+spreads, how much ink there is), which is nearly the series itself, through a one-dimensional residual network, and as a
+picture of few rows, through a small two-dimensional one. Both are pooled to one vector and lead to the latent; the head names
+the class from its mean. The decoder draws the plot from a sample of it, stroke by stroke, and from a second latent that holds
+the details of each column, such as its noise, which no short vector could.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,16 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
+from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, UsageError, from_dict
 from data_loader_supervised import four_flips
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
 from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
-from vae_model import LOGVAR_RANGE, Down, ResidualBlock, conv_norm, fold_norms, kl_divergence
+from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_norms, kl_divergence
 
 KIND = "vae_classifier"
-STEM_STRIDE = 4
+PICTURE_ROWS = 32
+"""Heights that the picture branch tells apart; the exact ones are in the profile, and a branch of all rows costs six times as much."""
+PROFILE_FACTORS = (1, 1, 2, 2)
+"""Channels of the branch along the columns at a half, a quarter ... of their number, in units of ``profile_channels``."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -73,6 +77,9 @@ class VAEClassifier(nn.Module):
         settings: architecture.
         n_classes: length of the head's output.
 
+    Raises:
+        UsageError: the settings leave the encoder no branch.
+
     Images are float32 RGB in [0, 1], (B, 3, S, S) with S a multiple of 32, prepared by ``prepare_image``; the
     reconstruction has its own fixed size. ``class_names``, ``calibration`` and ``run_settings`` come with a loaded model.
     """
@@ -91,17 +98,20 @@ class VAEClassifier(nn.Module):
         self.register_buffer("error_scale", torch.tensor([0.03, 0.1, 0.1]))
 
     def _build_encoder(self) -> int:
-        s, channels = self.settings, 1 if self.settings.ink else 3
-        stages: list[nn.Module] = [nn.PixelUnshuffle(STEM_STRIDE), conv_norm(channels * STEM_STRIDE**2, s.widths[0]), nn.SiLU(), ResidualBlock(s.widths[0])]
-        for level, width in enumerate(s.widths):
-            stages += [Down(s.widths[level - 1], width)] if level else []
-            stages += [ResidualBlock(width) for _ in range(s.blocks - 1)]
-        self.trunk = nn.Sequential(*stages)
-        if not s.profile_channels:
-            return 2 * s.widths[-1]
-        c = s.profile_channels
-        self.profile = nn.Sequential(ProfileBlock(PROFILE_FEATURES, c, 9), ProfileBlock(c, c), ProfileBlock(c, 2 * c), ProfileBlock(2 * c, 2 * c))
-        return 2 * s.widths[-1] + 4 * c
+        """The branches that the settings ask for; returns how many pooled features they give."""
+        s, n_features = self.settings, 0
+        if s.profile_channels:
+            widths = [PROFILE_FEATURES, *(factor * s.profile_channels for factor in PROFILE_FACTORS)]
+            self.profile = nn.ModuleList(ProfileBlock(n_in, n_out, 5 if level else 9) for level, (n_in, n_out) in enumerate(pairwise(widths)))
+            n_features += 2 * sum(widths[1:])
+        if s.widths:
+            stages: list[nn.Module] = [nn.AdaptiveAvgPool2d((PICTURE_ROWS, None)), conv_norm(1 if s.ink else 3, s.widths[0], 5, (1, 2)), nn.SiLU()]
+            stages += [Down(n_in, n_out) for n_in, n_out in pairwise(s.widths)]
+            self.trunk = nn.Sequential(*stages)
+            n_features += 2 * s.widths[-1]
+        if not n_features:
+            raise UsageError("The encoder has no branch: profile_channels is 0 and widths is empty; expected at least one of them.")
+        return n_features
 
     @torch.no_grad()
     def fit_reconstruction_scale(self, batches) -> None:
@@ -122,10 +132,15 @@ class VAEClassifier(nn.Module):
 
     def encode(self, images: Tensor, profile: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu, logvar), each (B, D), of images (B, 3, S, S); ``profile`` is their ``column_profile``, where already computed."""
-        features = pooled(self.trunk(ink_of(images) if self.settings.ink else images))
+        features: list[Tensor] = []
         if self.settings.profile_channels:
-            features = torch.cat([features, pooled(self.profile(column_profile(images) if profile is None else profile))], 1)
-        mu, logvar = self.to_latent(features).float().chunk(2, 1)
+            level = column_profile(images) if profile is None else profile
+            for block in self.profile:
+                level = block(level)
+                features.append(pooled(level))
+        if self.settings.widths:
+            features.append(pooled(self.trunk(ink_of(images) if self.settings.ink else images)))
+        mu, logvar = self.to_latent(torch.cat(features, 1)).float().chunk(2, 1)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
     def encode_detail(self, images: Tensor, profile: Tensor | None = None) -> Gaussian:

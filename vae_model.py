@@ -83,7 +83,7 @@ class DetailOutput(NamedTuple):
 # ---------------------------------------------------------------------------------------------- blocks
 
 
-def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int | tuple[int, int] = 1) -> nn.Sequential:
     """Convolution and batch normalisation; the bias is left to the normalisation."""
     return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out, momentum=BATCH_NORM_MOMENTUM))
 

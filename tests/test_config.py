@@ -76,7 +76,7 @@ def test_settings_survive_yaml_and_come_back_equal(cls):
     settings = cls()
     if dataclasses.fields(cls):
         hints = typing.get_type_hints(cls)
-        changed = {field.name: {str: ("a", "b"), int: (3, 4)}[typing.get_args(hints[field.name])[0]] for field in dataclasses.fields(cls) if field.default == ()}
+        changed = {field.name: {str: ("a", "b"), int: (4, 8)}[typing.get_args(hints[field.name])[0]] for field in dataclasses.fields(cls) if field.default == ()}
         settings = settings.replace(**changed, **({"seed": 3} if hasattr(settings, "seed") else {}))
     plain = config.as_dict(settings)
     assert all(isinstance(value, (str, int, float, bool, list)) for value in plain.values())
