@@ -30,7 +30,7 @@ from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_norms, kl_divergence
 
 KIND = "vae_classifier"
 PICTURE_ROWS = 32
-"""Heights that the picture branch tells apart; the exact ones are in the profile, and a branch of all rows costs six times as much."""
+"""Heights that the picture branch tells apart; the exact ones are in the profile."""
 PROFILE_FACTORS = (1, 1, 2, 2)
 """Channels of the branch along the columns at a half, a quarter ... of their number, in units of ``profile_channels``."""
 
