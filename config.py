@@ -309,6 +309,11 @@ class ClassifierModelSettings(Settings):
     detail_channels: int = setting(4, "Detail latents of each column of the reconstruction, beside the latent vector.", minimum=1, maximum=64)
     reconstruction_size: int = setting(224, "Side of the reconstruction, whatever the encoder sees.", unit="px", minimum=32, maximum=1024, multiple_of=32)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.profile_channels and not self.widths:
+            raise UsageError("The encoder has no branch: profile_channels is 0 and widths is empty; expected at least one of them.")
+
 
 @dataclass(frozen=True)
 class ClassifierLossSettings(Settings):

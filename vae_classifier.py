@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, UsageError, from_dict
+from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
 from data_loader_supervised import four_flips
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import ssim_map
@@ -77,9 +77,6 @@ class VAEClassifier(nn.Module):
         settings: architecture.
         n_classes: length of the head's output.
 
-    Raises:
-        UsageError: the settings leave the encoder no branch.
-
     Images are float32 RGB in [0, 1], (B, 3, S, S) with S a multiple of 32, prepared by ``prepare_image``; the
     reconstruction has its own fixed size. ``class_names``, ``calibration`` and ``run_settings`` come with a loaded model.
     """
@@ -109,8 +106,6 @@ class VAEClassifier(nn.Module):
             stages += [Down(n_in, n_out) for n_in, n_out in pairwise(s.widths)]
             self.trunk = nn.Sequential(*stages)
             n_features += 2 * s.widths[-1]
-        if not n_features:
-            raise UsageError("The encoder has no branch: profile_channels is 0 and widths is empty; expected at least one of them.")
         return n_features
 
     @torch.no_grad()

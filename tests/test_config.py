@@ -97,6 +97,13 @@ def test_settings_are_frozen_and_a_copy_is_checked():
         settings.replace(image_size=100)
 
 
+def test_an_encoder_without_branches_is_refused_by_its_settings():
+    with pytest.raises(config.UsageError, match="no branch"):
+        config.ClassifierModelSettings(profile_channels=0, widths=())
+    with pytest.raises(config.UsageError, match="no branch"):
+        parse(config.TrainClassifierSettings, "--profile-channels", "0", "--widths")
+
+
 def test_saved_settings_are_read_again_by_config(tmp_path):
     settings = config.TrainSettings(epochs=7, flip_vertical=True, learning_rate=3e-5)
     config.save(settings, tmp_path / "models" / "config.yaml")

@@ -81,11 +81,6 @@ def test_the_shipped_network_is_small_and_draws_224_px():
     assert model.class_names == list(config.CLASSES)
 
 
-def test_an_encoder_without_branches_is_refused():
-    with pytest.raises(config.UsageError, match="no branch"):
-        tiny(profile_channels=0, widths=())
-
-
 def test_the_picture_branch_alone_sees_what_no_column_tells():
     """Two pages of stripes whose rows have the same sum, sum of squares, ends and number: every column profile is the same."""
     pages = torch.ones(2, 1, 3, SIDE, SIDE)
