@@ -168,7 +168,7 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     """Predict every file; returns the results without pictures where a latent flag needs them, else nothing."""
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
-    keep, kept, started = settings.encode or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
+    keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
     results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
         if each.error:
@@ -245,16 +245,25 @@ def write_generated(model: VAEClassifier, settings: config.InferClassifierSettin
 
 
 def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.InferClassifierSettings) -> None:
-    """The table, scatter and interpolation that the flags ask for."""
+    """The table, clusters, scatters and interpolation that the flags ask for."""
     out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
-    if settings.encode:
+    mu, labels, clusters = np.array([each.mu for each in kept]), [label_of(each, model) for each in kept], None
+    if settings.clusters:
+        from sklearn.metrics import adjusted_rand_score
+
+        clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
+        print(f"{settings.clusters} clusters: adjusted Rand index {adjusted_rand_score(labels, clusters):.3f} against the classes (0: by chance, 1: the same groups)")
+    if settings.encode or settings.clusters:
         out.mkdir(parents=True, exist_ok=True)
-        write_table(kept, out / "latent.csv")
+        write_table(kept, clusters, out / "latent.csv")
         print(f"latent means: {out / 'latent.csv'}")
     if settings.scatter != "none":
-        points = vae_classifier.project_2d(np.array([each.mu for each in kept]), settings.scatter, settings.seed)
-        plots.save(plots.latent_scatter(points, [label_of(each, model) for each in kept]), out / f"scatter_{settings.scatter}.png")
-        print(f"scatter: {out / f'scatter_{settings.scatter}.png'}")
+        points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
+        groups = {"scatter": labels} | ({} if clusters is None else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]})
+        for name, group in groups.items():
+            path = out / f"{name}_{settings.scatter}.png"
+            plots.save(plots.latent_scatter(points, group), path)
+            print(f"{name}: {path}")
     if settings.interpolate:
         if len(kept) != 2:
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
@@ -268,11 +277,13 @@ def label_of(each: Predicted, model: VAEClassifier) -> str:
     return each.path.parent.name if each.path.parent.name in model.class_names else each.name
 
 
-def write_table(kept: list[Predicted], path: Path) -> None:
+def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:
+    """latent.csv: path, predicted class, cluster where there are any, latent means."""
+    grouped = [[]] * len(kept) if clusters is None else [[number] for number in clusters]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "predicted", *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0))])
-        writer.writerows([str(each.path), each.name, *(f"{value:.6g}" for value in each.mu)] for each in kept)
+        writer.writerow(["path", "predicted", *(["cluster"] if clusters is not None else []), *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0))])
+        writer.writerows([str(each.path), each.name, *group, *(f"{value:.6g}" for value in each.mu)] for each, group in zip(kept, grouped, strict=True))
 
 
 if __name__ == "__main__":

@@ -359,6 +359,19 @@ def project_2d(mu: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
     return TSNE(2, perplexity=min(30.0, (len(mu) - 1) / 3), init="pca", random_state=seed).fit_transform(mu)
 
 
+def cluster(mu: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
+    """Cluster (n,), from 0 on, of latent means (n, D), by k-means (Lloyd 1982; the best of ten starts).
+
+    Raises:
+        InputError: fewer plots than clusters.
+    """
+    from sklearn.cluster import KMeans
+
+    if len(mu) < n_clusters:
+        raise InputError(f"{len(mu)} plots cannot make {n_clusters} clusters; expected at least as many plots.")
+    return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(mu)
+
+
 def tiled(rows: Sequence[Tensor], gap_px: int = 4) -> np.ndarray:
     """Rows of pictures, each (n, 3, H, W) in [0, 1], as one uint8 picture with grey gaps."""
     cells = [[F.pad(picture.float().cpu(), [gap_px] * 4, value=0.6) for picture in row] for row in rows]

@@ -395,10 +395,15 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
     assert run_inference(data / "test", *flags, "--encode", "--scatter", "pca") == 0
     rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
     assert len(rows) == 3 * N_TEST and list(rows[0]) == ["path", "predicted", *(f"mu_{i}" for i in range(4))]
+    capsys.readouterr()
+    assert run_inference(data / "test", *flags, "--clusters", 3, "--scatter", "pca") == 0
+    assert "3 clusters: adjusted Rand index" in capsys.readouterr().out
+    rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
+    assert list(rows[0])[:4] == ["path", "predicted", "cluster", "mu_0"] and {row["cluster"] for row in rows} == {"0", "1", "2"}
     assert run_inference("--generate", "rise", "--n-pictured", 4, *flags) == 0
     assert run_inference(data / "test" / "flat" / "0.png", data / "test" / "rise" / "0.png", "--interpolate", "--n-pictured", 5, *flags) == 0
     shapes = {path.name: cv2.imread(str(path)).shape[:2] for path in (tmp_path / "results" / "latent").glob("*.png")}
-    assert shapes["generated_rise.png"] == (40, 160) and shapes["interpolation.png"] == (40, 200) and "scatter_pca.png" in shapes
+    assert shapes["generated_rise.png"] == (40, 160) and shapes["interpolation.png"] == (40, 200) and {"scatter_pca.png", "clusters_pca.png"} <= set(shapes)
     capsys.readouterr()
     assert run_inference("--generate", "seasonal", *flags) == 1
     assert "no class 'seasonal'; expected one of flat, jump, rise" in one_sentence(capsys)
@@ -412,6 +417,7 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
         (["{data}/test", "--interpolate"], 2, "--interpolate takes exactly two plots; got 9"),
         (["{data}/test", "--model", "{data}/none.pth"], 1, "no checkpoint at"),
         (["{data}/test", "--model", "{detail}"], 1, "holds a 'detail_vae'; expected a 'vae_classifier'"),
+        (["{data}/test", "--clusters", "40"], 1, "9 plots cannot make 40 clusters"),
         (["{data}/test", "--scater", "pca"], 2, "did you mean '--scatter'?"),
     ],
 )

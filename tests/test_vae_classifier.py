@@ -399,6 +399,15 @@ def test_two_dimensions_keep_groups_apart():
         vc.project_2d(mu[:2], "pca")
 
 
+def test_clusters_are_groups_of_neighbours():
+    rng = np.random.default_rng(0)
+    mu = np.concatenate([rng.normal(centre, 1, (10, 6)) for centre in (0, 20, -20)])
+    found = vc.cluster(mu, 3).reshape(3, 10)
+    assert (found == found[:, :1]).all() and sorted(found[:, 0]) == [0, 1, 2]
+    with pytest.raises(config.InputError, match="2 plots cannot make 3 clusters"):
+        vc.cluster(mu[:2], 3)
+
+
 def test_pictures_are_laid_out_in_rows():
     sheet = vc.tiled([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)], gap_px=2)
     assert sheet.shape == (24, 36, 3) and sheet.dtype == np.uint8
