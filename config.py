@@ -250,6 +250,13 @@ class DetectionBenchmarkSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
+class AblationSettings(TrainSettings):
+    train_samples: int = setting(800, "Images shown in all, with repeats, where epochs is 0: fewer than by default, a training for each row and seed.", unit="images", minimum=1)
+    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, every row runs once with each.", minimum=0)
+    rows: tuple[str, ...] = setting((), "Rows to measure beside the first; none means all.")
+
+
+@dataclass(frozen=True)
 class DetailTestSettings(RunSettings):
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")

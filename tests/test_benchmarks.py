@@ -13,8 +13,9 @@ from test_stages import make_data as make_parts
 
 import config
 import data_loader
+import engine
 import vae_classifier
-from benchmarks import classifier, detection
+from benchmarks import ablation, classifier, detection
 
 
 def test_the_coreset_takes_the_patch_farthest_from_those_chosen():
@@ -81,6 +82,41 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
     with pytest.raises(config.InputError, match="good training images; 900 were asked for"):
         detection.training_set(settings, 1000, tmp_path / "many")
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """The folder of the ablation of tiny parts: the whole model, one part of training and one of the score left out."""
+    root = tmp_path_factory.mktemp("ablated")
+    ablation.main(
+        config.AblationSettings(
+            data_dir=str(make_parts(root / "parts")), output_dir=str(root), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", seeds=(3,), rows=("no skips", "score of the bank alone")
+        )
+    )
+    return root / "benchmark_results"
+
+
+def test_the_ablation_leaves_out_what_a_row_says(ablated):
+    rows = json.loads((ablated / "ablation.json").read_text())["rows"]
+    assert [(row["row"], row["seed"]) for row in rows] == [("everything", 3), ("no skips", 3), ("score of the bank alone", 3)]
+    whole, no_skips, bank = (config.read_yaml(ablated / "ablation" / name / "models" / "config.yaml") for name in ("everything_3", "no_skips_3", "score_of_the_bank_alone_3"))
+    changed = lambda other: {key for key in whole if whole[key] != other[key]} - {"output_dir", "weights"}  # noqa: E731
+    assert changed(no_skips) == {"skips"} and changed(bank) == {"score_nearest"}
+
+
+def test_a_row_of_maps_keeps_the_weights_of_the_first(ablated):
+    weights = [engine.load_checkpoint(ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",))["model"] for name in ("everything_3", "score_of_the_bank_alone_3")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_unknown_row_of_the_ablation_is_refused():
+    with pytest.raises(config.UsageError, match="no row 'no skip'; expected some of 'everything'"):
+        ablation.main(config.AblationSettings(rows=("no skip",)))
+
+
+def test_mean_and_spread_stand_in_a_row_of_the_ablation():
+    rows = [{**dict.fromkeys(ablation.COLUMNS), "pixel AP": value, "minutes": 2.0} for value in (0.25, 0.5)]
+    assert ablation.line("x", rows).split(" | ")[3] == "0.375 (0.250)" and ablation.line("x", rows).split(" | ")[1] == "-"
 
 
 @pytest.fixture(scope="module")
