@@ -125,7 +125,7 @@ class RunSettings(Settings):
 @dataclass(frozen=True)
 class DataSettings(Settings):
     data_dir: str = setting("", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo.")
-    image_size: int = setting(256, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
+    image_size: int = setting(384, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
     resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
     tile: bool = setting(False, "Cut every image at its own resolution into overlapping tiles of image_size; resize then has no effect.")
 
@@ -142,7 +142,7 @@ class DataSettings(Settings):
 class PreprocessSettings(RunSettings):
     source: tuple[str, ...] = setting((), "Raw folder: MVTec layout, or a flat folder of good images.", positional="+")
     out: str = setting("data/preprocessed", "Folder that receives the MVTec layout.")
-    image_size: int = setting(256, "Side of the square images written.", unit="px", minimum=64, maximum=1024, multiple_of=32)
+    image_size: int = setting(384, "Side of the square images written.", unit="px", minimum=64, maximum=1024, multiple_of=32)
     resize: str = setting("stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox"))
     bad_dir: str = setting("", "For a flat source: a folder of defective images, kept as test/defective.")
     test_frac: float = setting(0.2, "For a flat source: share of the good images kept as test/good.", unit="fraction", minimum=0.0, maximum=0.9)

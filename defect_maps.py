@@ -39,6 +39,8 @@ from vae_model import (
 TILES_AT_ONCE = 8
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
+N_FENCED = 8
+"""Held-out images that it takes to say which of them is far from the others."""
 OUTLINE_FLOOR = 0.1
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
@@ -220,6 +222,14 @@ class Calibration:
         scores = sorted(scores)
         threshold, promised = conformal_threshold(np.array(scores), alpha)
         return cls(scales, scores, alpha, threshold, promised and exchangeable, float(np.quantile(maps, 1 - pixel_false_positives)), exchangeable)
+
+    @property
+    def outer_fence(self) -> float:
+        """Score above which a held-out good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5 Q3; infinite for fewer than N_FENCED."""
+        if len(self.good_scores) < N_FENCED:
+            return math.inf
+        low, high = np.quantile(self.good_scores, (0.25, 0.75))
+        return float(max(high + 3 * (high - low), 1.5 * high))
 
     def judge(self, score: float) -> Detection:
         """What an image score says, still without a map."""

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import dataclasses
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,8 +80,9 @@ def main(settings: config.TrainSettings) -> None:
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
         print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
-    detector = defect_maps.load_detector(run.out / BEST)
+    detector = defect_maps.load_detector(run.out / BEST, run.runtime.device)
     print(describe_calibration(detector.calibration))
+    warn(odd_images(run, detector))
 
 
 def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
@@ -322,6 +324,22 @@ def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], ti
         [image.numpy() for image in images], [each.reconstruction for each in found], [each.defect_map for each in found], titles, 3 * detector.calibration.pixel_threshold
     )
     plots.save(figure, run.out / "reconstructions" / name)
+
+
+def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
+    """A sentence on each held-out good image whose score lies far above those of the others: it may not be good, and may set the threshold."""
+    calibration = detector.calibration
+    if calibration.good_scores[-1] <= calibration.outer_fence:
+        return []
+    sentences = []
+    for batch in data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, 1):
+        for path, found in zip(batch.paths, detector.detect(run.runtime.put(batch.images), thorough=False), strict=True) if batch.paths else []:
+            if found.score > calibration.outer_fence:
+                sentences.append(
+                    f"{path} scores {found.score:.2f}, far above the other held-out good images (half of them below {statistics.median(calibration.good_scores):.2f}); the threshold is {calibration.threshold:.2f}. "
+                    "If it is not as good as they are, take it out of train/good and train again; if it is, a larger --target-false-alarms keeps it from setting the threshold."
+                )
+    return sentences
 
 
 def describe_calibration(calibration: defect_maps.Calibration) -> str:

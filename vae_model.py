@@ -39,8 +39,8 @@ SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
 N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
 """Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are compared."""
-N_BANK_CANDIDATES = 2**17
-"""Features that those of the bank are chosen from: all places of 128 images of 256 px."""
+N_BANK_CANDIDATES = 2**19
+"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are chosen."""
 
 
 class VAEOutput(NamedTuple):

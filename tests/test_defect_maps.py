@@ -71,6 +71,11 @@ def test_p_values_of_good_images_are_not_too_small():
             assert np.mean(p <= u + 1e-12) <= u + 4 * math.sqrt(u * (1 - u) / len(p))
 
 
+@pytest.mark.parametrize(("scores", "fence"), [(range(1, 10), 7 + 3 * 4), (range(101, 110), 1.5 * 107), (range(1, 8), math.inf)])
+def test_the_outer_fence_is_three_interquartile_ranges_and_half_of_the_upper_quartile_away(scores, fence):
+    assert defect_maps.Calibration({}, [float(score) for score in scores], 0.05, 9.0, False, 1.0).outer_fence == fence
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
 def test_a_score_is_above_the_threshold_exactly_where_its_p_value_is_at_most_alpha(alpha):
     rng = np.random.default_rng(1)

@@ -141,6 +141,17 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
         odd.unlink()
 
 
+def test_a_held_out_image_far_from_the_others_is_named(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    _, held = data_loader.split_holdout(sorted((data / "train" / "good").iterdir()), 0.75, 0)
+    train(data, tmp_path / "usual", holdout_frac=0.75)
+    assert len(held) == 9 and "far above" not in capsys.readouterr().err
+    cv2.imwrite(str(held[4]), photograph(np.random.default_rng(8), scratch=True)[0])
+    train(data, tmp_path / "odd", holdout_frac=0.75)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "far above the other held-out good images" in line]
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {held[4]} scores ")
+
+
 def test_numbered_checkpoints_can_infer(data, tmp_path):
     train(data, tmp_path, checkpoint_every=1)
     detector = classify_images.load_detector(tmp_path / "models" / "epoch_0001.pth")
