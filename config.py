@@ -252,7 +252,7 @@ class DetectionBenchmarkSettings(TrainSettings):
 @dataclass(frozen=True)
 class AblationSettings(TrainSettings):
     train_samples: int = setting(800, "Images shown in all, with repeats, where epochs is 0: fewer than by default, a training for each row and seed.", unit="images", minimum=1)
-    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, every row runs once with each.", minimum=0)
+    seeds: tuple[int, ...] = setting((), "Seeds, every row runs once with each; none means --seed and the two after it.", minimum=0)
     rows: tuple[str, ...] = setting((), "Rows to measure beside the first; none means all.")
 
 
@@ -367,7 +367,7 @@ class InferClassifierSettings(RunSettings):
     max_pictures: int = setting(200, "Pictures written at most, those of the first plots.", unit="pictures", minimum=0)
     encode: bool = setting(False, "Also write the latent means of every plot as results/latent/latent.csv.")
     scatter: str = setting("none", "Also draw the latent means of all plots in two dimensions, coloured by class.", choices=("none", "pca", "tsne"))
-    clusters: int = setting(0, "Also group the latent means into so many clusters, a column of latent.csv and a second scatter; 0 groups none.", unit="clusters", minimum=0)
+    clusters: int = setting(0, "Also group the latent means into so many clusters, a column of latent.csv and, with --scatter, a second picture; 0 groups none.", unit="clusters", minimum=0)
     generate: str = setting("", "Generate plots of this class as a picture; needs no inputs.")
     interpolate: bool = setting(False, "Draw the way through latent space from the first plot to the second; takes exactly two.")
     n_pictured: int = setting(8, "Plots that --generate and --interpolate draw.", unit="plots", minimum=2, maximum=64)

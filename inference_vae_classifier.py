@@ -156,6 +156,8 @@ def main(settings: config.InferClassifierSettings) -> None:
     paths = plot_loader.find_plots(settings.inputs) if settings.inputs else []
     if settings.interpolate and len(paths) != 2:
         raise config.UsageError(f"--interpolate takes exactly two plots; got {len(paths)}.")
+    if paths and settings.clusters > len(paths):
+        raise config.UsageError(f"{len(paths)} plots cannot make {settings.clusters} clusters; expected at least as many plots.")
     model, names = load_vae_classifier(settings.model, device)
     if settings.generate:
         write_generated(model, settings)
@@ -249,10 +251,8 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
     out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
     mu, labels, clusters = np.array([each.mu for each in kept]), [label_of(each, model) for each in kept], None
     if settings.clusters:
-        from sklearn.metrics import adjusted_rand_score
-
         clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
-        print(f"{settings.clusters} clusters: adjusted Rand index {adjusted_rand_score(labels, clusters):.3f} against the classes (0: by chance, 1: the same groups)")
+        print(f"{settings.clusters} clusters{agreement(kept, clusters, model)}")
     if settings.encode or settings.clusters:
         out.mkdir(parents=True, exist_ok=True)
         write_table(kept, clusters, out / "latent.csv")
@@ -275,6 +275,17 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
 def label_of(each: Predicted, model: VAEClassifier) -> str:
     """The class whose folder the plot lies in, else the predicted one."""
     return each.path.parent.name if each.path.parent.name in model.class_names else each.name
+
+
+def agreement(kept: list[Predicted], clusters: np.ndarray, model: VAEClassifier) -> str:
+    """How far clusters (n,) are the classes in whose folders the plots lie, where they lie in two or more."""
+    from sklearn.metrics import adjusted_rand_score
+
+    rows = [row for row, each in enumerate(kept) if each.path.parent.name in model.class_names]
+    labels = [kept[row].path.parent.name for row in rows]
+    if len(set(labels)) < 2:
+        return ""
+    return f": adjusted Rand index {adjusted_rand_score(labels, clusters[rows]):.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
 
 
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:

@@ -541,7 +541,7 @@ def latent_scatter(points_2d: np.ndarray, labels: Sequence[str]) -> Figure:
                 edgecolors="white",
                 label=name.replace("_", " "),
                 color=CLASS_COLOURS[number % len(CLASS_COLOURS)],
-                marker=CLASS_MARKERS[number % len(CLASS_MARKERS)],
+                marker=CLASS_MARKERS[(number + number // len(CLASS_COLOURS)) % len(CLASS_MARKERS)],
             )
         axis.set(xlabel="First component", ylabel="Second component", title="Latent space")
         axis.grid(alpha=0.25)

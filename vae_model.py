@@ -40,7 +40,9 @@ SHRINKAGE = 0.02
 N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
 """Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are compared."""
 N_BANK_CANDIDATES = 2**19
-"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are chosen."""
+"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are chosen; fewer of a wider backbone's."""
+MOST_CANDIDATE_NUMBERS = 2**27
+"""Numbers that those features hold at most."""
 
 
 class VAEOutput(NamedTuple):
@@ -312,8 +314,15 @@ class DetailVAE(nn.Module):
         A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of places.
         """
         generator = torch.Generator().manual_seed(0)
-        n_each = math.ceil(N_BANK_CANDIDATES / max(1, n_images))
-        candidates = torch.cat([some_rows(batch.cpu(), n_each, generator) for batch in features])
+        n_each = math.ceil(min(N_BANK_CANDIDATES, MOST_CANDIDATE_NUMBERS // self.n_features) / max(1, n_images))
+        candidates, n = torch.empty(0, self.n_features), 0
+        for batch in features:
+            rows = some_rows(batch.cpu(), n_each, generator)
+            if not n:
+                candidates = torch.empty(n_images * (len(rows) // len(batch)), self.n_features)
+            candidates[n : n + len(rows)] = rows
+            n += len(rows)
+        candidates = candidates[:n]
         self.bank.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
 
     @torch.no_grad()

@@ -16,17 +16,19 @@ if __name__ == "__main__":
     config.answer_early(config.AblationSettings, __doc__)
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 
 import numpy as np
 
+import data_loader
 import engine
 import test_vae
 import train_with_validation
 
-DEFAULT = "everything"
+DEFAULT, N_SEEDS = "everything", 3
 TRAINED = {
     DEFAULT: [],
     "no drawn defects": ["--drawn-defects", "0"],
@@ -39,18 +41,26 @@ TRAINED = {
     "no KL term": ["--kl-weight", "0", "--detail-kl-weight", "0"],
 }
 """Flags of rows that are trained."""
+
+
+def alone(kind: str, name: str = "") -> list[str]:
+    """Flags that leave of all "map" or "score" shares this one alone, or none."""
+    shares = [each.name for each in dataclasses.fields(config.MapSettings) if each.name.startswith(f"{kind}_") and each.name != "map_flips"]
+    return [word for each in shares for word in ("--" + each.replace("_", "-"), "1" if each == f"{kind}_{name}" else "0")]
+
+
 RECALIBRATED = {
     "map without residual": ["--map-pixel", "0"],
     "map without likelihood": ["--map-likelihood", "0"],
     "map without bank": ["--map-bank", "0"],
-    "map of the plain feature error alone": ["--map-pixel", "0", "--map-likelihood", "0", "--map-bank", "0", "--map-feature", "1"],
+    "map of the plain feature error alone": alone("map", "feature"),
     "residual without ceiling": ["--residual-ceiling", "0"],
     "no outline by the head": ["--segmentation-gate", "0"],
     "averaged over flips": ["--map-flips"],
-    "score of the nearest deviations alone": ["--score-bank", "0"],
-    "score of the bank alone": ["--score-nearest", "0"],
-    "score of the likelihood": ["--score-bank", "0", "--score-nearest", "0", "--score-likelihood", "1"],
-    "score of the defect map": ["--score-bank", "0", "--score-nearest", "0"],
+    "score of the nearest deviations alone": alone("score", "nearest"),
+    "score of the bank alone": alone("score", "bank"),
+    "score of the likelihood alone": alone("score", "likelihood"),
+    "score of the defect map": alone("score"),
 }
 """Flags of rows that keep the weights of the first."""
 COLUMNS = {
@@ -66,14 +76,24 @@ COLUMNS = {
 
 def main(settings: config.AblationSettings) -> None:
     """Every row with every seed, a row printed as soon as it is known."""
+    if settings.weights or settings.resume:
+        raise config.UsageError("Every row is trained from the start or takes the weights of the first; expected no --weights and no --resume.")
     rows = chosen_rows(settings.rows)
     if not settings.data_dir:
-        settings = train_with_validation.use_demo(settings)
+        settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
+    if not data_loader.MVTecFolder(settings.data_dir).test:
+        raise config.InputError(f"{settings.data_dir} has no test images; expected test/good and test/<defect>.")
     out, measured = Path(settings.output_dir) / "benchmark_results" / "ablation", []
     print(" | ".join(["row", *COLUMNS, "minutes"]))
     for name in rows:
-        for seed in settings.seeds:
-            measured.append(measure(name, settings.replace(seed=seed), out))
+        if name != DEFAULT and changes_nothing(name, settings):
+            train_with_validation.warn([f"the row '{name}' is left out: it changes nothing of these settings."])
+            continue
+        for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
+            try:
+                measured.append(measure(name, settings.replace(seed=seed), out))
+            except config.InputError as error:
+                train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])
             engine.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
         print(line(name, [each for each in measured if each["row"] == name]), flush=True)
     print(f"figures: {out.with_suffix('.json')}")
@@ -90,6 +110,12 @@ def chosen_rows(wanted: tuple[str, ...]) -> list[str]:
         if name not in known:
             raise config.UsageError(f"There is no row {name!r}; expected some of {', '.join(repr(each) for each in known)}.")
     return [name for name in known if not wanted or name in wanted or name == DEFAULT]
+
+
+def changes_nothing(name: str, settings: config.AblationSettings) -> bool:
+    """Whether a row's flags ask for what the settings say anyway."""
+    asked = config.parse(config.TrainSettings, "", (TRAINED | RECALIBRATED)[name])
+    return all(getattr(asked, key) == getattr(settings, key) for key in asked.given)
 
 
 def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:

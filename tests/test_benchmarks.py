@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_stages import make_data as make_parts
 
 import config
 import data_loader
+import defect_maps
 import engine
 import vae_classifier
 from benchmarks import ablation, classifier, detection
@@ -107,11 +109,37 @@ def test_the_ablation_leaves_out_what_a_row_says(ablated):
 def test_a_row_of_maps_keeps_the_weights_of_the_first(ablated):
     weights = [engine.load_checkpoint(ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",))["model"] for name in ("everything_3", "score_of_the_bank_alone_3")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    recalibrated = ablated / "ablation" / "score_of_the_bank_alone_3"
+    assert not (recalibrated / "models" / "last.pth").exists() and config.read_yaml(recalibrated / "models" / "config.yaml")["weights"].endswith("everything_3/models/best_model.pth")
+
+
+@pytest.mark.parametrize(
+    ("preset", "same"),
+    [
+        ({}, set()),
+        ({"map_bank": 0.0, "score_bank": 0.0}, {"map without bank", "score of the nearest deviations alone"}),
+        ({"perceptual_weight": 0.0, "map_flips": True}, {"no perceptual loss", "averaged over flips"}),
+    ],
+)
+def test_rows_that_change_nothing_are_known(preset, same):
+    settings = config.from_dict(config.AblationSettings, preset)
+    rows = [*ablation.TRAINED, *ablation.RECALIBRATED][1:]
+    assert {name for name in rows if ablation.changes_nothing(name, settings)} == same
+
+
+@pytest.mark.parametrize("name", ["nearest", "bank", "likelihood"])
+def test_a_score_alone_is_alone_whatever_the_preset(name):
+    preset = config.read_yaml(Path(ablation.__file__).parent.parent / "configs" / "bracket_white.yaml")
+    asked = config.parse(config.TrainSettings, "", ablation.alone("score", name))
+    maps = config.from_dict(config.MapSettings, {**config.as_dict(config.TrainSettings()), **preset, **{key: getattr(asked, key) for key in asked.given}})
+    assert defect_maps.score_shares(maps, has_features=True) == {name: 1.0}
 
 
 def test_an_unknown_row_of_the_ablation_is_refused():
     with pytest.raises(config.UsageError, match="no row 'no skip'; expected some of 'everything'"):
         ablation.main(config.AblationSettings(rows=("no skip",)))
+    with pytest.raises(config.UsageError, match="no --weights and no --resume"):
+        ablation.main(config.AblationSettings(resume=True))
 
 
 def test_mean_and_spread_stand_in_a_row_of_the_ablation():

@@ -389,6 +389,12 @@ def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, mo
         assert one[0] == other[0] and one[1] == other[1] and one[2] == pytest.approx(other[2], abs=1e-5)
 
 
+def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
+    kept = [inference.Predicted(Path(folder) / f"{number}.png") for folder in CLASSES[:2] for number in range(3)]
+    assert inference.agreement(kept, np.array([1, 1, 1, 0, 0, 0]), model).startswith(": adjusted Rand index 1.000 against the classes of 6 plots")
+    assert inference.agreement([each._replace(path=Path("unknown") / each.path.name) for each in kept], np.array([1, 1, 1, 0, 0, 0]), model) == ""
+
+
 def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, capsys):
     data, out = trained
     flags = ["--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures"]
@@ -417,7 +423,7 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
         (["{data}/test", "--interpolate"], 2, "--interpolate takes exactly two plots; got 9"),
         (["{data}/test", "--model", "{data}/none.pth"], 1, "no checkpoint at"),
         (["{data}/test", "--model", "{detail}"], 1, "holds a 'detail_vae'; expected a 'vae_classifier'"),
-        (["{data}/test", "--clusters", "40"], 1, "9 plots cannot make 40 clusters"),
+        (["{data}/test", "--clusters", "40"], 2, "9 plots cannot make 40 clusters"),
         (["{data}/test", "--scater", "pca"], 2, "did you mean '--scatter'?"),
     ],
 )
