@@ -378,6 +378,7 @@ SCRIPTS = {
     "inference_vae_classifier.py": config.InferClassifierSettings,
     "benchmarks/detection.py": config.DetectionBenchmarkSettings,
     "benchmarks/classifier.py": config.ClassifierBenchmarkSettings,
+    "benchmarks/ablation.py": config.AblationSettings,
 }
 
 
