@@ -35,6 +35,8 @@ CLASS_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 
 PANEL_IN = 2.9
 LOG_RATIO = 30.0
+RATES = ("accuracy", "f1", "precision", "recall")
+"""Terms of a history that lie between 0 and 1, macro averages of them too: drawn on a linear axis however far they rise."""
 OUTLINE_MARGIN_FRAC = 0.012
 CLOSE_UP_FRAC = 0.25
 SMALL_PERCENT = 1.0
@@ -419,7 +421,7 @@ def _draw_term(
                 label=label,
             )
             seen += [value for _, value in points if np.isfinite(value)]
-    if seen and min(seen) > 0 and max(seen) / min(seen) > LOG_RATIO:
+    if seen and term.removeprefix("macro_") not in RATES and min(seen) > 0 and max(seen) / min(seen) > LOG_RATIO:
         axis.set_yscale("log")
     if best is not None:
         axis.axvline(best, color="#444444", linewidth=1.0, linestyle=":", label=f"Best epoch ({best})")

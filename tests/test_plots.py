@@ -159,6 +159,8 @@ def test_training_curves_draw_the_history_and_mark_the_best_epoch():
     np.testing.assert_allclose(total.lines[0].get_xydata(), [(row["epoch"], row["train/total"]) for row in history])
     np.testing.assert_allclose(total.lines[1].get_ydata(), [row["val/total"] for row in history])
     assert total.get_yscale() == "log" and kl.get_yscale() == "linear"
+    rising = plots.training_curves([{"train/macro_f1": 0.001}, {"train/macro_f1": 0.9}])
+    assert rising.axes[0].get_yscale() == "linear"
     assert list(total.lines[2].get_xdata()) == [7, 7] and list(kl.lines[-1].get_xdata()) == [7, 7]
     assert list(plots.training_curves(history, best_epoch=3).axes[0].lines[-1].get_xdata()) == [3, 3]
     with pytest.raises(AssertionError, match="train/pixel"):
