@@ -478,7 +478,16 @@ class MVTecFolder:
         if require_train and len(self.train_good) < 3:
             where = self.root if self.flat else good
             raise config.InputError(f"{where} holds {len(self.train_good)} image(s); expected 3 or more good ones.")
-        if not require_train and not self.test:
+        if not require_train:
+            self.require_test()
+
+    def require_test(self) -> None:
+        """Nothing where there are test images.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not self.test:
             raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
 
     def _find_test(self) -> list[MVTecItem]:

@@ -249,17 +249,17 @@ def write_generated(model: VAEClassifier, settings: config.InferClassifierSettin
 def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.InferClassifierSettings) -> None:
     """The table, clusters, scatters and interpolation that the flags ask for."""
     out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
-    mu, labels, clusters = np.array([each.mu for each in kept]), [label_of(each, model) for each in kept], None
+    mu, labels, clusters = np.array([each.mu for each in kept]), [folder_class(each, model) for each in kept], None
     if settings.clusters:
         clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
-        print(f"{settings.clusters} clusters{agreement(kept, clusters, model)}")
+        print(f"{settings.clusters} clusters{agreement(labels, clusters)}")
     if settings.encode or settings.clusters:
         out.mkdir(parents=True, exist_ok=True)
         write_table(kept, clusters, out / "latent.csv")
         print(f"latent means: {out / 'latent.csv'}")
     if settings.scatter != "none":
         points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
-        groups = {"scatter": labels} | ({} if clusters is None else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]})
+        groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | ({} if clusters is None else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]})
         for name, group in groups.items():
             path = out / f"{name}_{settings.scatter}.png"
             plots.save(plots.latent_scatter(points, group), path)
@@ -272,20 +272,20 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         print(f"interpolation: {out / 'interpolation.png'} ({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})")
 
 
-def label_of(each: Predicted, model: VAEClassifier) -> str:
-    """The class whose folder the plot lies in, else the predicted one."""
-    return each.path.parent.name if each.path.parent.name in model.class_names else each.name
+def folder_class(each: Predicted, model: VAEClassifier) -> str:
+    """The class whose folder the plot lies in, else nothing."""
+    return each.path.parent.name if each.path.parent.name in model.class_names else ""
 
 
-def agreement(kept: list[Predicted], clusters: np.ndarray, model: VAEClassifier) -> str:
-    """How far clusters (n,) are the classes in whose folders the plots lie, where they lie in two or more."""
+def agreement(labels: list[str], clusters: np.ndarray) -> str:
+    """How far clusters (n,) are the classes in ``labels``, of the plots that have one, where there are two classes or more."""
     from sklearn.metrics import adjusted_rand_score
 
-    rows = [row for row, each in enumerate(kept) if each.path.parent.name in model.class_names]
-    labels = [kept[row].path.parent.name for row in rows]
-    if len(set(labels)) < 2:
+    rows = [row for row, label in enumerate(labels) if label]
+    known = [labels[row] for row in rows]
+    if len(set(known)) < 2:
         return ""
-    return f": adjusted Rand index {adjusted_rand_score(labels, clusters[rows]):.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
+    return f": adjusted Rand index {adjusted_rand_score(known, clusters[rows]):.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
 
 
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:

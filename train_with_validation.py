@@ -336,9 +336,10 @@ def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
     if calibration.threshold > calibration.outer_fence:
         advice = f"such images set the threshold of {calibration.threshold:.2f}. Unless they are good ones, take them out of the training images and train again; --target-false-alarms {min(0.5, math.ceil(100 * (n_odd + 1) / (n + 1)) / 100):.2g}, also of classify_images.py, sets it without them."
     for batch in data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, 1):
-        for path, found in zip(batch.paths, detector.detect(run.runtime.put(batch.images), thorough=False), strict=True) if batch.paths else []:
-            if found.score > calibration.outer_fence:
-                sentences.append(f"{path} scores {found.score:.2f}, far above the other held-out good images (half of them score below {statistics.median(calibration.good_scores):.2f}); {advice}")
+        found = detector.detect(run.runtime.put(batch.images), thorough=False) if batch.paths else []
+        for path, each in zip(batch.paths, found, strict=True):
+            if each.score > calibration.outer_fence:
+                sentences.append(f"{path} scores {each.score:.2f}, far above the other held-out good images (half of them score below {statistics.median(calibration.good_scores):.2f}); {advice}")
     return sentences
 
 

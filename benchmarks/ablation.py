@@ -81,8 +81,7 @@ def main(settings: config.AblationSettings) -> None:
     rows = chosen_rows(settings.rows)
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
-    if not data_loader.MVTecFolder(settings.data_dir).test:
-        raise config.InputError(f"{settings.data_dir} has no test images; expected test/good and test/<defect>.")
+    data_loader.MVTecFolder(settings.data_dir).require_test()
     out, measured = Path(settings.output_dir) / "benchmark_results" / "ablation", []
     print(" | ".join(["row", *COLUMNS, "minutes"]))
     for name in rows:

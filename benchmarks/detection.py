@@ -234,8 +234,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
-    if not data_loader.MVTecFolder(settings.data_dir).test:
-        raise config.InputError(f"{settings.data_dir} has no test images; expected test/good and test/<defect>.")
+    data_loader.MVTecFolder(settings.data_dir).require_test()
     out, rows = Path(settings.output_dir) / "benchmark_results", []
     print("  ".join(["method    ", "seed", "images", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
     for n_images, seed in itertools.product(settings.train_images or (0,), settings.seeds or (settings.seed,)):

@@ -391,8 +391,9 @@ def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, mo
 
 def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
     kept = [inference.Predicted(Path(folder) / f"{number}.png") for folder in CLASSES[:2] for number in range(3)]
-    assert inference.agreement(kept, np.array([1, 1, 1, 0, 0, 0]), model).startswith(": adjusted Rand index 1.000 against the classes of 6 plots")
-    assert inference.agreement([each._replace(path=Path("unknown") / each.path.name) for each in kept], np.array([1, 1, 1, 0, 0, 0]), model) == ""
+    clusters, apart = np.array([1, 1, 1, 0, 0, 0]), [each._replace(path=Path("unknown") / each.path.name) for each in kept]
+    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters).startswith(": adjusted Rand index 1.000 against the classes of 6 plots")
+    assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == ""
 
 
 def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, capsys):
