@@ -41,10 +41,12 @@ SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
 N_FENCED = 8
 """Held-out images that it takes to say which of them is far from the others."""
-OUTLINE_FLOOR = 0.1
+OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
 """Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see, there is little to outline."""
+LINK_STRIDE, N_DIRECTIONS = 4, 8
+"""Pixels a place, and directions, of the lines along which what is fainter is linked."""
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -341,10 +343,11 @@ class Detector:
     def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
         fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
-        if not self.gate:
-            return fused
-        shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
-        return np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
+        if self.gate:
+            shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
+            fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
+        logs = linked(signed_log(fused), round(self.maps.link_frac * self.image_size))
+        return signed_exp(logs - np.minimum(own_level(logs), self.maps.own_level))
 
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
@@ -436,7 +439,16 @@ def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], 
     scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
     if residual_ceiling and "pixel" in scaled and FEATURE_MAPS.intersection(scaled):
         scaled["pixel"] = np.minimum(scaled["pixel"], residual_ceiling)
-    logs = sum(share * np.copysign(np.log1p(np.abs(scaled[name])), scaled[name]) for name, share in shares.items())
+    return signed_exp(sum(share * signed_log(scaled[name]) for name, share in shares.items()))
+
+
+def signed_log(maps: np.ndarray) -> np.ndarray:
+    """log(1 + z) of maps, below 0 mirrored, of the same shape."""
+    return np.copysign(np.log1p(np.abs(maps)), maps)
+
+
+def signed_exp(logs: np.ndarray) -> np.ndarray:
+    """The float32 maps whose ``signed_log`` that is."""
     return np.copysign(np.expm1(np.abs(logs)), logs).astype(np.float32)
 
 
@@ -449,6 +461,45 @@ def outline(probability: np.ndarray, diameter: int) -> np.ndarray:
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter | 1, diameter | 1))
     largest = np.stack([cv2.dilate(each, disc) for each in probability])
     return (probability + OUTLINE_FLOOR) / (largest + OUTLINE_FLOOR)
+
+
+def linked(logs: np.ndarray, length_px: int) -> np.ndarray:
+    """Signed logarithms of maps (B, H, W), those below SHAPED_ABOVE averaged with the mean along the best line through them.
+
+    What is too faint for the head to shape, but lies in a row as the dots of a scratch do, rises, to that level at most; what lies alone falls.
+    Lines of that length in N_DIRECTIONS, on the map at a quarter of its resolution; none where they are no longer than two places of it.
+    """
+    length = round(length_px / LINK_STRIDE) | 1
+    if length < 3:
+        return logs
+    highest = np.log1p(np.float32(SHAPED_ABOVE))
+    along = np.stack([_along_lines(each, length) for each in logs])
+    return np.where(logs > highest, logs, np.minimum(highest, (logs + along) / 2))
+
+
+def _along_lines(logs: np.ndarray, length: int) -> np.ndarray:
+    """The largest mean along a line through each place of a map (H, W)."""
+    height, width = logs.shape
+    coarse = cv2.resize(logs, (max(1, width // LINK_STRIDE), max(1, height // LINK_STRIDE)), interpolation=cv2.INTER_AREA)
+    means = [cv2.filter2D(coarse, -1, _line(length, np.pi * step / N_DIRECTIONS), borderType=cv2.BORDER_REFLECT_101) for step in range(N_DIRECTIONS)]
+    return cv2.resize(np.max(means, 0), (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _line(length: int, angle: float) -> np.ndarray:
+    """A kernel (length, length) that averages along the line through its middle at that angle, in radians."""
+    middle = (length - 1) / 2
+    across, down = round(middle * np.cos(angle)), round(middle * np.sin(angle))
+    kernel = np.zeros((length, length), np.float32)
+    cv2.line(kernel, (int(middle) - across, int(middle) - down), (int(middle) + across, int(middle) + down), 1.0)
+    return kernel / kernel.sum()
+
+
+def own_level(logs: np.ndarray) -> np.ndarray:
+    """How much stands out all over an image: the root mean square of what is positive in signed logarithms (B, H, W), (B, 1, 1).
+
+    A defect changes the latents and so, a little, what is expected everywhere; a photograph that is unusual as a whole deviates everywhere, too.
+    """
+    return np.sqrt(np.square(np.maximum(logs, 0)).mean((1, 2), keepdims=True))
 
 
 def _scale(maps: np.ndarray) -> tuple[float, float]:

@@ -56,6 +56,8 @@ RECALIBRATED = {
     "map of the plain feature error alone": alone("map", "feature"),
     "residual without ceiling": ["--residual-ceiling", "0"],
     "no outline by the head": ["--segmentation-gate", "0"],
+    "faint evidence not linked": ["--link-frac", "0"],
+    "map relative to what stands out all over": ["--own-level", "0.2"],
     "averaged over flips": ["--map-flips"],
     "score of the nearest deviations alone": alone("score", "nearest"),
     "score of the bank alone": alone("score", "bank"),

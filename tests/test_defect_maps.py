@@ -151,7 +151,7 @@ def test_shares_add_up_and_fall_back_to_pixels():
 
 NEAREST_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 1.0, "score_bank": 0.0}
 FUSED_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 0.0, "score_bank": 0.0}
-PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, link_frac=0.0, own_level=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
 ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
 
 
@@ -237,9 +237,49 @@ def test_an_outline_compares_a_place_with_its_surroundings_alone():
     found = defect_maps.outline(probability, 9)
     assert found.dtype == np.float32 and found.shape == probability.shape
     assert found[0, 10, 10] == found[0, 30, 30] == 1.0  # sure or not, each is the peak of its place
-    assert found[0, 10, 12] == pytest.approx(0.5 / 1.0) and found[0, 14, 10] == pytest.approx(0.1) and found[0, 34, 30] == pytest.approx(0.2)
+    floor = defect_maps.OUTLINE_FLOOR
+    assert [found[0, 10, 12], found[0, 14, 10], found[0, 34, 30]] == pytest.approx([(0.4 + floor) / (0.9 + floor), floor / (0.9 + floor), floor / (0.4 + floor)])
     assert (found[0, 20] == 1.0).all() and (found[1] == 1.0).all()
     np.testing.assert_array_equal(defect_maps.outline(probability, 0), 1.0)
+
+
+def test_faint_dots_in_a_row_stand_above_one_that_lies_alone():
+    logs = np.zeros((2, 96, 96), np.float32)
+    dot, plain = np.ones((4, 4), np.float32), np.s_[:, 80:84, 80:84]
+    for left in range(8, 88, 8):
+        logs[0, 40:44, left : left + 4] = 0.2 * dot
+    logs[1, 40:44, 40:44] = 0.2 * dot
+    logs[plain] = 2.0
+    row, lone = defect_maps.linked(logs, 33)
+    assert row[40:44, 40:44].min() > 1.2 * lone[40:44, 40:44].max() and lone[40:44, 40:44].max() < 0.15
+    assert row[42, 46] > 0.04 > 0.02 > row[20, 46]  # between two dots, and away from them
+    np.testing.assert_array_equal([row[80:84, 80:84], lone[80:84, 80:84]], logs[plain])
+    assert row[76:80, 80:84].max() <= np.log1p(defect_maps.SHAPED_ABOVE) + 1e-6  # beside what is plain to see
+    np.testing.assert_array_equal(defect_maps.linked(logs, 5), logs)  # shorter than two places
+
+
+@pytest.mark.parametrize("step", range(defect_maps.N_DIRECTIONS))
+def test_a_line_has_its_length_and_direction_and_averages(step):
+    kernel = defect_maps._line(15, np.pi * step / defect_maps.N_DIRECTIONS)
+    down, across = np.nonzero(kernel)
+    assert kernel.sum() == pytest.approx(1.0) and kernel.shape == (15, 15) and kernel[7, 7] > 0
+    assert np.hypot(np.ptp(down), np.ptp(across)) == pytest.approx(14, abs=1.0)
+    y, x = down - 7, across - 7
+    angle = 0.5 * np.arctan2(2 * (x * y).sum(), (x * x).sum() - (y * y).sum())  # the principal axis
+    assert (angle - np.pi * step / defect_maps.N_DIRECTIONS + 0.1) % np.pi == pytest.approx(0.1, abs=0.08)
+
+
+def test_the_defect_map_is_relative_to_what_stands_out_all_over_the_image_up_to_so_much(make_model):
+    maps = PIXELS.replace(map_ssim=0.0, own_level=0.3)
+    detector = detector_of(make_model(segmentation=False), maps)
+    calm, restless = np.full((8, 8), -0.2, np.float32), np.full((8, 8), 0.5, np.float32)
+    calm[2, 2] = restless[2, 2] = 3.0
+    found = detector.defect_maps({"pixel": np.stack([calm, restless])}, {"pixel": (0.0, 1.0)})
+    level = math.sqrt(math.log(4) ** 2 / 64)  # of the other 0.43, more than is taken off
+    assert found[:, 2, 2] == pytest.approx([4 * math.exp(-level) - 1, 4 * math.exp(-0.3) - 1], rel=1e-5)
+    assert found[0, 0, 0] == pytest.approx(1 - 1.2 * math.exp(level), rel=1e-5)
+    detector.maps = maps.replace(own_level=0.0)
+    assert detector.defect_maps({"pixel": restless[None]}, {"pixel": (0.0, 1.0)})[0, 2, 2] == pytest.approx(3.0)
 
 
 def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclidean_elsewhere():
@@ -385,7 +425,7 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     fused = fuse(maps_of(detector, images), detector.calibration.scales, detector.fused)
     assert len(found) == 5
     for detection, defect_map in zip(found, fused, strict=True):
-        np.testing.assert_array_equal(detection.defect_map, defect_map)
+        np.testing.assert_allclose(detection.defect_map, defect_map, rtol=1e-5, atol=1e-6)
         assert detection.defect_map.dtype == np.float32 and detection.reconstruction.shape == (3, 64, 64)
         assert detection.score == image_score(defect_map, 0.01)
         assert detection.p_value == p_value(detection.score, np.array(detector.calibration.good_scores))
