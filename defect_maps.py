@@ -346,8 +346,10 @@ class Detector:
         if self.gate:
             shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
             fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
+        if not self.maps.link_frac and not self.maps.own_level:
+            return fused
         logs = linked(signed_log(fused), round(self.maps.link_frac * self.image_size))
-        return signed_exp(logs - np.minimum(own_level(logs), self.maps.own_level))
+        return signed_exp(logs - np.minimum(own_level(logs), self.maps.own_level) if self.maps.own_level else logs)
 
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
@@ -473,15 +475,16 @@ def linked(logs: np.ndarray, length_px: int) -> np.ndarray:
     if length < 3:
         return logs
     highest = np.log1p(np.float32(SHAPED_ABOVE))
-    along = np.stack([_along_lines(each, length) for each in logs])
+    lines = [_line(length, np.pi * step / N_DIRECTIONS) for step in range(N_DIRECTIONS)]
+    along = np.stack([_along_lines(each, lines) for each in logs])
     return np.where(logs > highest, logs, np.minimum(highest, (logs + along) / 2))
 
 
-def _along_lines(logs: np.ndarray, length: int) -> np.ndarray:
-    """The largest mean along a line through each place of a map (H, W)."""
+def _along_lines(logs: np.ndarray, lines: Sequence[np.ndarray]) -> np.ndarray:
+    """The largest mean along any of the lines, kernels of one size, through each place of a map (H, W)."""
     height, width = logs.shape
     coarse = cv2.resize(logs, (max(1, width // LINK_STRIDE), max(1, height // LINK_STRIDE)), interpolation=cv2.INTER_AREA)
-    means = [cv2.filter2D(coarse, -1, _line(length, np.pi * step / N_DIRECTIONS), borderType=cv2.BORDER_REFLECT_101) for step in range(N_DIRECTIONS)]
+    means = [cv2.filter2D(coarse, -1, line, borderType=cv2.BORDER_REFLECT_101) for line in lines]
     return cv2.resize(np.max(means, 0), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
