@@ -36,8 +36,8 @@ class Classified(NamedTuple):
 
 def main(settings: config.ClassifySettings) -> None:
     """Classify, write results.csv and overlays, print the summary."""
-    runtime = engine.make_runtime(settings.device)
-    detector = load_detector(settings.model, runtime.device)
+    runtime = engine.make_runtime(settings.device, settings.precision)
+    detector = load_detector(settings.model, runtime.device, settings.precision)
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
         if not detector.calibration.promised:

@@ -123,6 +123,11 @@ class RunSettings(Settings):
 
 
 @dataclass(frozen=True)
+class PrecisionSettings(Settings):
+    precision: str = setting("auto", "Number format of products; auto takes bfloat16 where the device multiplies it faster, else float32. Backbone features, sums and errors are float32 always.", choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
 class DataSettings(Settings):
     data_dir: str = setting("", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo.")
     image_size: int = setting(384, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32)
@@ -232,7 +237,7 @@ class OptimiserSettings(Settings):
 
 
 @dataclass(frozen=True)
-class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, RunSettings):
+class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, PrecisionSettings, RunSettings):
     weights: str = setting("", "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with those settings of maps and thresholds that are given.")
     holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
@@ -259,7 +264,7 @@ class AblationSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class DetailTestSettings(RunSettings):
+class DetailTestSettings(PrecisionSettings, RunSettings):
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
     batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)
@@ -269,7 +274,7 @@ class DetailTestSettings(RunSettings):
 
 
 @dataclass(frozen=True)
-class ClassifySettings(RunSettings):
+class ClassifySettings(PrecisionSettings, RunSettings):
     images: tuple[str, ...] = setting((), "Image files, folders (searched recursively) or quoted globs.", positional="+")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
     batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)

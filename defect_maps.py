@@ -8,9 +8,10 @@ from any seen on training images. It says how unusual an image is, the fused map
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import MapSettings, from_dict
-from engine import load_checkpoint, reading_contents
+from engine import Runtime, load_checkpoint, make_runtime, reading_contents
 from evaluation import ssim_map
 from tiles import Blend, tile_corners, window
 from vae_model import (
@@ -110,7 +111,7 @@ def deviation_of(output: DetailOutput) -> Tensor:
 
 def decorrelated(deviation: Tensor, model: DetailVAE) -> Tensor:
     """Deviations (B, C, h, w) decorrelated, of the same shape; see ``DetailVAE.fit_deviations``."""
-    return F.conv2d(deviation, model.whitening[:, :, None, None])
+    return F.conv2d(deviation, model.whitening[:, :, None, None]).float()
 
 
 def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
@@ -128,7 +129,7 @@ def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     image deviated so. Of features: whether any good image looked so at all.
     """
     lengths = prototypes.square().sum(1)
-    squared = [torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
+    squared = [torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1).float() + rows.square().sum(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
     return (torch.stack(squared).clamp_min(0) / maps.shape[1]).sqrt().view(len(maps), 1, *maps.shape[-2:])
 
 
@@ -263,6 +264,7 @@ class Detector:
 
     Attributes:
         settings: the resolved settings of the training run, as a dict.
+        runtime: the device of the model, and the precision in which it and the searches multiply.
     """
 
     model: DetailVAE
@@ -270,6 +272,7 @@ class Detector:
     calibration: Calibration | None
     settings: dict
     perceptual: object | None = None
+    runtime: Runtime = field(default_factory=lambda: Runtime(torch.device("cpu")))
 
     @property
     def image_size(self) -> int:
@@ -300,10 +303,16 @@ class Detector:
         """Maps that make the image score, and their shares."""
         return score_shares(self.maps, self.model.n_features > 0)
 
+    @contextlib.contextmanager
+    def _inferring(self) -> Iterator[None]:
+        """No gradients, and the precision of the runtime but for float16, in which squared distances overflow."""
+        with torch.inference_mode(), contextlib.nullcontext() if self.runtime.amp_dtype is torch.float16 else self.runtime.autocast():
+            yield
+
     def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
         """What the model says of images (B, 3, H, W); painted where the named maps need it or ``paint`` asks for it."""
         self.model.eval()
-        with torch.inference_mode():
+        with self._inferring():
             return self.model.describe(images, paint=paint or not FEATURE_MAPS.issuperset(names))
 
     @property
@@ -331,7 +340,7 @@ class Detector:
         return {name: np.mean([view[name] for view in views], 0) for name in names}
 
     def _view_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
+        with self._inferring():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
         return {name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
@@ -372,7 +381,7 @@ class Detector:
             return judged
         shown, output = (images, output) if len(rows) == len(images) else (images[rows], output.at(rows))
         if output.vae.reconstruction is None:
-            with torch.inference_mode():
+            with self._inferring():
                 output = self.model.paint(shown, output)
         smooth = {name: maps[rows] for name, maps in smooth.items()}
         smooth |= self.refined_maps(shown, output, [name for name in self.shown if name not in smooth])
@@ -510,8 +519,11 @@ def _scale(maps: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
+def load_detector(path: Path | str, device: torch.device | str = "cpu", precision: str = "auto") -> Detector:
     """The detector in a checkpoint of train_with_validation.py.
+
+    Args:
+        precision: as ``engine.make_runtime`` takes it.
 
     Raises:
         InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
@@ -521,7 +533,8 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
         settings = {**contents["settings"], "image_size": int(contents["settings"]["image_size"]), "resize": str(contents["settings"]["resize"])}
         maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
     model = fold_norms(detail_vae_from_checkpoint(contents, path)).to(device, memory_format=torch.channels_last)
-    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, device))
+    runtime = replace(make_runtime(torch.device(device).type, precision), device=torch.device(device))
+    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, device), runtime)
 
 
 def load_map_perceptual(maps: MapSettings, settings: dict, device: torch.device | str):

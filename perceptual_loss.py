@@ -82,13 +82,14 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def grid(self, images: Tensor) -> Tensor:
-        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8).
+        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8), in full precision whatever is asked for (bfloat16 would move them by half of their spread).
 
         On the CPU one image after the other, for half the time: what one layer writes the next still finds in the cache.
         """
         size = (images.shape[-2] // 8, images.shape[-1] // 8)
         some = images.split(1 if images.device.type == "cpu" else len(images))
-        return torch.cat([torch.cat([_resize_tap(tap.float(), size) for tap in self.taps(each)], dim=1) for each in some])
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([torch.cat([_resize_tap(tap.float(), size) for tap in self.taps(each)], dim=1) for each in some])
 
     def forward(self, images: Tensor) -> Tensor:
         """The same as ``grid``."""

@@ -47,8 +47,8 @@ class Results:
 
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
-    runtime = engine.make_runtime(settings.device)
-    detector = defect_maps.load_detector(settings.model, runtime.device)
+    runtime = engine.make_runtime(settings.device, settings.precision)
+    detector = defect_maps.load_detector(settings.model, runtime.device, settings.precision)
     folder = data_loader.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -258,9 +258,8 @@ def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifier
 
 
 def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:
-    if settings.precision == "auto":
-        return engine.make_runtime(settings.device)
-    return engine.Runtime(engine.resolve_device(settings.device), torch.bfloat16 if settings.precision == "bfloat16" else None)
+    full = settings.precision == "auto" and engine.resolve_device(settings.device).type == "cpu"
+    return engine.make_runtime(settings.device, "float32" if full else settings.precision)
 
 
 def prepare(settings: config.TrainClassifierSettings) -> Run:

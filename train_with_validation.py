@@ -33,7 +33,7 @@ BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
-HERE_FIELDS = {"weights", "output_dir", "device", "num_workers"}
+HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
 """Settings that a run with the weights of another has of its own, beside those of maps."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
@@ -80,7 +80,7 @@ def main(settings: config.TrainSettings) -> None:
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
         print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
-    detector = defect_maps.load_detector(run.out / BEST, run.runtime.device)
+    detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
     print(describe_calibration(detector.calibration))
     warn(odd_images(run, detector))
 
@@ -98,7 +98,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     """Read the data, split off the held-out images, build the model; with these weights, where given, it is not for training."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
-    runtime = engine.make_runtime(settings.device)
+    runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)
     train_paths, held_paths = data_loader.split_holdout(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
@@ -257,7 +257,7 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         run.model.fit_deviations([run.runtime.put(features).float() for features in run.reference])
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
-        detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual)
+        detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual, run.runtime)
         detector.calibration = defect_maps.calibrate(detector, whole_held_out(run))
         run.calibrated = epoch, detector
     return run.calibrated[1]

@@ -175,7 +175,7 @@ class ImageSkip(nn.Module):
     def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
         """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and ``images`` (B, 3, H, W)."""
         seen = torch.cat([decoded, joined, self.norm(skip), resized(surprise, skip)], 1)
-        openness = torch.sigmoid(self.gate(seen)) * ceiling(resized(surprise, images))
+        openness = torch.sigmoid(self.gate(seen).float()) * ceiling(resized(surprise, images))
         return painted + openness * (images - painted)
 
 
@@ -204,7 +204,7 @@ class DefectHead(nn.Module):
         x2 = self.enter(torch.cat([images - 0.5, 10 * residual, likely], 1))
         x4 = self.down4(x2)
         x = self.join(torch.cat([self.down8(x4), taps.clamp_min(0.01).log()], 1))
-        return self.leave(self.up2(self.up4(x) + x4) + x2)
+        return self.leave(self.up2(self.up4(x) + x4) + x2).float()
 
 
 def ceiling(surprise: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ class DetailVAE(nn.Module):
         x = self.down32(self.down16(x))
         mu, logvar = self.to_global(x.mean((2, 3))).chunk(2, 1)
         detail_mu, detail_logvar = self.to_detail(x).chunk(2, 1)
-        return mu, logvar.clamp(*LOGVAR_RANGE), detail_mu, detail_logvar.clamp(*LOGVAR_RANGE)
+        return mu.float(), logvar.float().clamp(*LOGVAR_RANGE), detail_mu.float(), detail_logvar.float().clamp(*LOGVAR_RANGE)
 
     def decode_trunk(self, z: Tensor, z_detail: Tensor) -> Tensor:
         """(B, 8 * base_channels, H/8, W/8) from both latents: z (B, D) and z_detail (B, d, H/32, W/32)."""
@@ -372,7 +372,7 @@ class DetailVAE(nn.Module):
         """Predicted standardised features and their log-variance, (B, C, H/8, W/8) each."""
         if not self.n_features:
             return None, None
-        feature_mu, feature_logvar = self.feature_head(trunk).chunk(2, 1)
+        feature_mu, feature_logvar = self.feature_head(trunk).float().chunk(2, 1)
         return feature_mu, feature_logvar.clamp(*LOGVAR_RANGE)
 
     def decode_pixels(self, trunk: Tensor, images: Tensor, surprise: Tensor) -> Painting:
@@ -386,7 +386,7 @@ class DetailVAE(nn.Module):
             x = self.skip4(x, self.stem4(skip2), surprise)
         decoded = self.up2(self.detail4(x))
         joined = self.detail2(self.skip2(decoded, skip2, surprise) if self.settings.skips else decoded)
-        mean, logvar = self.pixel_head(joined).split((3, 1), 1)
+        mean, logvar = self.pixel_head(joined).float().split((3, 1), 1)  # what is painted has more levels than bfloat16 has
         reconstruction = painted = torch.sigmoid(mean)
         if self.settings.skips:
             reconstruction = self.skip1(decoded, joined, skip2, painted, images, surprise)
@@ -699,8 +699,8 @@ class FeatureCache:
         """Features (B, C, H/8, W/8) of images (B, 3, H, W) with these keys, on the device of the images."""
         if self.model.backbone is None:
             return None
-        stacked = torch.stack([self._one(key, images[index : index + 1]) for index, key in enumerate(keys)])
-        return stacked.to(images.device, torch.float32, memory_format=torch.channels_last)
+        kept = [self._one(key, images[index : index + 1]).to(images.device, torch.float32) for index, key in enumerate(keys)]  # autocast stacks no halves
+        return torch.stack(kept).to(memory_format=torch.channels_last)
 
     def _one(self, key: int, image: Tensor) -> Tensor:
         if key in self.kept:

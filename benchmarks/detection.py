@@ -123,7 +123,7 @@ class Baseline:
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
     """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them."""
     folder = data_loader.MVTecFolder(settings.data_dir)
-    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device))
+    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
     paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
     backbone = load_backbone(settings.backbone)
@@ -141,7 +141,7 @@ def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.
     """What ``train_with_validation.py`` leaves behind."""
     with contextlib.redirect_stdout(sys.stderr):
         train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings)))
-    return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth")
+    return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth", precision=settings.precision)
 
 
 # ------------------------------------------------------------------------------------------ training sets

@@ -175,6 +175,26 @@ def maps_of(detector, images):
     return detector.refined_maps(images, detector.describe(images, names), names)
 
 
+def test_bfloat16_moves_maps_by_little_and_what_is_said_is_float32(make_model):
+    maps = ALL.replace(map_perceptual=0.0, map_bank=1.0, map_nearest=1.0)
+    full = detector_of(make_model("efficientnet_lite0", segmentation=True), maps)
+    half = dataclasses.replace(full, runtime=engine.Runtime(torch.device("cpu"), torch.bfloat16))
+    images = good_images(3)
+    said = half.describe(images, half.needed)
+    assert {each.dtype for each in (*said.vae, said.pixel_logvar, said.defect_logits, said.features, said.feature_mu, said.feature_logvar)} == {torch.float32}
+    for name in half.needed:
+        exact, found = (each.all_maps(images, [name])[name] for each in (full, half))
+        assert 0 < np.abs(found - exact).max() < 0.05 * exact.max(), name
+
+
+def test_float16_has_not_the_range_for_squared_distances_so_maps_are_made_without(make_model):
+    full = detector_of(make_model("efficientnet_lite0"), ALL.replace(map_perceptual=0.0, map_bank=1.0))
+    half = dataclasses.replace(full, runtime=engine.Runtime(torch.device("cpu"), torch.float16))
+    images = good_images(2)
+    for name in full.needed:
+        np.testing.assert_array_equal(half.all_maps(images, [name])[name], full.all_maps(images, [name])[name])
+
+
 class Distance:
     def distance_map(self, x_hat, x):
         return (x_hat - x).abs().amax(1, keepdim=True)

@@ -189,10 +189,30 @@ def test_asking_for_cuda_without_one_is_said_in_a_sentence(monkeypatch):
     assert [engine.resolve_device(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
 
 
-def test_on_cpu_the_precision_is_full_and_the_scaler_does_nothing():
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "expected"),
+    [
+        ("float32", {"avx512_bf16": True}, torch.float32),
+        ("bfloat16", {}, torch.bfloat16),
+        ("auto", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ("auto", {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ("auto", {"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ("auto", {}, torch.float32),
+    ],
+)
+def test_on_cpu_auto_multiplies_in_bfloat16_where_the_processor_can(monkeypatch, precision, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with engine.make_runtime("cpu", precision).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+
+
+def test_where_torch_cannot_tell_what_the_processor_has_auto_is_full(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert engine.make_runtime("cpu").amp_dtype is None
+
+
+def test_on_cpu_the_scaler_does_nothing_and_images_are_laid_out_for_convolutions():
     runtime = engine.make_runtime("cpu")
-    with runtime.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert not runtime.scaler.is_enabled() and not runtime.pin_memory
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(memory_format=torch.channels_last)

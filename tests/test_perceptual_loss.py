@@ -110,6 +110,15 @@ def pattern(height: int, width: int) -> torch.Tensor:
 
 
 @needs_lite0
+def test_the_grid_of_features_is_of_full_precision_whatever_is_asked_for():
+    backbone, images = pl.load_backbone("efficientnet_lite0"), pattern(64, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        grid = backbone.grid(images)
+    assert grid.dtype == torch.float32
+    assert torch.equal(grid, backbone.grid(images))
+
+
+@needs_lite0
 def test_lite0_equals_the_reference_implementation():
     # mean, standard deviation and three values of each tap, from the package efficientnet-lite-pytorch 0.1.0
     reference = {

@@ -606,6 +606,21 @@ def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(
     assert gradient[:6].abs().sum() == 0 and gradient[6:].abs().sum() > 0  # the first half predicts means
 
 
+def test_in_bfloat16_features_come_from_the_cache_and_every_term_is_near_that_of_float32(make_model):
+    model, images, mask = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2), mask_of(2, 64, 64, (0, 9, 9))
+    cache, loss = FeatureCache(model), DetailLoss(LossSettings(), Distance())
+    full = loss(model, images, images, 1.0, mask, cache([0, 1], images))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(model, images, images, 1.0, mask, cache([0, 1], images))
+    assert half.keys() == full.keys() and all(term.dtype == torch.float32 for term in half.values())
+    for name, term in half.items():
+        assert term.item() == pytest.approx(full[name].item(), rel=0.05, abs=1e-3), name
+    assert half["feature"].item() != full["feature"].item()
+    half["total"].backward()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())
+    assert model.to_detail.weight.grad.abs().sum() > 0
+
+
 def test_without_backbone_there_are_no_feature_terms(make_model):
     terms = DetailLoss(LOSS, None)(make_model().train(), smooth_images(2), smooth_images(2), 1.0)
     assert terms.keys() == {"mse", "l1", "painted", "pixel_nll", "kl", "kl_detail", "total"}
