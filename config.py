@@ -264,6 +264,11 @@ class AblationSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
+class DrawnSetsSettings(RunSettings):
+    out: str = setting("data/drawn_sets", "Folder that receives both sets.")
+
+
+@dataclass(frozen=True)
 class DetailTestSettings(PrecisionSettings, RunSettings):
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")

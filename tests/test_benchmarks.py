@@ -17,7 +17,7 @@ import data_loader
 import defect_maps
 import engine
 import vae_classifier
-from benchmarks import ablation, classifier, detection
+from benchmarks import ablation, classifier, detection, drawn_sets
 
 
 def test_the_coreset_takes_the_patch_farthest_from_those_chosen():
@@ -174,3 +174,50 @@ def test_a_frozen_encoder_learns_nothing_from_labels():
     learning, _ = classifier.CrossEntropy(0.1).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
     learning["total"].backward()
     assert model.to_latent.weight.grad is not None
+
+
+# ------------------------------------------------------------------------------------------------ drawn sets
+
+
+def drawings():
+    """(name, image before, image after, mask) of every kind of defect of both sets, three of each, 256 px."""
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        for name, draw in drawn_sets.SURFACE_DEFECTS.items():
+            image = drawn_sets.surface(rng, 256)
+            yield name, image, *draw(rng, image, 1)
+        for name, draw in drawn_sets.CAP_DEFECTS.items():
+            if name != "missing":  # drawn on a cap of its own
+                image = drawn_sets.cap(rng, side=256)
+                yield name, image, *draw(rng, image)
+
+
+def test_a_drawn_sets_masks_cover_what_was_changed():
+    for name, before, after, mask in drawings():
+        change = np.abs(after - before).max(2)
+        assert mask.any() and mask.mean() < 0.2, name
+        assert change[mask].mean() > 5 * change[~mask].mean() + 3, name
+
+
+@pytest.mark.parametrize("missing", [("hole", 3), ("screw", 1), ("rib", 7), ("label", 0)])
+def test_a_cap_lacks_what_is_missing_and_nothing_else(missing):
+    whole, lacking = (drawn_sets.cap(np.random.default_rng(1), each, 256) for each in (None, missing))
+    changed = np.argwhere(np.abs(whole - lacking).max(2) > 12)
+    assert 0 < len(changed) < 0.02 * 256**2
+    assert np.ptp(changed, axis=0).max() < 50
+
+
+def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
+    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps)):
+        for run in ("first", "second"):
+            write(tmp_path / run / name, 3, 2, 1, side=128)
+        folder = data_loader.MVTecFolder(str(tmp_path / "first" / name))
+        assert len(folder.train_good) == 3 and not folder.warnings
+        assert [item.category for item in folder.test].count("good") == 2
+        defective = [item for item in folder.test if item.category != "good"]
+        assert len(defective) == 5
+        for item in defective:
+            mask = data_loader.read_truth(item, 128, "stretch", (128, 128))
+            assert mask is not None and mask.any()
+        for path in (tmp_path / "first" / name).rglob("*.png"):
+            assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()

@@ -379,6 +379,7 @@ SCRIPTS = {
     "benchmarks/detection.py": config.DetectionBenchmarkSettings,
     "benchmarks/classifier.py": config.ClassifierBenchmarkSettings,
     "benchmarks/ablation.py": config.AblationSettings,
+    "benchmarks/drawn_sets.py": config.DrawnSetsSettings,
 }
 
 
