@@ -124,7 +124,7 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True)
 class PrecisionSettings(Settings):
-    precision: str = setting("auto", "Number format of products; auto takes bfloat16 where the device multiplies it faster, else float32. Backbone features, sums and errors are float32 always.", choices=("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", "Number format of products; auto takes bfloat16 where the device multiplies it faster (float16 in training on older CUDA cards), else float32. The grid of backbone features is float32 always.", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)

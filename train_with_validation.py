@@ -30,7 +30,7 @@ from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, unlikeness
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
-MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "checkpoint_every", "patience"}
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}

@@ -125,7 +125,7 @@ def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
         return out / f"{row.replace(' ', '_').replace(':', '').replace(',', '')}_{settings.seed}"
 
     here, started = folder(name), time.perf_counter()
-    common = ["--output-dir", here, "--device", settings.device, "--num-workers", settings.num_workers]
+    common = ["--output-dir", here, "--device", settings.device, "--precision", settings.precision, "--num-workers", settings.num_workers]
     if name in TRAINED:
         base = config.from_dict(config.TrainSettings, config.as_dict(settings))
         config.save(base, here / "base.yaml")

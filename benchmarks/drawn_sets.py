@@ -261,9 +261,9 @@ def write(root: Path, folder: str, number: int, image: np.ndarray, mask: np.ndar
         write_png(root / folder.replace("test", "ground_truth") / f"{number:03d}_mask.png", mask.astype(np.uint8) * 255)
 
 
-def write_surfaces(root: Path, n_train: int = 300, n_good: int = 40, n_each: int = 12, side: int = SIDE) -> None:
+def write_surfaces(root: Path, seed: int = 0, n_train: int = 300, n_good: int = 40, n_each: int = 12, side: int = SIDE) -> None:
     """Metal surfaces, none like another; so many to train, good ones to test, and defective ones of each kind."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(2 * seed + 5)
     for folder, n in (("train/good", n_train), ("test/good", n_good)):
         for number in range(n):
             write(root, folder, number, surface(rng, side))
@@ -273,9 +273,9 @@ def write_surfaces(root: Path, n_train: int = 300, n_good: int = 40, n_each: int
             write(root, f"test/{kind}", number, *draw(rng, image, sign))
 
 
-def write_caps(root: Path, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
+def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
     """The cap, always nearly in the same place; so many to train, good ones to test, and defective ones of each kind."""
-    rng = np.random.default_rng(6)
+    rng = np.random.default_rng(2 * seed + 6)
     sound = np.zeros((side, side), bool)
     for folder, n in (("train/good", n_train), ("test/good", n_good)):
         for number in range(n):
@@ -286,10 +286,10 @@ def write_caps(root: Path, n_train: int = 110, n_good: int = 30, n_each: int = 1
 
 
 def main(settings: config.DrawnSetsSettings) -> None:
-    """Write both sets; the same images every time."""
+    """Write both sets; the same images every time with the same seed."""
     out = Path(settings.out)
-    write_surfaces(out / "surfaces")
-    write_caps(out / "cap")
+    write_surfaces(out / "surfaces", settings.seed)
+    write_caps(out / "cap", settings.seed)
     print(f"metal surfaces: {out / 'surfaces'}   an aligned part: {out / 'cap'}")
 
 

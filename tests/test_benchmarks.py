@@ -92,7 +92,7 @@ def ablated(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablated")
     ablation.main(
         config.AblationSettings(
-            data_dir=str(make_parts(root / "parts")), output_dir=str(root), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", seeds=(3,), rows=("no skips", "score of the bank alone")
+            data_dir=str(make_parts(root / "parts")), output_dir=str(root), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", precision="bfloat16", seeds=(3,), rows=("no skips", "score of the bank alone")
         )
     )
     return root / "benchmark_results"
@@ -210,7 +210,8 @@ def test_a_cap_lacks_what_is_missing_and_nothing_else(missing):
 def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
     for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps)):
         for run in ("first", "second"):
-            write(tmp_path / run / name, 3, 2, 1, side=128)
+            write(tmp_path / run / name, 3, 3, 2, 1, side=128)
+        write(tmp_path / "other" / name, 4, 1, 0, 0, side=128)
         folder = data_loader.MVTecFolder(str(tmp_path / "first" / name))
         assert len(folder.train_good) == 3 and not folder.warnings
         assert [item.category for item in folder.test].count("good") == 2
@@ -221,3 +222,5 @@ def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
             assert mask is not None and mask.any()
         for path in (tmp_path / "first" / name).rglob("*.png"):
             assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
+        one = Path("train") / "good" / "000.png"
+        assert (tmp_path / "first" / name / one).read_bytes() != (tmp_path / "other" / name / one).read_bytes()

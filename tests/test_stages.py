@@ -19,6 +19,7 @@ import classify_images
 import config
 import data_loader
 import data_loader_supervised
+import engine
 import test_vae as test_stage
 import train_with_validation as train_stage
 
@@ -220,6 +221,21 @@ def test_same_seed_gives_same_history_and_scores(data, trained, tmp_path):
     scores = [[each.detection.score for each in classify_images.classify_folder(data / "test", classify_images.load_detector(path))]
               for path in (model, trained / "models" / "best_model.pth")]  # fmt: skip
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", None), ("bfloat16", torch.bfloat16)])
+def test_training_testing_and_classifying_multiply_in_the_precision_asked_for(data, trained, tmp_path, monkeypatch, precision, dtype):
+    asked, autocast = [], engine.Runtime.autocast
+    monkeypatch.setattr(engine.Runtime, "autocast", lambda runtime: (asked.append(runtime.amp_dtype), autocast(runtime))[1])
+    model = {"model": str(trained / "models" / "best_model.pth"), "output_dir": str(tmp_path), "device": "cpu", "precision": precision}
+    for run in (
+        lambda: train(data, tmp_path, epochs=1, precision=precision),
+        lambda: test_stage.main(config.DetailTestSettings(data_dir=str(data), pictures=False, bootstrap=0, **model)),
+        lambda: classify_images.main(config.ClassifySettings(images=(str(data / "test"),), **model)),
+    ):
+        asked.clear()
+        run()
+        assert set(asked) == {dtype}
 
 
 def test_another_seed_gives_another_history(data, trained, tmp_path):
