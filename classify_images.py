@@ -36,8 +36,7 @@ class Classified(NamedTuple):
 
 def main(settings: config.ClassifySettings) -> None:
     """Classify, write results.csv and overlays, print the summary."""
-    runtime = engine.make_runtime(settings.device, settings.precision)
-    detector = load_detector(settings.model, runtime.device, settings.precision)
+    detector = load_detector(settings.model, engine.resolve_device(settings.device), settings.precision)
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
         if not detector.calibration.promised:
@@ -51,7 +50,7 @@ def main(settings: config.ClassifySettings) -> None:
     with (out / "results.csv").open("w", newline="", encoding="utf-8") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])
-        for number, result in enumerate(classify(detector, paths, settings.batch_size, runtime), 1):
+        for number, result in enumerate(classify(detector, paths, settings.batch_size), 1):
             writer.writerow(row(result))
             counts[label_of(result)] += 1
             if settings.overlays and label_of(result) == "defective":
@@ -62,7 +61,7 @@ def main(settings: config.ClassifySettings) -> None:
     print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
 
 
-def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime: engine.Runtime, thorough: bool = False) -> Iterator[Classified]:
+def classify(detector: Detector, paths: Sequence[Path], batch_size: int, thorough: bool = False) -> Iterator[Classified]:
     """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n.
 
     Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
@@ -70,10 +69,10 @@ def classify(detector: Detector, paths: Sequence[Path], batch_size: int, runtime
     batches = data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size)
 
     def detected(batch: data_loader.ImageBatch) -> list[Classified]:
-        detections = detector.detect(runtime.put(batch.images), thorough) if len(batch.images) else []
+        detections = detector.detect(detector.runtime.put(batch.images), thorough) if len(batch.images) else []
         return [Classified(path, None, reason) for path, reason in batch.errors] + [Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)]
 
-    for found in runtime.each(detected, batches):
+    for found in detector.runtime.each(detected, batches):
         yield from found
 
 
@@ -83,8 +82,7 @@ def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8,
     Raises:
         InputError: there is no image.
     """
-    device = next(detector.model.parameters()).device
-    return list(classify(detector, data_loader.find_images(folder), batch_size, engine.Runtime(device), thorough))
+    return list(classify(detector, data_loader.find_images(folder), batch_size, thorough))
 
 
 def label_of(result: Classified) -> str:

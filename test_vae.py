@@ -47,13 +47,12 @@ class Results:
 
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
-    runtime = engine.make_runtime(settings.device, settings.precision)
-    detector = defect_maps.load_detector(settings.model, runtime.device, settings.precision)
+    detector = defect_maps.load_detector(settings.model, engine.resolve_device(settings.device), settings.precision)
     folder = data_loader.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     out = Path(settings.output_dir) / "test_results"
-    results = run_test(detector, folder, runtime, settings, out)
+    results = run_test(detector, folder, settings, out)
     write_scores(results, folder, out / "scores.csv")
     report = make_report(results, detector.calibration, settings)
     write_report(report, out / "metrics")
@@ -61,7 +60,7 @@ def main(settings: config.DetailTestSettings) -> None:
     print(f"figures: {out / 'metrics' / 'test_metrics.json'}   scores: {out / 'scores.csv'}")
 
 
-def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, runtime: engine.Runtime, settings: config.DetailTestSettings, out: Path) -> Results:
+def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, settings: config.DetailTestSettings, out: Path) -> Results:
     """Detect on every readable test image, writing its picture (and map) as soon as it is judged."""
     by_path = {item.path: item for item in folder.test}
     results, rng = Results(), np.random.default_rng(settings.seed)
@@ -70,7 +69,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, ru
         for batch in batches:
             for path, reason in batch.errors:
                 bar.write(f"warning: {path} is skipped: {reason}", file=sys.stderr)
-            images = runtime.put(batch.images)
+            images = detector.runtime.put(batch.images)
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
                 mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape)

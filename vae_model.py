@@ -699,8 +699,8 @@ class FeatureCache:
         """Features (B, C, H/8, W/8) of images (B, 3, H, W) with these keys, on the device of the images."""
         if self.model.backbone is None:
             return None
-        kept = [self._one(key, images[index : index + 1]).to(images.device, torch.float32) for index, key in enumerate(keys)]  # autocast stacks no halves
-        return torch.stack(kept).to(memory_format=torch.channels_last)
+        kept = [self._one(key, images[index : index + 1]).float() for index, key in enumerate(keys)]  # autocast stacks no halves
+        return torch.stack(kept).to(images.device, memory_format=torch.channels_last)
 
     def _one(self, key: int, image: Tensor) -> Tensor:
         if key in self.kept:

@@ -140,7 +140,7 @@ SURFACE_DEFECTS: dict[str, Callable[[np.random.Generator, np.ndarray, int], Draw
 
 def cap(rng: np.random.Generator, missing: tuple[str, int] | None = None, side: int = SIDE) -> np.ndarray:
     """A round cap with holes, screws turned at random, ribs and a label, (side, side, 3); one of them is ``missing``, or the label misprinted."""
-    scale = 2 * side / 1024
+    scale = side / SIDE
     image = np.full((2 * side, 2 * side, 3), BACKGROUND, np.uint8)
     middle = np.array([side, side])
 
@@ -162,9 +162,10 @@ def cap(rng: np.random.Generator, missing: tuple[str, int] | None = None, side: 
     disc(middle, 360, (168, 172, 176))
     disc(middle, 360, (120, 122, 126), 6)
     for hole in range(N_HOLES):
+        point = around(395, hole, N_HOLES)
         if missing != ("hole", hole):
-            disc(around(395, hole, N_HOLES), 16, (40, 40, 42))
-            disc(around(395, hole, N_HOLES), 16, (110, 112, 115), 3)
+            disc(point, 16, (40, 40, 42))
+            disc(point, 16, (110, 112, 115), 3)
     for screw in range(N_SCREWS):
         point, angle = around(250, screw + 0.5, N_SCREWS), rng.uniform(0, np.pi)
         if missing == ("screw", screw):

@@ -97,7 +97,7 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     kept = detector.model.prototypes
     assert kept.any() and len(torch.unique(kept, dim=0)) > 100
     assert detector.model.bank.any() and torch.equal(detector.model.bank, run.model.bank)
-    sparing = list(classify_images.classify(detector, data_loader.find_images(data / "test"), 3, train_stage.engine.Runtime(torch.device("cpu"))))
+    sparing = list(classify_images.classify(detector, data_loader.find_images(data / "test"), 3))
     thorough = classify_images.classify_folder(data / "test", detector)
     assert [each.detection.score for each in sparing] == pytest.approx([each.detection.score for each in thorough], rel=1e-4)
     assert all((each.detection.defect_map is not None) == (each.detection.label == "defective") for each in sparing)
