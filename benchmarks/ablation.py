@@ -77,7 +77,11 @@ COLUMNS = {
 
 
 def main(settings: config.AblationSettings) -> None:
-    """Every row with every seed, a row printed as soon as it is known."""
+    """Every row with every seed, a row printed as soon as it is known; one that fails is left out, with a warning.
+
+    Raises:
+        InputError: no row could be measured.
+    """
     if settings.weights or settings.resume:
         raise config.UsageError("Every row is trained from the start or takes the weights of the first; expected no --weights and no --resume.")
     rows = chosen_rows(settings.rows)
@@ -92,11 +96,15 @@ def main(settings: config.AblationSettings) -> None:
             continue
         for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
             try:
+                if name in RECALIBRATED and (DEFAULT, seed) not in {(each["row"], each["seed"]) for each in measured}:
+                    raise config.InputError(f"the row '{DEFAULT}' left no weights to judge with.")  # an earlier run's would be there still
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
                 train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])
             engine.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
         print(line(name, [each for each in measured if each["row"] == name]), flush=True)
+    if not measured:
+        raise config.InputError("No row could be measured; the warnings above say why.")
     print(f"figures: {out.with_suffix('.json')}")
 
 

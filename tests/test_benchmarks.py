@@ -142,6 +142,23 @@ def test_an_unknown_row_of_the_ablation_is_refused():
         ablation.main(config.AblationSettings(resume=True))
 
 
+def test_a_row_of_maps_takes_no_weights_of_an_earlier_run(tmp_path, monkeypatch, capsys):
+    def measure(name, settings, out):
+        if name == ablation.DEFAULT and settings.seed == 1:
+            raise config.InputError("it diverged.")
+        return {"row": name, "seed": settings.seed, "minutes": 1.0, **dict.fromkeys(ablation.COLUMNS)}
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    data = make_parts(tmp_path / "parts")
+    settings = config.AblationSettings(data_dir=str(data), output_dir=str(tmp_path), seeds=(1, 2), rows=("map without bank",))
+    ablation.main(settings)
+    rows = json.loads((tmp_path / "benchmark_results" / "ablation.json").read_text())["rows"]
+    assert [(row["row"], row["seed"]) for row in rows] == [("everything", 2), ("map without bank", 2)]
+    assert "'map without bank' fails with seed 1: the row 'everything' left no weights" in capsys.readouterr().err
+    with pytest.raises(config.InputError, match="No row could be measured"):
+        ablation.main(settings.replace(seeds=(1,)))
+
+
 def test_mean_and_spread_stand_in_a_row_of_the_ablation():
     rows = [{**dict.fromkeys(ablation.COLUMNS), "pixel AP": value, "minutes": 2.0} for value in (0.25, 0.5)]
     assert ablation.line("x", rows).split(" | ")[3] == "0.375 (0.250)" and ablation.line("x", rows).split(" | ")[1] == "-"
