@@ -19,7 +19,6 @@ import cv2
 from tqdm import tqdm
 
 import data_loader
-import engine
 import plots
 from defect_maps import Detection, Detector, load_detector
 
@@ -36,7 +35,7 @@ class Classified(NamedTuple):
 
 def main(settings: config.ClassifySettings) -> None:
     """Classify, write results.csv and overlays, print the summary."""
-    detector = load_detector(settings.model, engine.resolve_device(settings.device), settings.precision)
+    detector = load_detector(settings.model, settings.device, settings.precision)
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
         if not detector.calibration.promised:
@@ -47,7 +46,7 @@ def main(settings: config.ClassifySettings) -> None:
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
+    with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])
         for number, result in enumerate(classify(detector, paths, settings.batch_size), 1):
@@ -61,12 +60,12 @@ def main(settings: config.ClassifySettings) -> None:
     print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
 
 
-def classify(detector: Detector, paths: Sequence[Path], batch_size: int, thorough: bool = False) -> Iterator[Classified]:
+def classify(detector: Detector, paths: Sequence[Path], batch_size: int = 0, thorough: bool = False) -> Iterator[Classified]:
     """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n.
 
     Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
     """
-    batches = data_loader.iter_image_batches(paths, detector.image_size, detector.resize, batch_size)
+    batches = data_loader.iter_image_batches(paths, detector.image_size, detector.resize, detector.runtime.batch_size(batch_size))
 
     def detected(batch: data_loader.ImageBatch) -> list[Classified]:
         detections = detector.detect(detector.runtime.put(batch.images), thorough) if len(batch.images) else []
@@ -76,7 +75,7 @@ def classify(detector: Detector, paths: Sequence[Path], batch_size: int, thoroug
         yield from found
 
 
-def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 8, thorough: bool = True) -> list[Classified]:
+def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 0, thorough: bool = True) -> list[Classified]:
     """Results for every image below a folder (or in a list of files), for notebooks; about 16 bytes a pixel of the images as the network sees them.
 
     Raises:

@@ -8,6 +8,7 @@ module costs milliseconds: no torch, no numpy.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -118,7 +119,7 @@ def _check_value(field: dataclasses.Field, value) -> None:
 class RunSettings(Settings):
     output_dir: str = setting(".", "Folder under which the fixed output folders are made.")
     device: str = setting("auto", "Where to compute; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda"))
-    seed: int = setting(0, "Seed of every random choice; the same seed gives the same run on CPU with as many threads.", minimum=0)
+    seed: int = setting(0, "Seed of every random choice; the same seed gives the same run on CPU with as many threads.", minimum=0, maximum=2**63 - 1)
     num_workers: int = setting(-1, "Loader processes beside the main one; -1 takes none on CPU (the cores compute) and one a core, eight at most, with CUDA.", minimum=-1)
 
 
@@ -272,7 +273,7 @@ class DrawnSetsSettings(RunSettings):
 class DetailTestSettings(PrecisionSettings, RunSettings):
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
-    batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)
+    batch_size: int = setting(0, "Images in one forward pass; 0 takes 2 on a CPU and 16 with CUDA.", unit="images", minimum=0)
     save_maps: bool = setting(False, "Also write every raw map as test_results/maps/<category>/<stem>.npy.")
     pictures: bool = setting(True, "Write a picture of every test image.")
     bootstrap: int = setting(1000, "Resamples behind each 95 % interval.", minimum=0)
@@ -282,7 +283,7 @@ class DetailTestSettings(PrecisionSettings, RunSettings):
 class ClassifySettings(PrecisionSettings, RunSettings):
     images: tuple[str, ...] = setting((), "Image files, folders (searched recursively) or quoted globs.", positional="+")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
-    batch_size: int = setting(8, "Images in one forward pass.", unit="images", minimum=1)
+    batch_size: int = setting(0, "Images in one forward pass; 0 takes 2 on a CPU and 16 with CUDA.", unit="images", minimum=0)
     target_false_alarms: float = setting(0.0, "Re-derive the threshold for this share of false alarms; 0 keeps the trained one.", unit="fraction", minimum=0.0, maximum=0.5)
     overlays: bool = setting(True, "Write an overlay picture of every defective image.")
 
@@ -592,6 +593,9 @@ def run_script(settings_class: type[Settings], description: str, main: Callable[
     Returns:
         0 done, 1 a failure said in one sentence on stderr, 2 wrong usage, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file name may be no text
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(settings_class, description, argv, prog))
         sys.stdout.flush()
@@ -606,6 +610,16 @@ def run_script(settings_class: type[Settings], description: str, main: Callable[
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}.", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_want_of_memory(error):
+            raise
+        print("error: there is not enough memory; try a smaller --batch-size or --image-size.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: what was already written is kept.", file=sys.stderr)
         return 130
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on the CPU or torch on CUDA found no memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

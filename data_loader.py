@@ -535,13 +535,21 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> dict[Pa
     return found
 
 
-def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int]) -> np.ndarray | None:
-    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask."""
+def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None]) -> np.ndarray | None:
+    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
+
+    A mask that cannot be read is none either; ``warn`` is told so.
+    """
     if item.category == "good":
         return np.zeros(map_hw, bool)
     if item.mask_path is None:
         return None
-    return fit_mask(read_mask(item.mask_path), image_size, resize, map_hw if resize == "tile" else None)
+    try:
+        mask = read_mask(item.mask_path)
+    except ImageError as error:
+        warn(f"{error} Its image is left out of pixel metrics.")
+        return None
+    return fit_mask(mask, image_size, resize, map_hw if resize == "tile" else None)
 
 
 def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
@@ -728,11 +736,11 @@ def training_loader(
 
     A last batch of a single image is dropped when there are others: batch normalisation cannot use it.
     """
-    from torch.utils.data import DataLoader
+    import torch
 
     sampler = EpochSampler(len(dataset), seed, epoch, rank, world_size)
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
-    return DataLoader(
+    return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -740,6 +748,7 @@ def training_loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # of its own: the run's random numbers do not depend on workers
         worker_init_fn=_one_thread,
         # a forked worker inherits OpenCV's thread pool without its threads and can wait for them for ever
         multiprocessing_context="spawn" if num_workers else None,
@@ -880,7 +889,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
                 _save_report(out, report, valid)
     finally:
         _save_report(out, report, valid)
-    _drop_orphan_masks(out, report)
+    _remove_outputs_of_skipped(out, report)
     report["counts"] = _count(report)
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
@@ -1018,7 +1027,7 @@ def _remove_stale(out: Path, before: dict, planned: set[str]) -> None:
             (out / row["output"]).unlink(missing_ok=True)
 
 
-def _drop_orphan_masks(out: Path, report: dict) -> None:
+def _remove_outputs_of_skipped(out: Path, report: dict) -> None:
     """A source that has become unreadable leaves no old output behind."""
     for row in report["skipped"]:
         (out / row["output"]).unlink(missing_ok=True)

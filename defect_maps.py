@@ -24,6 +24,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from engine import Runtime, load_checkpoint, make_runtime, reading_contents
 from evaluation import ssim_map
+from perceptual_loss import PerceptualLoss, weights_here
 from tiles import Blend, tile_corners, window
 from vae_model import (
     KIND,
@@ -523,7 +524,7 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
     """The detector in a checkpoint of train_with_validation.py.
 
     Args:
-        precision: as ``engine.make_runtime`` takes it.
+        device, precision: as ``engine.make_runtime`` takes them.
 
     Raises:
         InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
@@ -532,15 +533,13 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
     with reading_contents(path):
         settings = {**contents["settings"], "image_size": int(contents["settings"]["image_size"]), "resize": str(contents["settings"]["resize"])}
         maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
-    model = fold_norms(detail_vae_from_checkpoint(contents, path)).to(device, memory_format=torch.channels_last)
-    runtime = replace(make_runtime(torch.device(device).type, precision), device=torch.device(device))
-    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, device), runtime)
+    runtime = make_runtime(device, precision)
+    model = runtime.put_model(fold_norms(detail_vae_from_checkpoint(contents, path)))
+    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, runtime.device), runtime)
 
 
 def load_map_perceptual(maps: MapSettings, settings: dict, device: torch.device | str):
     """The VGG16 distance where ``map_perceptual`` asks for it, else None."""
     if maps.map_perceptual <= 0:
         return None
-    from perceptual_loss import PerceptualLoss
-
-    return PerceptualLoss(settings.get("vgg16_weights", "")).to(device)
+    return PerceptualLoss(weights_here(settings)).to(device)

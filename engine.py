@@ -64,6 +64,10 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
+    def batch_size(self, asked: int) -> int:
+        """Images in one forward pass, where 0 is asked for: few on a CPU, so that they fit its caches, more on CUDA."""
+        return asked or (2 if self.device.type == "cpu" else 16)
+
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; images and maps in channels-last order, which convolutions like."""
         layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
@@ -90,19 +94,25 @@ class Runtime:
         return model.to(self.device, memory_format=torch.channels_last)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called ``auto``, ``cpu`` or ``cuda``.
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device, or the one of that name: "auto" (CUDA where there is any), "cpu", "cuda", or one of several, as "cuda:1".
 
     Raises:
-        InputError: CUDA was asked for and there is none.
+        InputError: there is no such device.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"There is no device {device!r}; expected auto, cpu, cuda or, of several, cuda:1.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError("CUDA was asked for but this machine has no usable CUDA device; use --device cpu or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return found
 
 
-def make_runtime(device: str, precision: str = "auto") -> Runtime:
-    """The runtime for the name of a device and of a precision: "float32", "bfloat16", or "auto".
+def make_runtime(device: str | torch.device, precision: str = "auto") -> Runtime:
+    """The runtime for a device, as ``resolve_device`` takes it, and a precision: "float32", "bfloat16", or "auto".
 
     That is bfloat16 where the device multiplies it faster than float32, else float32; on older CUDA cards float16 with scaling.
     """
@@ -111,7 +121,7 @@ def make_runtime(device: str, precision: str = "auto") -> Runtime:
         return Runtime(where, torch.bfloat16 if precision == "bfloat16" else None)
     if where.type == "cpu":
         return Runtime(where, torch.bfloat16 if cpu_multiplies_bfloat16() else None)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return Runtime(where, dtype, torch.amp.GradScaler("cuda", enabled=dtype is torch.float16))
 
 
@@ -139,7 +149,7 @@ def random_state() -> dict:
 def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"][: torch.cuda.device_count()]])
 
 
 # --------------------------------------------------------------------------------- the step and the loops
@@ -379,7 +389,8 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
     load_weights(run.model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    run.runtime.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and run.runtime.scaler.is_enabled():  # empty where the run was of another precision
+        run.runtime.scaler.load_state_dict(state["scaler"])
     run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
     restore_random_state(state["random"])
     return state

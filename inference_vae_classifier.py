@@ -65,7 +65,7 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
     Args:
         flips_below: average over four flips where the class is less sure than this; None does as calibrated.
     """
-    runtime = engine.Runtime(torch.device(engine.resolve_device(device)) if isinstance(device, str) else device)
+    runtime = engine.Runtime(engine.resolve_device(device))
     paths = [Path(path) for path in paths]
     place = {path: number for number, path in enumerate(paths)}
     batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
@@ -188,7 +188,7 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
 def recorded(results: Iterator[Predicted], model: VAEClassifier, out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
     """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "predicted", "confidence", "p_value", *model.class_names, "reason"])
         for number, each in enumerate(results, 1):
@@ -291,7 +291,7 @@ def agreement(labels: list[str], clusters: np.ndarray) -> str:
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:
     """latent.csv: path, predicted class, cluster where there are any, latent means."""
     grouped = [[]] * len(kept) if clusters is None else [[number] for number in clusters]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "predicted", *(["cluster"] if clusters is not None else []), *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0))])
         writer.writerows([str(each.path), each.name, *group, *(f"{value:.6g}" for value in each.mu)] for each, group in zip(kept, grouped, strict=True))

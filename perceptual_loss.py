@@ -502,6 +502,12 @@ def _keep(state: dict[str, Tensor]) -> Path | None:
 # ------------------------------------------------------------------------------------------- by their name
 
 
+def weights_here(settings: dict) -> str:
+    """The VGG16 file that a training run with these settings was given, where it is still there; else empty, as on another machine."""
+    path = settings.get("vgg16_weights", "")
+    return path if Path(path).is_file() else ""
+
+
 def load_backbone(name: str, weights_path: str = "") -> Backbone:
     """A frozen backbone on the CPU, in evaluation mode; move it with ``.to(device)``.
 

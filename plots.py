@@ -56,6 +56,7 @@ _STYLE = {
     "axes.spines.right": False,
     "figure.facecolor": "white",
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # titles hold file names
 }
 
 
@@ -124,7 +125,7 @@ def reconstruction_grid(
             _show_photo(axes[0], image, "")
             _show_photo(axes[1], reconstruction, "")
             drawn = _show_map(axes[2], defect_map, map_max, "")
-            axes[0].set_ylabel(title)
+            axes[0].set_ylabel(_printable(title))
             if mask is not None:
                 _outline(axes[0], mask, TRUTH_COLOUR, dashed=True)
         for axis, name in zip(grid[0], ("Original", "Reconstruction", "Defect map"), strict=True):
@@ -169,7 +170,7 @@ def defect_panel(
         _show_mask(next(panels), predicted_mask, "Predicted defect", PREDICTED_COLOUR)
         if truth_mask is not None:
             _show_mask(next(panels), truth_mask, "Ground truth", TRUTH_COLOUR)
-        figure.suptitle(title)
+        figure.suptitle(_printable(title))
         _outline_legend(
             figure, predicted=bool(np.any(predicted_mask)), truth=truth_mask is not None and bool(np.any(truth_mask))
         )
@@ -209,6 +210,11 @@ def overlay_image(
     cv2.drawContours(blended, rings, -1, (0, 0, 0), halo, cv2.LINE_8)
     cv2.drawContours(blended, rings, -1, _rgb(PREDICTED_COLOUR), thickness_px, cv2.LINE_8)
     return blended
+
+
+def _printable(title: str) -> str:
+    """A title without what no font has: the bytes of a file name that are no text."""
+    return title.encode("utf-8", "replace").decode("utf-8")
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -520,7 +526,7 @@ def class_probability_panel(
         axes[2].invert_yaxis()
         axes[2].set(xlim=(0.0, 1.15), xticks=np.linspace(0, 1, 5), xlabel="Probability", title="Classes")
         axes[2].tick_params(axis="y", length=0)
-        figure.suptitle(title)
+        figure.suptitle(_printable(title))
     return figure
 
 

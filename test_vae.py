@@ -10,6 +10,7 @@ if __name__ == "__main__":
     config.answer_early(config.DetailTestSettings, __doc__)
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ class Results:
 
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
-    detector = defect_maps.load_detector(settings.model, engine.resolve_device(settings.device), settings.precision)
+    detector = defect_maps.load_detector(settings.model, settings.device, settings.precision)
     folder = data_loader.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -63,21 +64,24 @@ def main(settings: config.DetailTestSettings) -> None:
 def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, settings: config.DetailTestSettings, out: Path) -> Results:
     """Detect on every readable test image, writing its picture (and map) as soon as it is judged."""
     by_path = {item.path: item for item in folder.test}
-    results, rng = Results(), np.random.default_rng(settings.seed)
-    batches = data_loader.iter_image_batches(list(by_path), detector.image_size, detector.resize, settings.batch_size)
+    names, results, rng = output_names(folder), Results(), np.random.default_rng(settings.seed)
+    batches = data_loader.iter_image_batches(list(by_path), detector.image_size, detector.resize, detector.runtime.batch_size(settings.batch_size))
     with tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar:
+        def warn(sentence: str) -> None:
+            bar.write(f"warning: {sentence}", file=sys.stderr)
+
         for batch in batches:
             for path, reason in batch.errors:
-                bar.write(f"warning: {path} is skipped: {reason}", file=sys.stderr)
+                warn(f"{path} is skipped: {reason}")
             images = detector.runtime.put(batch.images)
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
-                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape)
+                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn)
                 results.items.append(item)
                 results.masks.append(mask)
                 if item.category == "good":
                     measure_good(results, detector, images[index : index + 1], detection, rng)
-                write_image(out, detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
+                write_image(out, names[item.path], detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
                 results.detections.append(detection._replace(reconstruction=None))
             bar.update(len(batch.paths) + len(batch.errors))
     if not results.items:
@@ -109,22 +113,31 @@ def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:
     return torch.cat([image[(..., *window(*corner, side))] for corner in tile_corners(*image.shape[2:], side)])
 
 
-def write_image(out: Path, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
+def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
+    """What a picture and a map are called below their category's folder: the stem; where two images share it, the path there, with its ending."""
+    def name(item: data_loader.MVTecItem) -> tuple[str, str]:
+        return item.category, item.path.stem.lower()  # case does not tell files apart everywhere
+
+    counts = Counter(map(name, folder.test))
+    return {item.path: item.path.stem if counts[name(item)] == 1 else item.path.relative_to(folder.root / "test" / item.category).as_posix() for item in folder.test}
+
+
+def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
     """The panel of one image, and its raw map with --save-maps."""
     if settings.pictures:
         title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"
         limit = calibration.pixel_threshold
         figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, detection.defect_map > limit, mask, title, 3 * limit, limit)
-        plots.save(figure, out / item.category / f"{item.path.stem}.png")
+        plots.save(figure, out / item.category / f"{name}.png")
     if settings.save_maps:
-        path = out / "maps" / item.category / f"{item.path.stem}.npy"
+        path = out / "maps" / item.category / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, detection.defect_map)
 
 
 def write_scores(results: Results, folder: data_loader.MVTecFolder, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "category", "score", "p_value", "label"])
         for item, found in zip(results.items, results.detections, strict=True):

@@ -286,13 +286,13 @@ def make_loader(run: Run) -> DataLoader:
     sampler = MixedSampler(n_real, len(training.labels) - n_real, s.real_share, s.epoch_samples, s.seed)
     n_workers = data_loader.resolve_num_workers(s.num_workers, run.runtime.device)
     lone = len(sampler) > s.batch_size and len(sampler) % s.batch_size == 1
-    return DataLoader(dataset, s.batch_size, sampler=sampler, num_workers=n_workers, pin_memory=run.runtime.pin_memory, drop_last=lone, persistent_workers=n_workers > 0)
+    return DataLoader(dataset, s.batch_size, sampler=sampler, num_workers=n_workers, pin_memory=run.runtime.pin_memory, drop_last=lone, persistent_workers=n_workers > 0, generator=torch.Generator())  # of its own: the run's random numbers do not depend on workers
 
 
 def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named numbers for each epoch."""
     s, runtime = run.settings, run.runtime
-    config.save(s, run.out / "vae_models" / "config.yaml")
+    config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     loader = make_loader(run)
     optimizer, scheduler = make_optimizer(run, s.epochs * len(loader))
     if s.resume:

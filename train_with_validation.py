@@ -110,7 +110,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     perceptual = None
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
-    model = runtime.put_model(DetailVAE(settings))
+    model = runtime.put_model(DetailVAE(settings, settings.vgg16_weights))
     if weights is None:
         model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
     else:
@@ -149,7 +149,7 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
     """The paths without the share ``trim_frac`` of images that are the least like the others, each of those named."""
     if not settings.trim_frac:
         return paths
-    model = runtime.put_model(DetailVAE(settings))
+    model = runtime.put_model(DetailVAE(settings, settings.vgg16_weights))
     if not model.n_features:
         raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
 
@@ -173,7 +173,7 @@ def warn(sentences: list[str]) -> None:
 def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named terms for each epoch."""
     s, runtime = run.settings, run.runtime
-    config.save(s, run.out / "models" / "config.yaml")
+    config.save(s.replace(resume=False), run.out / "models" / "config.yaml")
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
     loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
@@ -195,14 +195,21 @@ def train(run: Run) -> list[dict]:
             if epoch % s.picture_every == 0 or epoch == run.epochs:
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
-            if s.patience and epoch - run.best_epoch >= s.patience:
+            if s.patience and validations_in_vain(run) >= s.patience:
                 break
+    if not run.best_epoch:
+        raise engine.DivergedError("No validation loss was a finite number; no model is kept (try a lower --learning-rate).")
     return run.history
 
 
 def validate_every(run: Run) -> int:
     """Epochs between validations: as set, or so many that about 300 training images lie between two."""
     return run.settings.validate_every or max(1, round(300 / len(run.training)))
+
+
+def validations_in_vain(run: Run) -> int:
+    """How many validations there were since the best one."""
+    return sum("val/total" in row for row in run.history[run.best_epoch :])
 
 
 def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) -> str:

@@ -398,7 +398,7 @@ def checkpoint_contents(model: VAEClassifier, calibration: ClassifierCalibration
 def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fuse: bool = True) -> tuple[VAEClassifier, list[str]]:
     """(model in evaluation mode, class names) from a checkpoint of train_vae_classifier.py.
 
-    ``device`` may also be "auto". The model carries its calibration and the settings of its training run. With ``fuse``
+    ``device`` is as ``engine.resolve_device`` takes it. The model carries its calibration and the settings of its training run. With ``fuse``
     it is a fifth faster and can neither be trained nor saved again.
 
     Raises:
@@ -413,5 +413,4 @@ def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fu
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
     model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}
-    where = resolve_device(device) if device in ("auto", "cuda", "cpu") else torch.device(device)
-    return (fold_norms(model) if fuse else model).eval().to(where, memory_format=torch.channels_last), names
+    return (fold_norms(model) if fuse else model).eval().to(resolve_device(device), memory_format=torch.channels_last), names

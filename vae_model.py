@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from config import LossSettings, ModelSettings, from_dict
 from engine import load_checkpoint, load_weights, reading_contents
 from evaluation import mae, mse
-from perceptual_loss import load_backbone
+from perceptual_loss import load_backbone, weights_here
 
 KIND = "detail_vae"
 LOGVAR_RANGE = (-8.0, 8.0)
@@ -225,24 +225,24 @@ class DetailVAE(nn.Module):
 
     Args:
         settings: architecture (latent sizes, width, skips, backbone).
-        backbone_weights: file with the backbone's weights; empty means the places ``load_backbone`` knows.
+        vgg16_weights: the user's file for a VGG16 backbone; empty means the places ``load_backbone`` knows.
 
     Images are float32 RGB in [0, 1], (B, 3, H, W) with H and W multiples of 32. The frozen backbone is no
     part of ``state_dict``.
     """
 
-    def __init__(self, settings: ModelSettings | None = None, backbone_weights: str = ""):
+    def __init__(self, settings: ModelSettings | None = None, vgg16_weights: str = ""):
         super().__init__()
         self.settings = settings = settings or ModelSettings()
         width = settings.base_channels
         self.widths = (width, 2 * width, 4 * width, 8 * width, 12 * width)
-        self._hold_backbone(settings.backbone, backbone_weights)
+        self._hold_backbone(settings.backbone, vgg16_weights)
         self._build_encoder()
         self._build_decoder()
         self.defect_head = DefectHead(len(self.tap_channels), 2 * width) if settings.segmentation else None
 
-    def _hold_backbone(self, name: str, weights: str) -> None:
-        backbone = None if name == "none" else load_backbone(name, weights)
+    def _hold_backbone(self, name: str, vgg16_weights: str) -> None:
+        backbone = None if name == "none" else load_backbone(name, vgg16_weights)
         self.__dict__["backbone"] = backbone  # past nn.Module's registry: never saved, never trained
         self.tap_channels = () if backbone is None else backbone.tap_channels
         self.n_features = sum(self.tap_channels)
@@ -729,7 +729,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:
     """The model in a checkpoint that ``engine.load_checkpoint`` has read, in evaluation mode."""
     with reading_contents(path):
-        model = DetailVAE(from_dict(ModelSettings, contents["settings"]))
+        model = DetailVAE(from_dict(ModelSettings, contents["settings"]), weights_here(contents["settings"]))
     return load_weights(model, contents["model"], path).eval()
 
 

@@ -126,7 +126,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
     paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
-    backbone = load_backbone(settings.backbone)
+    backbone = load_backbone(settings.backbone, settings.vgg16_weights)
     method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
     with torch.inference_mode():
         method.fit(torch.cat([backbone.grid(batch) for batch in training.split(BATCH_SIZE)]))
@@ -201,13 +201,13 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
         found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
         paths += batch.paths
     speed = {"training_s": trained - started, "images_per_s": len(paths) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
-    by_path = {item.path: item for item in folder.test}
+    by_path, warn = {item.path: item for item in folder.test}, lambda sentence: train_with_validation.warn([sentence])
     report = evaluation.detection_report(
         [by_path[path].category for path in paths],
         [each.score for each in found],
         [each.label == "defective" for each in found],
         [each.defect_map for each in found],
-        [data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape) for path, each in zip(paths, found, strict=True)],
+        [data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, warn) for path, each in zip(paths, found, strict=True)],
         detector.calibration.pixel_threshold,
         N_RESAMPLES,
         settings.seed,
@@ -226,6 +226,8 @@ def peak_memory_mb() -> float | None:
 
 def main(settings: config.DetectionBenchmarkSettings) -> None:
     """Every method with every seed on the CPU, a row printed as soon as it is known."""
+    if settings.weights:
+        raise config.UsageError("Every method is trained; expected no --weights.")
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings)
     if not settings.methods:

@@ -288,7 +288,7 @@ def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, 
 
 def main(settings: config.DrawnSetsSettings) -> None:
     """Write both sets; the same images every time with the same seed."""
-    out = Path(settings.out)
+    out = Path(settings.output_dir) / settings.out
     write_surfaces(out / "surfaces", settings.seed)
     write_caps(out / "cap", settings.seed)
     print(f"metal surfaces: {out / 'surfaces'}   an aligned part: {out / 'cap'}")

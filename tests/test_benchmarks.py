@@ -67,6 +67,11 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
     assert sum(line.startswith(("detailvae", "padim")) for line in capsys.readouterr().out.splitlines()) == 2
 
 
+def test_the_detection_benchmark_trains_every_method_itself(tmp_path):
+    with pytest.raises(config.UsageError, match="expected no --weights"):
+        detection.main(config.DetectionBenchmarkSettings(data_dir=str(tmp_path), weights="models/best_model.pth"))
+
+
 def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_for(tmp_path):
     parts = make_parts(tmp_path / "parts")
     deeper = parts / "test" / "scratch" / "deeper"  # of the same name as another
@@ -235,7 +240,7 @@ def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
         defective = [item for item in folder.test if item.category != "good"]
         assert len(defective) == 5
         for item in defective:
-            mask = data_loader.read_truth(item, 128, "stretch", (128, 128))
+            mask = data_loader.read_truth(item, 128, "stretch", (128, 128), pytest.fail)
             assert mask is not None and mask.any()
         for path in (tmp_path / "first" / name).rglob("*.png"):
             assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()

@@ -67,7 +67,7 @@ def test_the_table_has_a_row_for_each_field_and_marks_bare_arguments():
     rows = config.field_table(config.ClassifySettings)
     assert len(rows) == len(dataclasses.fields(config.ClassifySettings))
     by_flag = {row[0]: row for row in rows}
-    assert by_flag["--batch-size"][1:3] == ("8", "images")
+    assert by_flag["--batch-size"][1:3] == ("0", "images")
     assert "images" in by_flag and "--images" not in by_flag
 
 
@@ -251,6 +251,21 @@ def raising(error):
         raise error
 
     return main
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")])
+def test_want_of_memory_is_said_in_a_sentence(capsys, error):
+    code, said = run(raising(error), capsys)
+    assert code == 1 and said.err == "error: there is not enough memory; try a smaller --batch-size or --image-size.\n"
+
+
+def test_other_faults_of_the_program_are_not_hidden(capsys):
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(raising(RuntimeError("shapes differ")), capsys)
+
+
+def test_a_seed_that_torch_cannot_take_is_refused():
+    assert "seed" in refused(config.TrainSettings, "--seed", str(2**63))
 
 
 def test_a_script_that_works_returns_0_and_gets_its_settings(capsys):

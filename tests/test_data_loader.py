@@ -609,7 +609,7 @@ def test_sampler_visits_each_image_once_an_epoch():
 
 
 def test_loader_is_the_same_with_workers_and_from_any_epoch(good_images):
-    dataset = good_images()
+    dataset, random_state = good_images(), torch.get_rng_state()
     plain = [list(dl.training_loader(dataset, 2, seed=1, epoch=epoch)) for epoch in range(2)]
     assert not same(plain[0][0], plain[1][0])
     workers = dl.training_loader(dataset, 2, seed=1, epoch=0, num_workers=1)
@@ -617,6 +617,7 @@ def test_loader_is_the_same_with_workers_and_from_any_epoch(good_images):
         workers.sampler.set_epoch(epoch)
         assert all(same(a, b) for a, b in zip(plain[epoch], workers, strict=True))
     assert plain[0][0].images.shape == (2, 3, 64, 64)
+    assert torch.equal(torch.get_rng_state(), random_state)  # so that a resumed run draws what it would have drawn
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2]), (4, [4]), (3, [3, 2]), (5, [5]), (8, [5])])

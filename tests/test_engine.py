@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import engine
-from config import InputError
+from config import InputError, RunSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # said of damaged and foreign files
 RUNTIME = engine.Runtime(torch.device("cpu"))
@@ -186,7 +187,21 @@ def test_asking_for_cuda_without_one_is_said_in_a_sentence(monkeypatch):
         engine.resolve_device("cuda")
     assert engine.resolve_device("auto").type == engine.resolve_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [engine.resolve_device(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert [str(engine.resolve_device(name)) for name in ("auto", "cuda", "cpu", "cuda:1", torch.device("cuda:1"))] == ["cuda", "cuda", "cpu", "cuda:1", "cuda:1"]
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(InputError, match="no device 'gpu'; expected auto, cpu, cuda"):
+        engine.resolve_device("gpu")
+
+
+@pytest.mark.parametrize(("multiplies", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_cuda_card_that_only_emulates_bfloat16_takes_float16(monkeypatch, multiplies, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: enabled)
+    runtime = engine.make_runtime("cuda")
+    assert runtime.amp_dtype is expected and runtime.scaler is (expected is torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +231,17 @@ def test_on_cpu_the_scaler_does_nothing_and_images_are_laid_out_for_convolutions
     assert not runtime.scaler.is_enabled() and not runtime.pin_memory
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_run_may_be_resumed_where_losses_are_scaled(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1)
+    engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
+    scaled = SimpleNamespace(**{**vars(plain), "runtime": engine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu")), "history": [], "best": 9.0})
+    engine.resume_training(scaled, optimizer, scheduler, tmp_path / "last.pth", "line", set())
+    assert scaled.history == plain.history and scaled.best == 2.0 and scaled.runtime.scaler.get_scale() > 1
 
 
 @pytest.fixture

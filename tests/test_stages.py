@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import data_loader_supervised
 import engine
 import test_vae as test_stage
 import train_with_validation as train_stage
+import vae_model
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -205,6 +208,36 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     assert "2 unreadable" in capsys.readouterr().out
 
 
+def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
+    mask.write_bytes(mask.read_bytes()[:40])
+    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "data"), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), pictures=False, bootstrap=0))
+    assert "001_mask.png" in (said := capsys.readouterr().err) and "left out of pixel metrics" in said
+    assert len((tmp_path / "test_results" / "scores.csv").read_text().splitlines()) == 9
+    report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
+    assert report["categories"]["scratch"]["n_images"] == 4
+
+
+@pytest.mark.parametrize("names", [("class1/000.png", "class2/000.png", "only.png"), ("a.png", "a.jpg", "cost $_{5$.png"), (os.fsdecode(b"\xe9.png"), "b.png", "c.png")])
+def test_every_image_has_its_own_picture_map_and_row_whatever_its_name(data, trained, tmp_path, names):
+    good = tmp_path / "data" / "test" / "good"
+    image = cv2.imread(str(data / "test" / "good" / "000.png"))
+    for name in names:
+        (good / name).parent.mkdir(parents=True, exist_ok=True)
+        (good / name).write_bytes(cv2.imencode(Path(name).suffix, image)[1].tobytes())
+    model = str(trained / "models" / "best_model.pth")
+    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "data"), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True))
+    results = tmp_path / "test_results"
+    assert len(list((results / "good").rglob("*.png"))) == len(list((results / "maps" / "good").rglob("*.npy"))) == 3
+    unique = [name for name in names if [Path(each).stem for each in names].count(Path(name).stem) == 1]
+    assert all((results / "maps" / "good" / f"{Path(name).stem}.npy").is_file() for name in unique)
+    classify_images.main(config.ClassifySettings(images=(str(good),), model=model, output_dir=str(tmp_path)))
+    for table, column in ((results / "scores.csv", "image"), (tmp_path / "classification_results" / "results.csv", "image")):
+        with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            assert sorted(Path(row[column]).name for row in csv.DictReader(file)) == sorted(Path(name).name for name in names)
+
+
 def test_result_does_not_depend_on_batch_size(data, trained):
     detector = classify_images.load_detector(trained / "models" / "best_model.pth")
     one, many = (classify_images.classify_folder(data / "test", detector, batch_size=size) for size in (1, 5))
@@ -262,6 +295,41 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
     assert whole["history"] == parts["history"]
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+
+
+def test_patience_counts_validations(data, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 4.0, 5.0, 1.0])
+    monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
+    train(data, tmp_path, epochs=12, validate_every=2, patience=2)
+    history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
+    assert history["best_epoch"] == 4 and [row["epoch"] for row in history["epochs"]] == list(range(1, 9))
+    assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == 4
+
+
+def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_path, monkeypatch, capsys):
+    train(data, tmp_path, epochs=1)
+    capsys.readouterr()
+    monkeypatch.setattr(train_stage, "validate", lambda run: {"total": float("nan")})
+    with pytest.raises(config.InputError, match="No validation loss was a finite number"):
+        train(data, tmp_path, epochs=2)
+    assert "threshold" not in capsys.readouterr().out
+
+
+def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path):
+    train(data, tmp_path, epochs=1)
+    train(data, tmp_path, epochs=2, resume=True)
+    assert config.read_yaml(tmp_path / "models" / "config.yaml")["resume"] is False
+
+
+def test_a_vgg16_backbone_takes_the_users_file_as_long_as_it_is_there(data, tmp_path, monkeypatch, tiny_backbone):
+    asked, weights = [], tmp_path / "vgg16.pth"
+    weights.touch()
+    monkeypatch.setattr(vae_model, "load_backbone", lambda *args: (asked.append(args), tiny_backbone)[1])
+    model = train(data, tmp_path, epochs=1, backbone="vgg16", vgg16_weights=str(weights), trim_frac=0.1)
+    assert set(asked) == {("vgg16", str(weights))} and len(asked) == 3  # to trim, to train, and from the checkpoint
+    weights.unlink()
+    vae_model.load_detail_vae(model)
+    assert asked[-1] == ("vgg16", "")
 
 
 def test_nothing_is_fitted_on_the_test_split(data, trained, tmp_path):
