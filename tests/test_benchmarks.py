@@ -246,3 +246,11 @@ def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
             assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
         one = Path("train") / "good" / "000.png"
         assert (tmp_path / "first" / name / one).read_bytes() != (tmp_path / "other" / name / one).read_bytes()
+
+
+def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: written.append((root, seed)))
+    monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: written.append((root, seed)))
+    drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4))
+    assert written == [(tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4)]
