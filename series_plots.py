@@ -11,6 +11,7 @@ import csv
 import io
 import re
 import threading
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
 DATA_NAMES = ("data", "value")
-TIME_NAMES = ("time", "timestamp", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "id", "")
+TIME_NAMES = ("time", "timestamp", "unixtime", "epoch", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "zeit", "uhrzeit", "datum", "")
 SAMPLE_CHARACTERS = 65_536
 MAX_ABSOLUTE = 1e100  # beyond it the axis limits overflow
 DECIMATE_ABOVE = 20_000  # rows; far more than the plot has pixel columns
@@ -54,17 +55,19 @@ class _Layout(NamedTuple):
     encoding: str
     separator: str
     decimal: str
+    thousands: str  # what sets them apart, or nothing
     header: bool
     names: list[str]  # as written, or empty strings without header
-    skip_rows: int  # blank lines before the first row
+    skip_rows: int  # lines before the first row below the header
 
 
 def read_series(path: str | Path) -> Series:
     """The one series of a CSV file, by the rules of the data layout.
 
     With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates, a
-    name such as ``time``, or first of several and equidistantly rising). Comma, semicolon or tab; decimal commas where the
-    separator allows them; UTF-8 with or without BOM, UTF-16, Latin-1. Rows without a number are dropped and counted.
+    name such as ``time``, or first of several and rising all along). Comma, semicolon or tab; decimal commas where the
+    separator allows them; thousands set apart, where that is no decimal mark for sure; UTF-8 with or without BOM, UTF-16,
+    Latin-1. Comments and other lines above the header are left out. Rows without a number are dropped and counted.
     In a file without header, ``1,5`` is two numbers.
 
     Raises:
@@ -73,7 +76,7 @@ def read_series(path: str | Path) -> Series:
     layout = _sniff(path)
     table = _read_table(path, layout)
     column = _choose_column(path, table, layout)
-    numbers = _to_numbers(table.iloc[:, column])
+    numbers = _to_numbers(table.iloc[:, column], layout)
     values = numbers[~np.isnan(numbers)]
     name = layout.names[column] or f"column {column + 1}"
     _check_values(path, values, name)
@@ -92,12 +95,25 @@ def _sniff(path: str | Path) -> _Layout:
     text = head.decode(encoding, errors="ignore").lstrip("\ufeff")
     if "\x00" in text:
         raise SeriesError(path, "is not a text file; expected a CSV")
-    lines = text.splitlines()
-    skip = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
-    lines = [line for line in lines if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.splitlines()) if line.strip()]
+    lines = _without_comments(lines[:-1] if len(head) == SAMPLE_CHARACTERS and len(lines) > 1 else lines)
     if not lines:
         raise SeriesError(path, "is empty; expected a column of numbers")
-    return _table_layout(lines[:-1] if len(head) == SAMPLE_CHARACTERS and len(lines) > 1 else lines, encoding, skip)
+    numbers, lines = zip(*lines, strict=True)
+    return _table_layout(list(lines), list(numbers), encoding)
+
+
+def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Numbered lines without comments and Excel's ``sep=;`` on top; a last comment with a name for each column is the header."""
+    start = next((i for i, (_, line) in enumerate(lines) if not re.match(r"\s*(#|sep=.\s*$)", line)), len(lines))
+    rest = lines[start:]
+    if start and rest:
+        number, above = lines[start - 1]
+        separator = _separator([line for _, line in rest])
+        names, first = next(csv.reader([above.lstrip("# ")], delimiter=separator)), next(csv.reader([rest[0][1]], delimiter=separator))
+        if above.lstrip().startswith("#") and len(names) == len(first) and _is_header(names) and not _is_header(first):
+            return [(number, above.lstrip("# ")), *rest]
+    return rest
 
 
 def _encoding(head: bytes) -> str:
@@ -116,18 +132,51 @@ def _encoding(head: bytes) -> str:
     return "utf-8"
 
 
-def _table_layout(lines: list[str], encoding: str, skip_rows: int) -> _Layout:
+def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layout:
+    """The layout of non-blank lines that stand at those places in the file."""
     separator = _separator(lines)
     rows = list(csv.reader(lines[:200], delimiter=separator))
-    header = _is_header(rows[0])
-    body = rows[1:] if header else rows
-    width = max((len(row) for row in rows), default=1)
-    if separator == "," and header and len(rows[0]) == 1 and body and all(_is_number(",".join(row), ",") for row in body):
-        separator, width, body = "\t", 1, [[",".join(row)] for row in body]  # one column with decimal commas
-    fields = [field for row in body for field in row]
-    decimal = "," if any(re.fullmatch(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*", field, re.IGNORECASE) for field in fields) else "."
-    names = [name.strip() for name in rows[0]] if header else []
-    return _Layout(encoding, separator, decimal, header, names + [""] * (width - len(names)), skip_rows)
+    at = _header_row(rows)
+    names, body = ([], rows) if at is None else ([name.strip() for name in rows[at]], rows[at + 1 :])
+    skip_rows = numbers[0] if at is None else numbers[at] + 1
+    if separator == "," and len(names) == 1 and '"' not in "".join(lines[1:]) and _splits_numbers(body):
+        separator, body = "\t", [[",".join(row)] for row in body]  # one column, its commas are within numbers
+    if names and body and all(len(row) == len(names) + 1 for row in body):
+        names = ["", *names]  # R does not name the column of row names
+    width = max(map(len, [names, *body]))
+    decimal, thousands = _marks([[row[i].strip() for row in body if i < len(row)] for i in range(width)])
+    return _Layout(encoding, separator, decimal, thousands, at is not None, names + [""] * (width - len(names)), skip_rows)
+
+
+def _header_row(rows: list[list[str]]) -> int | None:
+    """Which row is the header, if any: of the rows of text above the numbers the first that names every column, else the last."""
+    n_text = next((i for i, row in enumerate(rows) if not _is_header(row)), len(rows))
+    if not n_text:
+        counted = rows[0] == [str(i) for i in range(len(rows[0]))]  # as pandas names columns without a name
+        return 0 if counted and len(rows) > 1 and not any(re.fullmatch(r"[+-]?\d*", field.strip()) for row in rows[1:] for field in row[-1:]) else None
+    width = Counter(map(len, rows[n_text:] or rows)).most_common(1)[0][0]
+    return next((i for n in (width, width - 1) for i, row in enumerate(rows[:n_text]) if len(row) == n), n_text - 1)
+
+
+def _splits_numbers(body: list[list[str]]) -> bool:
+    """Whether rows of several fields are numbers cut at their commas."""
+    several = [row for row in body if len(row) > 1]
+    return bool(several) and all(re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", ",".join(row), re.IGNORECASE) for row in several)
+
+
+def _marks(columns: list[list[str]]) -> tuple[str, str]:
+    """(decimal mark, what sets thousands apart or nothing) of columns of fields."""
+    for decimal, thousands in ((".", ","), (",", ".")):
+        grouped = re.compile(rf"[+-]?[1-9]\d{{0,2}}({re.escape(thousands)}\d{{3}})+({re.escape(decimal)}\d*)?")
+        holding = [[field for field in column if thousands in field and re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", field, re.IGNORECASE)] for column in columns]
+        fields = [field for column in holding for field in column]
+        sure = any(field.count(thousands) > 1 or decimal in field for field in fields) or (
+            thousands == "," and any(each and any(re.fullmatch(r"[+-]?\d{1,3}", field) for field in column) for each, column in zip(holding, columns, strict=True))
+        )
+        if sure and all(grouped.fullmatch(field) for field in fields):
+            return decimal, thousands
+    comma = any(re.fullmatch(r"[+-]?\d*,\d+(e[+-]?\d+)?", field, re.IGNORECASE) for column in columns for field in column)
+    return "," if comma else ".", ""
 
 
 def _separator(lines: list[str]) -> str:
@@ -162,10 +211,11 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
             path,
             sep=layout.separator,
             decimal=layout.decimal,
+            thousands=layout.thousands or None,
             header=None,
             names=range(len(layout.names)),
             index_col=False,
-            skiprows=layout.skip_rows + layout.header,
+            skiprows=layout.skip_rows,
             encoding=layout.encoding,
             encoding_errors="replace",
             skipinitialspace=True,
@@ -176,14 +226,16 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
         raise SeriesError(path, f"is no table ({' '.join(str(error).split()).rstrip('.')})") from None
 
 
-def _to_numbers(column: pandas.Series) -> np.ndarray:
+def _to_numbers(column: pandas.Series, layout: _Layout) -> np.ndarray:
     """float64, NaN where there is no number."""
     import pandas
 
     if pandas.api.types.is_bool_dtype(column):
         return np.full(len(column), np.nan)
     if not pandas.api.types.is_numeric_dtype(column):
-        column = pandas.to_numeric(column.astype(str).str.strip().str.replace(",", ".", regex=False), errors="coerce")
+        text = column.astype(str).str.strip()
+        text = text.str.replace(layout.thousands, "", regex=False) if layout.thousands else text
+        column = pandas.to_numeric(text.str.replace(",", ".", regex=False), errors="coerce")
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
@@ -192,14 +244,14 @@ def _choose_column(path: str | Path, table: pandas.DataFrame, layout: _Layout) -
         raise SeriesError(path, "holds a header and no rows; expected a column of numbers")
     names = [name.lower() for name in layout.names]
     named = [i for wanted in DATA_NAMES for i, name in enumerate(names) if name == wanted]
-    candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i])]
+    candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i], layout)]
     candidates = candidates or [i for i in range(table.shape[1]) if table.iloc[:, i].isna().all()]
     if not candidates:
         raise SeriesError(path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers")
     if named or len(candidates) == 1:
         return candidates[0]
-    others = [i for i in candidates if not (layout.header and names[i] in TIME_NAMES)] or candidates
-    if others[0] == 0 and len(others) > 1 and _rises_equidistantly(_to_numbers(table.iloc[:, 0])):
+    others = [i for i in candidates if not (layout.header and re.sub(r"\s*[\[(].*", "", names[i]) in TIME_NAMES)] or candidates  # "time (s)"
+    if others[0] == 0 and len(others) > 1 and _rises(_to_numbers(table.iloc[:, 0], layout)):
         return others[1]
     return others[0]
 
@@ -209,15 +261,16 @@ def _columns(layout: _Layout) -> str:
     return "columns: " + ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
 
-def _looks_numeric(column: pandas.Series) -> bool:
+def _looks_numeric(column: pandas.Series, layout: _Layout) -> bool:
     """At least half of the filled fields are numbers."""
     filled = column.notna().sum()
-    return filled > 0 and np.count_nonzero(~np.isnan(_to_numbers(column))) * 2 >= filled
+    return filled > 0 and np.count_nonzero(~np.isnan(_to_numbers(column, layout))) * 2 >= filled
 
 
-def _rises_equidistantly(values: np.ndarray) -> bool:
-    steps = np.diff(values)
-    return len(steps) > 0 and bool(steps.min() > 0 and np.ptp(steps) <= 1e-6 * steps.max())
+def _rises(values: np.ndarray) -> bool:
+    """Whether every number is larger than the one before."""
+    steps = np.diff(values[~np.isnan(values)])
+    return len(steps) > 0 and bool(steps.min() > 0)
 
 
 def _check_values(path: str | Path, values: np.ndarray, name: str) -> None:

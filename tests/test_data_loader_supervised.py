@@ -66,6 +66,16 @@ GOOD = {
     "duplicate headers": "value,value\n" + "".join(f"{v},9\n" for v in NUMBERS),
     "text column first": "name,amount\n" + "".join(f"n{i},{v}\n" for i, v in enumerate(NUMBERS)),
     "exponents": "value\n" + "".join(f"{v:e}\n" for v in NUMBERS),
+    "time with its unit": "Time (s),signal\n" + "".join(f"{i / 3:.3f},{v}\n" for i, v in enumerate(NUMBERS)),
+    "rising first column with an empty field": "t_s,signal\n0,1.5\n,-2.25\n2,3\n3,0.5\n",
+    "unix seconds with jitter": "when,temp\n1600000000,1.5\n1600000011,-2.25\n1600000019,3\n1600000030,0.5\n",
+    "Excel's separator line": "sep=;\nreading;data\n" + "".join(f"{i * i - 5};{v}\n" for i, v in enumerate(NUMBERS)),
+    "a comment above": "# recorded by X, room 3\nreading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "as numpy writes a header": "# reading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "a line of text above": "recorded by X\n\nreading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "as R writes a table": '"reading","data"\n' + "".join(f'"{i + 1}",{i * i - 5},{v}\n' for i, v in enumerate(NUMBERS)),
+    "as R writes one column": '"Flow"\n' + "".join(f'"{i + 1}",{v}\n' for i, v in enumerate(NUMBERS)),
+    "as pandas writes a column without a name": "0\n" + LINES,
 }
 
 
@@ -75,6 +85,44 @@ def test_every_kind_of_csv_gives_the_same_numbers(tmp_path, kind):
     assert series.values.dtype == np.float64
     np.testing.assert_allclose(series.values, NUMBERS)
     assert series.n_dropped == 0
+
+
+THOUSANDS = [1007.0, 992.0, 12038.0, -1006.0, 967.0]
+GROUPED = {
+    "American": "date,value\n" + "".join(f'2020-01-0{i + 1},"{v:,.0f}"\n' for i, v in enumerate(THOUSANDS)),
+    "American with decimals": "value\n" + "".join(f'"{v:,.2f}"\n' for v in THOUSANDS),
+    "American, one column without quotes": "value\n" + "".join(f"{v:,.0f}\n" for v in THOUSANDS),
+    "German": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)),
+    "German with a gap": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)) + "5;-\n",
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_thousands_set_apart_are_one_number(tmp_path, kind):
+    series = series_plots.read_series(write(tmp_path, GROUPED[kind]))
+    np.testing.assert_allclose(series.values, THOUSANDS)
+    assert series.n_dropped == kind.endswith("gap")
+
+
+NOT_GROUPED = {
+    "three decimals": ("value\n1,007\n0,992\n1,038\n", [1.007, 0.992, 1.038]),
+    "three decimals beside an index": ("time;x\n0;1,007\n1;2,992\n2;1,038\n", [1.007, 2.992, 1.038]),
+    "three decimals after a point": ("value\n1.007\n992\n1.038\n", [1.007, 992, 1.038]),
+    "addresses beside": ("host,value\n192.168.100.200,1.5\n192.168.100.201,2.5\n", [1.5, 2.5]),
+    "decimal commas and a gap": ("value\n1007,54\nNA\n992,07\n1038,5\n", [1007.54, 992.07, 1038.5]),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_GROUPED)
+def test_a_decimal_mark_is_not_taken_for_one_of_thousands(tmp_path, kind):
+    text, expected = NOT_GROUPED[kind]
+    np.testing.assert_allclose(series_plots.read_series(write(tmp_path, text)).values, expected)
+
+
+def test_a_row_of_units_is_counted_as_dropped(tmp_path):
+    series = series_plots.read_series(write(tmp_path, "zeit,druck\ns,mV\n" + "".join(f"{i},{v}\n" for i, v in enumerate(NUMBERS))))
+    np.testing.assert_allclose(series.values, NUMBERS)
+    assert (series.column, series.n_dropped) == ("druck", 1)
 
 
 def test_rows_without_a_number_are_dropped_and_counted(tmp_path):
