@@ -93,17 +93,29 @@ def read_plot(path: str | Path) -> np.ndarray:
     Raises:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
     """
-    if str(path).lower().endswith(SERIES_SUFFIXES):
-        return series_plots.render_series(series_plots.read_series(path).values)
-    return data_loader.read_image(path)
+    return _read_noted(path)[0]
 
 
-def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> np.ndarray | str:
-    """The prepared plot, or the reason why there is none."""
+def _read_noted(path: str | Path) -> tuple[np.ndarray, str]:
+    """What ``read_plot`` returns, and how many rows of a CSV are not in it, where there are any."""
+    if not str(path).lower().endswith(SERIES_SUFFIXES):
+        return data_loader.read_image(path), ""
+    series = series_plots.read_series(path)
+    n_rows = len(series.values) + series.n_dropped
+    return series_plots.render_series(series.values), f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
+
+
+class _Prepared(NamedTuple):
+    image: np.ndarray | None  # uint8 S x S x 3
+    said: str  # where there is none, why; else what to know of it, or nothing
+
+
+def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> _Prepared:
     try:
-        return prepare_image(read_plot(path), image_size, crop_axes)
+        image, note = _read_noted(path)
+        return _Prepared(prepare_image(image, image_size, crop_axes), note)
     except (data_loader.ImageError, series_plots.SeriesError) as error:
-        return error.reason
+        return _Prepared(None, error.reason)
 
 
 # ----------------------------------------------------------------------------------- many plots, streamed
@@ -112,6 +124,7 @@ def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> np.ndarray |
 class PlotBatch(NamedTuple):
     images: torch.Tensor  # float32 B x 3 x S x S in [0, 1]
     paths: list[Path]
+    notes: list[str]  # on each, what to know of it, or nothing
     errors: list[tuple[Path, str]]  # files skipped since the last batch and why
 
 
@@ -158,19 +171,19 @@ def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, ba
     Every batch but the last holds ``batch_size`` readable plots; a batch without images only carries errors.
     """
     rows: list[np.ndarray] = []
-    kept: list[Path] = []
+    kept: list[tuple[Path, str]] = []
     errors: list[tuple[Path, str]] = []
 
     def batch() -> PlotBatch:
         images = data_loader.to_tensor(np.stack(rows) if rows else np.zeros((0, image_size, image_size, 3), np.uint8))
-        return PlotBatch(images, list(kept), list(errors))
+        return PlotBatch(images, [path for path, _ in kept], [note for _, note in kept], list(errors))
 
     for path, result in ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads):
-        if isinstance(result, str):
-            errors.append((path, result))
+        if result.image is None:
+            errors.append((path, result.said))
             continue
-        rows.append(result)
-        kept.append(path)
+        rows.append(result.image)
+        kept.append((path, result.said))
         if len(rows) == batch_size:
             yield batch()
             rows, kept, errors = [], [], []
@@ -269,7 +282,7 @@ def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, ca
     fresh: dict[int, np.ndarray | str] = {}
     work = ahead(lambda i: _read_prepared(paths[i], image_size, crop_axes), todo, 64)
     for i, result in progress(work, len(todo)):
-        fresh[i] = result
+        fresh[i] = result.said if result.image is None else result.image
     results = [fresh[i] if i in fresh else known[str(path)][1] for i, path in enumerate(paths)]
     kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
     images = np.stack([results[i] for i in kept]) if kept else np.zeros((0, image_size, image_size, 3), np.uint8)
@@ -413,7 +426,9 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(files, source, out))
     todo = [job for job in jobs if not _is_finished(*job)]
-    report: dict = {"rendered": 0, "kept": len(jobs) - len(todo), "skipped": [], "dropped_rows": {}, "classes": {}}
+    kept = {path.relative_to(source).as_posix() for path, _ in jobs} - {path.relative_to(source).as_posix() for path, _ in todo}
+    dropped = {name: n for name, n in _dropped_before(out / RENDER_REPORT).items() if name in kept}
+    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}}
     for (path, target), (reason, n_dropped) in zip(todo, progress(_in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
         name = path.relative_to(source).as_posix()
         if reason:
@@ -426,6 +441,14 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
     _write_json(out / RENDER_REPORT, report)
     return report
+
+
+def _dropped_before(report: Path) -> dict[str, int]:
+    """The rows dropped according to the report of an earlier run, where there is one."""
+    try:
+        return dict(json.loads(report.read_text(encoding="utf-8"))["dropped_rows"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:

@@ -45,6 +45,7 @@ class Predicted(NamedTuple):
     reconstruction: Tensor | None = None  # (3, R, R) in [0, 1]
     mu: np.ndarray | None = None  # (D,)
     error: str = ""
+    note: str = ""  # what to know of it: rows of a CSV that hold no number
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Seq
     for i, path in enumerate(batch.paths):
         order = np.argsort(-said.probabilities[i], kind="stable")
         ranked = {class_names[k]: float(said.probabilities[i, k]) for k in order}
-        yield Predicted(path, ranked, float(said.p_values[i]), batch.images[i], torch.from_numpy(said.reconstruction[i]), said.mu[i])
+        yield Predicted(path, ranked, float(said.p_values[i]), batch.images[i], torch.from_numpy(said.reconstruction[i]), said.mu[i], note=batch.notes[i])
 
 
 def predict_single_image(image_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", save_visualization: str | Path | None = None) -> tuple[str, dict[str, float], Tensor]:
@@ -173,8 +174,8 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
     results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
-        if each.error:
-            tqdm.write(f"warning: {each.path} {each.error}.", file=sys.stderr)
+        if each.error or each.note:
+            tqdm.write(f"warning: {each.path}{':' if each.note else ''} {each.error or each.note}.", file=sys.stderr)
         if len(paths) <= FEW_FILES:
             print(top_three(each, model))
         if keep:
@@ -206,7 +207,7 @@ def recorded(results: Iterator[Predicted], model: VAEClassifier, out: Path, max_
 def row(each: Predicted, class_names: Sequence[str]) -> list[str]:
     if each.error:
         return [str(each.path), "error", "", "", *[""] * len(class_names), each.error]
-    return [str(each.path), each.name, f"{each.confidence:.6g}", f"{each.p_value:.6g}", *(f"{each.probabilities[name]:.6g}" for name in class_names), ""]
+    return [str(each.path), each.name, f"{each.confidence:.6g}", f"{each.p_value:.6g}", *(f"{each.probabilities[name]:.6g}" for name in class_names), each.note]
 
 
 def is_unknown(each: Predicted, model: VAEClassifier) -> bool:

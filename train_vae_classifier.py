@@ -292,11 +292,11 @@ def make_loader(run: Run) -> DataLoader:
 def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named numbers for each epoch."""
     s, runtime = run.settings, run.runtime
-    config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     loader = make_loader(run)
     optimizer, scheduler = make_optimizer(run, s.epochs * len(loader))
     if s.resume:
         resume(run, optimizer, scheduler)
+    config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
         for epoch in range(len(run.history) + 1, s.epochs + 1):
             loader.sampler.set_epoch(epoch)

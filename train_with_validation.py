@@ -173,7 +173,6 @@ def warn(sentences: list[str]) -> None:
 def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named terms for each epoch."""
     s, runtime = run.settings, run.runtime
-    config.save(s.replace(resume=False), run.out / "models" / "config.yaml")
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
     loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
@@ -181,6 +180,7 @@ def train(run: Run) -> list[dict]:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
+    config.save(s.replace(resume=False), run.out / "models" / "config.yaml")
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
         for epoch in range(len(run.history) + 1, run.epochs + 1):
             loader.sampler.set_epoch(epoch)

@@ -166,6 +166,7 @@ def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_pa
     flags = ["--data-dir", data, "--resume", "--validation-frac", 0.25, "--output-dir"]
     assert run_training(*flags, tmp_path, "--image-size", 64) == 1
     assert "was trained with" in one_sentence(capsys)
+    assert (tmp_path / "vae_models" / "config.yaml").read_text() == (out / "vae_models" / "config.yaml").read_text()
     assert run_training(*flags, tmp_path / "nowhere", "--image-size", 64) == 1
     assert "no checkpoint at" in one_sentence(capsys)
 
@@ -320,7 +321,7 @@ def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, ca
 
 def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     data, out = trained
-    good_csv, bad_csv, empty = series_csv(tmp_path / "a.csv"), series_csv(tmp_path / "b.csv", "data\n1\n1\n1\n"), series_csv(tmp_path / "c.csv", "")
+    good_csv, bad_csv, empty = series_csv(tmp_path / "a.csv", "data\n0.5\n\"\"\nnan\n-1\n2\n"), series_csv(tmp_path / "b.csv", "data\n1\n1\n1\n"), series_csv(tmp_path / "c.csv", "")
     (tmp_path / "broken.png").write_bytes(b"no image")
     noise = tmp_path / "noise.png"
     noise.write_bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))[1].tobytes())
@@ -331,6 +332,7 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     assert list(rows[0]) == ["path", "predicted", "confidence", "p_value", *CLASSES, "reason"]
     assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png", "a.csv", "b.csv", "broken.png", "c.csv", "noise.png"]
     assert [row["predicted"] == "error" for row in rows] == [False] * 4 + [True] * 3 + [False]
+    assert [row["reason"] for row in rows[2:4]] == ["", "2 of 5 rows hold no number"]
     assert "constant" in rows[4]["reason"] and "is empty" in rows[6]["reason"] and rows[5]["reason"] and rows[4]["flat"] == ""
     for row in (rows[0], rows[3]):
         shares = {name: float(row[name]) for name in CLASSES}
@@ -339,7 +341,7 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     assert [path.name for path in sorted(folder.glob("*.png"))] == ["00001_0.png", "00002_1.png"]
     said = capsys.readouterr()
     assert "8 files, 3 unreadable" in said.out and "plots/s" in said.out and f"{noise}: " in said.out
-    assert "b.csv" in said.err and "Traceback" not in said.err
+    assert "a.csv: 2 of 5 rows hold no number." in said.err and "b.csv" in said.err and "Traceback" not in said.err
 
 
 def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, capsys):

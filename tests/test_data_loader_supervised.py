@@ -440,7 +440,7 @@ def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
     later = out.stat().st_mtime_ns + 10**9
     os.utime(source / "up" / "a.csv", ns=(later, later))
     again = loader.render_folder(source, out, num_workers=0)
-    assert (again["rendered"], again["kept"]) == (1, 2)
+    assert (again["rendered"], again["kept"]) == (1, 2) and again["dropped_rows"] == report["dropped_rows"]
 
 
 def test_wrong_commands_end_with_2_and_name_the_right_ones(capsys):

@@ -350,8 +350,10 @@ def test_nothing_is_fitted_on_the_test_split(data, trained, tmp_path):
 
 
 def test_resume_with_other_settings_is_refused(data, trained):
+    before = (trained / "models" / "config.yaml").read_text()
     with pytest.raises(config.InputError, match="latent_dim"):
         train(data, trained, latent_dim=9, resume=True)
+    assert (trained / "models" / "config.yaml").read_text() == before
 
 
 def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
