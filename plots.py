@@ -27,6 +27,7 @@ PREDICTED_COLOUR = "#00D5FF"
 TRUTH_COLOUR = "#FFB000"
 TRAIN_COLOUR = "#0072B2"
 VALIDATION_COLOUR = "#D55E00"
+FRESH_COLOUR = "#009E73"
 OTHER_COLOUR = "#9AA5AD"
 HEAT = "inferno"
 # Okabe and Ito (2008), safe for the common colour blindnesses; the shapes tell apart what print in grey does not.
@@ -361,14 +362,14 @@ def _show_close_up(axis: Axes, original: Axes, image: np.ndarray, window: tuple[
 
 
 def training_curves(history: Sequence[Mapping[str, float]], best_epoch: int | None = None) -> Figure:
-    """A panel for each named term with its "train/<term>" and "val/<term>" values over the epochs.
+    """A panel for each named term with its "train/<term>", "val/<term>" and "fresh/<term>" values over the epochs.
 
     Args:
         history: a dict for each epoch; "epoch" counts from 1 when it is not given.
         best_epoch: marked on every panel; by default the one of the least "val/total" (or "val/loss").
     """
     terms = list(
-        dict.fromkeys(key.split("/", 1)[1] for row in history for key in row if key.startswith(("train/", "val/")))
+        dict.fromkeys(key.split("/", 1)[1] for row in history for key in row if key.startswith(("train/", "val/", "fresh/")))
     )
     terms.sort(key=lambda term: term not in ("total", "loss"))
     assert terms, "expected a history with keys such as 'train/pixel' and 'val/pixel'"
@@ -388,7 +389,7 @@ def training_curves(history: Sequence[Mapping[str, float]], best_epoch: int | No
         handles, labels = max(
             (axis.get_legend_handles_labels() for axis in grid[: len(terms)]), key=lambda pair: len(pair[1])
         )
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -409,6 +410,7 @@ def _draw_term(
     for part, label, colour, style in (
         ("train", "Training", TRAIN_COLOUR, "-"),
         ("val", "Validation", VALIDATION_COLOUR, "--"),
+        ("fresh", "Validation, fresh series", FRESH_COLOUR, "-."),
     ):
         points = [
             (epoch, row[f"{part}/{term}"])

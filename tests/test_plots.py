@@ -167,6 +167,12 @@ def test_training_curves_draw_the_history_and_mark_the_best_epoch():
         plots.training_curves([{"epoch": 1}])
 
 
+def test_training_curves_show_the_fresh_series_that_chose_the_epoch_too():
+    figure = plots.training_curves([{"train/macro_f1": 0.2, "val/macro_f1": 0.3, "fresh/macro_f1": 0.1 * k} for k in range(1, 4)], best_epoch=3)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["Training", "Validation", "Validation, fresh series", "Best epoch (3)"]
+    assert list(figure.axes[0].lines[2].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_training_curves_bear_gaps_and_one_epoch(tmp_path):
     figure = plots.training_curves([{"train/total": 1.0}, {"train/total": 0.5, "val/total": float("nan")}])
     assert len(figure.axes[0].lines) == 2  # no best epoch to mark
