@@ -775,9 +775,9 @@ def make_demo(root: str | Path = "data/demo_textures") -> Path:
     """
     root = Path(root)
     marker = {"demo_version": DEMO_VERSION, "counts": DEMO_COUNTS}
-    if _read_json(root / "demo.json") == marker:
+    if read_json(root / "demo.json") == marker:
         return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in _read_json(root / "demo.json"):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in read_json(root / "demo.json"):
         raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
     photographs = _demo_photographs()
     rng = np.random.default_rng(DEMO_VERSION)
@@ -876,7 +876,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     source, out = _source_and_out(settings)
     jobs, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
-    before = _read_json(out / REPORT_NAME)
+    before = read_json(out / REPORT_NAME)
     valid = {row["output"]: row for row in before.get("kept", [])} if before.get("made_with") == made_with else {}
     _make_folder(out)
     _remove_stale(out, before, {job.output for job in jobs})
@@ -1006,7 +1006,8 @@ def _write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file; an empty one where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -426,8 +426,9 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(files, source, out))
     todo = [job for job in jobs if not _is_finished(*job)]
-    kept = {path.relative_to(source).as_posix() for path, _ in jobs} - {path.relative_to(source).as_posix() for path, _ in todo}
-    dropped = {name: n for name, n in _dropped_before(out / RENDER_REPORT).items() if name in kept}
+    kept = {path.relative_to(source).as_posix() for path in set(files).difference(path for path, _ in todo)}
+    before = data_loader.read_json(out / RENDER_REPORT).get("dropped_rows")
+    dropped = {name: n for name, n in before.items() if name in kept} if isinstance(before, dict) else {}
     report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}}
     for (path, target), (reason, n_dropped) in zip(todo, progress(_in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
         name = path.relative_to(source).as_posix()
@@ -441,14 +442,6 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
     _write_json(out / RENDER_REPORT, report)
     return report
-
-
-def _dropped_before(report: Path) -> dict[str, int]:
-    """The rows dropped according to the report of an earlier run, where there is one."""
-    try:
-        return dict(json.loads(report.read_text(encoding="utf-8"))["dropped_rows"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
 
 
 def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:

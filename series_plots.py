@@ -109,10 +109,10 @@ def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
     rest = lines[start:]
     if start and rest:
         number, above = lines[start - 1]
-        separator = _separator([line for _, line in rest])
-        names, first = next(csv.reader([above.lstrip("# ")], delimiter=separator)), next(csv.reader([rest[0][1]], delimiter=separator))
+        heading, separator = above.lstrip("# "), _separator([line for _, line in rest])
+        names, first = (next(csv.reader([line], delimiter=separator)) for line in (heading, rest[0][1]))
         if above.lstrip().startswith("#") and len(names) == len(first) and _is_header(names) and not _is_header(first):
-            return [(number, above.lstrip("# ")), *rest]
+            return [(number, heading), *rest]
     return rest
 
 
