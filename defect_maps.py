@@ -32,7 +32,7 @@ from vae_model import (
     DetailVAE,
     detail_vae_from_checkpoint,
     deviations,
-    fold_norms,
+    fold_layers,
     resized,
     rows_of,
     tap_roots,
@@ -534,7 +534,7 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
         settings = {**contents["settings"], "image_size": int(contents["settings"]["image_size"]), "resize": str(contents["settings"]["resize"])}
         maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
     runtime = make_runtime(device, precision)
-    model = runtime.put_model(fold_norms(detail_vae_from_checkpoint(contents, path)))
+    model = runtime.put_model(fold_layers(detail_vae_from_checkpoint(contents, path)))
     return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, runtime.device), runtime)
 
 

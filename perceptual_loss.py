@@ -40,24 +40,19 @@ from torch import Tensor, nn
 
 
 class _FrozenConv(nn.Module):
-    """A convolution that never trains; ``pad`` is (left, right, top, bottom)."""
+    """A convolution that never trains, padded by so many pixels of 0 on every side."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, pad: Sequence[int] = (0, 0, 0, 0)):
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, padding: int = 0):
         super().__init__()
         weight = weight.detach().float().clone(memory_format=torch.channels_last)  # 2-5 times as fast on CPU
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias.detach().float().clone(), persistent=False)
-        self.stride, self.groups = stride, groups
-        symmetric = len(set(pad)) == 1
-        self.pad = () if symmetric else tuple(pad)
-        self.padding = pad[0] if symmetric else 0
-        self.pointwise = weight.shape[2:] == (1, 1) and stride == groups == 1 and not any(pad)
+        self.stride, self.groups, self.padding = stride, groups, padding
+        self.pointwise = weight.shape[2:] == (1, 1) and stride == groups == 1 and not padding
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pointwise:  # as a matrix product: torch's own path for 1x1 kernels is several times slower on CPU
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if self.pad:
-            x = F.pad(x, self.pad)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
@@ -178,14 +173,18 @@ def _folded(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
     scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + _BATCH_NORM_EPS)
     bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
     groups = weight.shape[0] if "depthwise" in conv else 1
-    return _FrozenConv(weight * scale[:, None, None, None], bias, stride, groups, _same_pad(weight.shape[-1], stride))
+    weight, padding = _padded_alike(weight * scale[:, None, None, None], stride)
+    return _FrozenConv(weight, bias, stride, groups, padding)
 
 
-def _same_pad(kernel: int, stride: int) -> tuple[int, int, int, int]:
-    """TensorFlow's SAME padding where stride divides the size: the odd pixel goes right and below."""
-    before = (kernel - stride) // 2
-    after = kernel - stride - before
-    return (before, after, before, after)
+def _padded_alike(weight: Tensor, stride: int) -> tuple[Tensor, int]:
+    """A kernel and the padding on every side that give TensorFlow's SAME, where stride divides the size.
+
+    SAME puts an odd pixel right and below; the kernel gets a row and a column of 0 in front, so that no map has to be copied for it.
+    """
+    before = (weight.shape[-1] - stride) // 2
+    after = weight.shape[-1] - stride - before
+    return F.pad(weight, (after - before, 0, after - before, 0)), after
 
 
 def _read_verified(path: Path, sha256: str) -> bytes:
@@ -235,7 +234,7 @@ class _Vgg16(Backbone):
         last = max(self.tap_indices)
         self.convs = nn.ModuleDict(
             {
-                str(i): _FrozenConv(state[f"features.{i}.weight"], state[f"features.{i}.bias"], pad=(1, 1, 1, 1))
+                str(i): _FrozenConv(state[f"features.{i}.weight"], state[f"features.{i}.bias"], padding=1)
                 for i in _VGG16_CONVS
                 if i < last
             }

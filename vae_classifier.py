@@ -26,7 +26,7 @@ from engine import load_checkpoint, load_weights, reading_contents, resolve_devi
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
 from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
-from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_norms, kl_divergence
+from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence
 
 KIND = "vae_classifier"
 PICTURE_ROWS = 32
@@ -413,4 +413,4 @@ def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fu
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
     model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}
-    return (fold_norms(model) if fuse else model).eval().to(resolve_device(device), memory_format=torch.channels_last), names
+    return (fold_layers(model) if fuse else model).eval().to(resolve_device(device), memory_format=torch.channels_last), names

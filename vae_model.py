@@ -133,7 +133,7 @@ class DetailEnhancement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         detail = x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return x + self.strength * torch.tanh(self.sharpen(detail))
+        return x + self.strength.to(x.dtype) * torch.tanh(self.sharpen(detail))
 
 
 class GatedSkip(nn.Module):
@@ -155,8 +155,8 @@ class GatedSkip(nn.Module):
         if self.training and self.noise:
             skip = skip + self.noise * (12**0.5) * (torch.rand_like(skip) - 0.5)
         surprise = resized(surprise, skip)
-        openness = torch.sigmoid(self.gate(torch.cat([decoded, surprise], 1))) * ceiling(surprise)
-        return decoded + self.mix(openness * skip)
+        openness = torch.sigmoid(self.gate(side_by_side(decoded, surprise))) * ceiling(surprise)
+        return decoded + self.mix(openness.to(skip.dtype) * skip)
 
 
 class ImageSkip(nn.Module):
@@ -174,7 +174,7 @@ class ImageSkip(nn.Module):
 
     def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
         """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and ``images`` (B, 3, H, W)."""
-        seen = torch.cat([decoded, joined, self.norm(skip), resized(surprise, skip)], 1)
+        seen = side_by_side(decoded, joined, self.norm(skip), resized(surprise, skip))
         openness = torch.sigmoid(self.gate(seen).float()) * ceiling(resized(surprise, images))
         return painted + openness * (images - painted)
 
@@ -203,8 +203,16 @@ class DefectHead(nn.Module):
         likely = ((painting.painted - images) * torch.exp(-0.5 * painting.logvar)).clamp(-10, 10)
         x2 = self.enter(torch.cat([images - 0.5, 10 * residual, likely], 1))
         x4 = self.down4(x2)
-        x = self.join(torch.cat([self.down8(x4), taps.clamp_min(0.01).log()], 1))
+        x = self.join(side_by_side(self.down8(x4), taps.clamp_min(0.01).log()))
         return self.leave(self.up2(self.up4(x) + x4) + x2).float()
+
+
+def side_by_side(*maps: Tensor) -> Tensor:
+    """Maps (B, C_i, H, W) as one (B, sum of C_i, H, W) in the type of the first, its channels last in memory.
+
+    ``torch.cat`` widens mixed types, and lays all out anew beside a map of one channel; the convolutions after that took twice the time.
+    """
+    return torch.cat([each.to(maps[0].dtype).permute(0, 2, 3, 1) for each in maps], -1).permute(0, 3, 1, 2)
 
 
 def ceiling(surprise: Tensor) -> Tensor:
@@ -716,14 +724,24 @@ class FeatureCache:
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module) -> nn.Module:
-    """The model with every normalisation folded into the convolution before it: the same outputs sooner, no more training."""
+def fold_layers(model: nn.Module) -> nn.Module:
+    """The model with every normalisation and every ``PixelUnshuffle`` folded into the convolution beside it: the same outputs sooner, no more training."""
     for module in model.eval().modules():
         if isinstance(module, nn.Sequential):
             for at, (first, second) in enumerate(pairwise(module)):
+                if isinstance(first, nn.PixelUnshuffle):
+                    module[at], second[0] = nn.Identity(), _strided(second[0], first.downscale_factor)
                 if isinstance(first, (nn.Conv1d, nn.Conv2d)) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     module[at], module[at + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
     return model
+
+
+def _strided(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
+    """What a convolution without bias does after ``PixelUnshuffle(factor)``, as one with a stride."""
+    kernel = F.pixel_shuffle(conv.weight, factor)
+    folded = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:], factor, factor * conv.padding[0], bias=False)
+    folded.weight = nn.Parameter(kernel)
+    return folded.eval()
 
 
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:

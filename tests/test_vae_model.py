@@ -280,10 +280,20 @@ def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
     model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     before = model.describe(images)
     n_norms = sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules())
-    after = vae_model.fold_norms(model).describe(images)
+    after = vae_model.fold_layers(model).describe(images)
     assert sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()) < 0.2 * n_norms
+    assert not any(isinstance(each, torch.nn.PixelUnshuffle) for each in model.modules())
+    torch.testing.assert_close(after.defect_logits, before.defect_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after.vae.reconstruction, before.vae.reconstruction, atol=1e-5, rtol=0)
     torch.testing.assert_close(after.feature_mu, before.feature_mu, atol=1e-4, rtol=1e-4)
+
+
+def test_maps_side_by_side_keep_type_and_memory_layout_of_the_first():
+    first = torch.rand(2, 16, 4, 6).bfloat16().to(memory_format=torch.channels_last)
+    wide = torch.rand(2, 1, 4, 6)
+    found = vae_model.side_by_side(first, wide)
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, torch.cat([first, wide.bfloat16()], 1))
 
 
 def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
