@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import MapSettings, from_dict
+from data_loader import assert_images
 from engine import Runtime, load_checkpoint, make_runtime, reading_contents
 from evaluation import ssim_map
 from perceptual_loss import PerceptualLoss, weights_here
@@ -371,7 +372,11 @@ class Detector:
         Args:
             thorough: False makes defect maps and reconstructions of images called defective only, where the scores do not
                 come from pixels; a good one then takes half the time.
+
+        Raises:
+            ValueError: the images are of another type, shape or value range.
         """
+        assert_images(images)
         if self.resize == "tile":
             return [self._detect_whole(image, thorough) for image in images]
         output = self.describe(images, self.scored, thorough)

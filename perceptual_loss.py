@@ -48,12 +48,10 @@ class _FrozenConv(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias.detach().float().clone(), persistent=False)
         self.stride, self.groups, self.padding = stride, groups, padding
-        self.pointwise = weight.shape[2:] == (1, 1) and stride == groups == 1 and not padding
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pointwise:  # as a matrix product: torch's own path for 1x1 kernels is several times slower on CPU
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        dilation = 2 if self.weight.shape[2:] == (1, 1) and x.device.type == "cpu" else 1  # the same of a 1x1 kernel, past torch's own path for one thread, several times slower
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation, self.groups)
 
 
 class Backbone(nn.Module):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
+from data_loader import assert_images
 from data_loader_supervised import four_flips
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import ssim_map
@@ -157,7 +158,12 @@ class VAEClassifier(nn.Module):
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
 
     def forward(self, images: Tensor) -> ClassifierOutput:
-        profile = column_profile(images)
+        """What the model says of plots (B, 3, H, W).
+
+        Raises:
+            ValueError: another type, shape or value range.
+        """
+        profile = column_profile(assert_images(images))
         mu, logvar = self.encode(images, profile)
         detail = self.sample(*self.encode_detail(images, profile))
         return ClassifierOutput(self.decode(self.sample(mu, logvar), detail), mu, logvar, self.head(mu))

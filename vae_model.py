@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import LossSettings, ModelSettings, from_dict
+from data_loader import assert_images
 from engine import load_checkpoint, load_weights, reading_contents
 from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
@@ -422,7 +423,12 @@ class DetailVAE(nn.Module):
         return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
 
     def forward(self, images: Tensor) -> VAEOutput:
-        return self.describe(images).vae
+        """What the latents and the pixel decoder say of images (B, 3, H, W).
+
+        Raises:
+            ValueError: another type, shape or value range.
+        """
+        return self.describe(assert_images(images)).vae
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""

@@ -175,6 +175,11 @@ def maps_of(detector, images):
     return detector.refined_maps(images, detector.describe(images, names), names)
 
 
+def test_a_detector_refuses_images_of_another_range(make_model):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        detector_of(make_model("none")).detect(255 * good_images(2, seed=6))
+
+
 def test_bfloat16_moves_maps_by_little_and_what_is_said_is_float32(make_model):
     maps = ALL.replace(map_perceptual=0.0, map_bank=1.0, map_nearest=1.0)
     full = detector_of(make_model("efficientnet_lite0", segmentation=True), maps)

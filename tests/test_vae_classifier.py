@@ -73,6 +73,11 @@ def test_shapes_and_ranges_for_any_side_and_number_of_classes(side, n_classes, c
     assert output._fields == ("reconstruction", "mu", "logvar", "logits")
 
 
+def test_plots_of_another_range_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        tiny().eval()(255 * torch.rand(1, 3, SIDE, SIDE))
+
+
 def test_the_shipped_network_is_small_and_draws_224_px():
     model = vc.VAEClassifier()
     assert 3e5 < sum(each.numel() for each in model.parameters()) < 6e6

@@ -288,6 +288,11 @@ def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
     torch.testing.assert_close(after.feature_mu, before.feature_mu, atol=1e-4, rtol=1e-4)
 
 
+def test_images_of_another_range_are_refused_without_a_backbone_too(make_model):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        make_model("none").eval()(255 * smooth_images(1))
+
+
 def test_maps_side_by_side_keep_type_and_memory_layout_of_the_first():
     first = torch.rand(2, 16, 4, 6).bfloat16().to(memory_format=torch.channels_last)
     wide = torch.rand(2, 1, 4, 6)
