@@ -9,6 +9,7 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -27,7 +28,7 @@ import defect_maps
 import engine
 import plots
 from perceptual_loss import PerceptualLoss
-from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, unlikeness
+from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
@@ -258,13 +259,13 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def calibrated_detector(run: Run) -> defect_maps.Detector:
-    """The model as it stands, calibrated on the held-out good images; once an epoch."""
+    """The model as it stands, folded as ``load_detector`` does, and calibrated on the held-out good images; once an epoch."""
     epoch = len(run.history)
     if run.calibrated is None or run.calibrated[0] != epoch:
         run.model.fit_deviations([run.runtime.put(features).float() for features in run.reference])
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
-        detector = defect_maps.Detector(run.model, maps, None, config.as_dict(run.settings), perceptual, run.runtime)
+        detector = defect_maps.Detector(fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime)
         detector.calibration = defect_maps.calibrate(detector, whole_held_out(run))
         run.calibrated = epoch, detector
     return run.calibrated[1]

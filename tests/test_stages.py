@@ -92,6 +92,13 @@ def test_training_writes_what_the_contract_names(trained):
     assert {"train/total", "val/total", "train/l1", "train/kl", "train/kl_detail"} <= set(history[0])
 
 
+def test_held_out_images_get_the_scores_again_that_set_the_threshold(data, tmp_path):
+    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, precision="bfloat16"), precision="bfloat16")
+    paths = data_loader.find_images([data / "train" / "good"])
+    found = {f"{each.detection.score:.7g}" for each in classify_images.classify(detector, paths)}
+    assert found >= {f"{score:.7g}" for score in detector.calibration.good_scores}
+
+
 def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path, tiny_backbone):
     path = train(data, tmp_path, backbone="efficientnet_lite0")
     run = train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path)}))
