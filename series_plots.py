@@ -12,6 +12,7 @@ import io
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DATA_NAMES = ("data", "value")
 TIME_NAMES = ("time", "timestamp", "unixtime", "epoch", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "zeit", "uhrzeit", "datum", "")
+MISSING = ("", "na", "n/a", "null", "none", "-")
 SAMPLE_CHARACTERS = 65_536
 MAX_ABSOLUTE = 1e100  # beyond it the axis limits overflow
 DECIMATE_ABOVE = 20_000  # rows; far more than the plot has pixel columns
@@ -149,13 +151,31 @@ def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layou
 
 
 def _header_row(rows: list[list[str]]) -> int | None:
-    """Which row is the header, if any: of the rows of text above the numbers the first that names every column, else the last."""
+    """Which row is the header, if any: one of the rows of text right above the table, which starts at the first row like most of those further down."""
     n_text = next((i for i, row in enumerate(rows) if not _is_header(row)), len(rows))
+    table = [row for row in rows[len(rows) // 2 :] if not _is_header(row)] or rows[n_text:] or rows
+    (width, kind), _ = Counter((len(row), _kind(row[0])) for row in table).most_common(1)[0]
+    start = next((i for i, row in enumerate(rows) if (len(row), _kind(row[0])) == (width, kind) and not _is_header(row)), n_text)
+    above = next((i + 1 for i in range(start - 1, -1, -1) if "number" in map(_kind, rows[i])), 0)  # lines with a number that are no rows of the table
+    heading = [i for i in range(above, start) if _is_header(rows[i]) and len(set(rows[i])) == len(rows[i]) in (width, width - 1)]
+    if above and heading:
+        return _naming_row(rows, heading, width)
     if not n_text:
         counted = rows[0] == [str(i) for i in range(len(rows[0]))]  # as pandas names columns without a name
         return 0 if counted and len(rows) > 1 and not any(re.fullmatch(r"[+-]?\d*", field.strip()) for row in rows[1:] for field in row[-1:]) else None
-    width = Counter(map(len, rows[n_text:] or rows)).most_common(1)[0][0]
-    return next((i for n in (width, width - 1) for i, row in enumerate(rows[:n_text]) if len(row) == n), n_text - 1)
+    return _naming_row(rows, range(n_text), width)
+
+
+def _naming_row(rows: list[list[str]], places: Sequence[int], width: int) -> int:
+    """Of rows of text at those places the first that names every column, one of them ``data`` or ``value`` if there is such a one, else the last."""
+    full = next(([i for i in places if len(rows[i]) == n] for n in (width, width - 1) if any(len(rows[i]) == n for i in places)), [places[-1]])
+    return next((i for i in full if any(field.strip().lower() in DATA_NAMES for field in rows[i])), full[0])
+
+
+def _kind(field: str) -> str:
+    """What a field looks like: a number, a date or time of day, or text."""
+    field = field.strip()
+    return "number" if _is_number(field) or _is_number(field, ",") else "stamp" if field[:1].isdigit() else "text"
 
 
 def _splits_numbers(body: list[list[str]]) -> bool:
@@ -197,10 +217,10 @@ def _is_number(field: str, decimal: str = ".") -> bool:
 
 
 def _is_header(row: list[str]) -> bool:
-    """No field is a number, or the first is empty as in an index column's heading."""
+    """No field is a number and not all are missing, or the first is empty as in an index column's heading."""
     if len(row) > 1 and not row[0].strip():
         return True
-    return any(field.strip() for field in row) and not any(_is_number(field) or _is_number(field, ",") for field in row)
+    return any(field.strip().lower() not in MISSING for field in row) and not any(_is_number(field) or _is_number(field, ",") for field in row)
 
 
 def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:

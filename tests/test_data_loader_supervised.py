@@ -87,6 +87,31 @@ def test_every_kind_of_csv_gives_the_same_numbers(tmp_path, kind):
     assert series.n_dropped == 0
 
 
+ABOVE = {
+    "of two fields": "Sample rate,100\nChannel,3\ntime,data\n",
+    "of one and of two fields": "Logger v2\nSerial,12345\ntime,data\n",
+    "a table of parameters": "Parameter,Value\nSample rate,100\n\ntime,data\n",
+    "with semicolons": "Sample rate;100\ntime;data\n",
+    "within text": "Device: X, serial 12\nDate: 2024, 1\n\ntime,data\n",
+    "of text as wide as the table": "Device: X, room 3\ntime,data\n",
+    "above dates": "Sample rate,100\ndate,data\n",
+    "and a row of units": "Sample rate,100\ntime,data\ns,mV\n",
+    "above one column": "Sample rate,100\ndata\n",
+}
+
+
+@pytest.mark.parametrize("kind", ABOVE)
+def test_lines_above_the_header_are_no_rows_even_with_a_number(tmp_path, kind):
+    values = np.random.default_rng(0).normal(size=30).round(3)
+    heading = ABOVE[kind]
+    names = [line for line in heading.splitlines() if line][-1]
+    separator = ";" if ";" in names else ","
+    first = (lambda i: "") if names == "data" else (lambda i: f"2020-01-{i + 1:02d}{separator}") if "date" in names else (lambda i: f"{i}{separator}")
+    series = series_plots.read_series(write(tmp_path, heading + "".join(f"{first(i)}{value}\n" for i, value in enumerate(values))))
+    np.testing.assert_array_equal(series.values, values)
+    assert (series.column, series.n_dropped) == ("data", int("units" in kind))
+
+
 THOUSANDS = [1007.0, 992.0, 12038.0, -1006.0, 967.0]
 GROUPED = {
     "American": "date,value\n" + "".join(f'2020-01-0{i + 1},"{v:,.0f}"\n' for i, v in enumerate(THOUSANDS)),
@@ -110,6 +135,7 @@ NOT_GROUPED = {
     "three decimals after a point": ("value\n1.007\n992\n1.038\n", [1.007, 992, 1.038]),
     "addresses beside": ("host,value\n192.168.100.200,1.5\n192.168.100.201,2.5\n", [1.5, 2.5]),
     "decimal commas and a gap": ("value\n1007,54\nNA\n992,07\n1038,5\n", [1007.54, 992.07, 1038.5]),
+    "decimal commas, a whole number and a gap": ("value\n1007\nNA\n992,07\n1038,5\n", [1007, 992.07, 1038.5]),
 }
 
 
