@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     import pandas
 
 DATA_NAMES = ("data", "value")
-TIME_NAMES = ("time", "timestamp", "unixtime", "epoch", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "zeit", "uhrzeit", "datum", "")
+TIME_NAMES = ("time", "timestamp", "unixtime", "epoch", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "elapsed", "unix", "unnamed", "zeit", "uhrzeit", "datum", "")
+TIME_ROOTS = ("time", "unixtime", "unix", "elapsed", "unnamed")
+"""Names of time whatever follows them; after the others only a word of ``TIME_UNITS`` may."""
+TIME_UNITS = ("s", "sec", "seconds", "ms", "us", "ns", "h", "hours", "days", "utc", "stamp", "time", "index", "id", "no", "number")
 MISSING = ("", "na", "n/a", "null", "none", "-")
 SAMPLE_CHARACTERS = 65_536
 MAX_ABSOLUTE = 1e100  # beyond it the axis limits overflow
@@ -67,7 +70,7 @@ def read_series(path: str | Path) -> Series:
     """The one series of a CSV file, by the rules of the data layout.
 
     With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates, a
-    name such as ``time``, or first of several and rising all along). Comma, semicolon or tab; decimal commas where the
+    name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or down). Comma, semicolon or tab; decimal commas where the
     separator allows them; thousands set apart, where that is no decimal mark for sure; UTF-8 with or without BOM, UTF-16,
     Latin-1. Comments and other lines above the header are left out. Rows without a number are dropped and counted.
     In a file without header, ``1,5`` is two numbers.
@@ -270,10 +273,18 @@ def _choose_column(path: str | Path, table: pandas.DataFrame, layout: _Layout) -
         raise SeriesError(path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers")
     if named or len(candidates) == 1:
         return candidates[0]
-    others = [i for i in candidates if not (layout.header and re.sub(r"\s*[\[(].*", "", names[i]) in TIME_NAMES)] or candidates  # "time (s)"
-    if others[0] == 0 and len(others) > 1 and _rises(_to_numbers(table.iloc[:, 0], layout)):
-        return others[1]
+    others = [i for i in candidates if not (layout.header and _is_time(names[i]))] or candidates
+    if others[0] == 0 and len(others) > 1:
+        first = _to_numbers(table.iloc[:, 0], layout)
+        if _rises(first) or (not names[0] and _ticks(first)):
+            return others[1]
     return others[0]
+
+
+def _is_time(name: str) -> bool:
+    """Whether a name in lower case is one of time, as ``time (s)``, ``t_s``, ``timestamp_ms`` or ``unnamed: 0`` are."""
+    first, *rest = re.split(r"[\s_.:-]+", re.sub(r"\s*[\[(].*", "", name))
+    return first.startswith(("timestamp", "datetime")) or (first in TIME_NAMES and (first in TIME_ROOTS or all(word in TIME_UNITS for word in rest)))
 
 
 def _columns(layout: _Layout) -> str:
@@ -291,6 +302,16 @@ def _rises(values: np.ndarray) -> bool:
     """Whether every number is larger than the one before."""
     steps = np.diff(values[~np.isnan(values)])
     return len(steps) > 0 and bool(steps.min() > 0)
+
+
+def _ticks(values: np.ndarray) -> bool:
+    """Whether numbers that never fall, or never rise, are whole or go in equal steps (and may stand still)."""
+    values = values[~np.isnan(values)]
+    steps = np.diff(values)
+    moves = np.abs(steps[steps != 0])
+    if not len(moves) or (steps.min() < 0 < steps.max()):
+        return False
+    return bool((values == values.round()).all() or np.ptp(moves) <= 0.01 * moves.max())
 
 
 def _check_values(path: str | Path, values: np.ndarray, name: str) -> None:

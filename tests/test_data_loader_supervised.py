@@ -112,6 +112,32 @@ def test_lines_above_the_header_are_no_rows_even_with_a_number(tmp_path, kind):
     assert (series.column, series.n_dropped) == ("data", int("units" in kind))
 
 
+CLOCKS = {
+    "t_s,y": lambda i: i // 2,
+    "Time_s,temp": lambda i: i // 2,
+    "timestamp_ms,value_c": lambda i: 1_600_000_000_000 + i // 2,
+    "elapsed,y": lambda i: 30 - i,
+    "time_index,temp": lambda i: 30 - i,
+    "Unnamed: 0,y": lambda i: i % 5,
+    "sample_no,t_min,t_max": lambda i: f"{i % 5},{i * i - 3 * i}",
+    "": lambda i: i // 2,
+    " ": lambda i: 0.5 * (30 - i),
+}
+
+
+@pytest.mark.parametrize("names", CLOCKS)
+def test_a_time_column_is_known_by_its_words_and_without_a_name_by_its_steps(tmp_path, names):
+    values = np.random.default_rng(0).normal(size=30).round(3)
+    series = series_plots.read_series(write(tmp_path, f"{names}\n".lstrip() + "".join(f"{CLOCKS[names](i)},{value}\n" for i, value in enumerate(values))))
+    np.testing.assert_array_equal(series.values, [i * i - 3 * i for i in range(30)] if "t_min" in names else values)
+
+
+def test_a_first_column_of_uneven_steps_is_the_data(tmp_path):
+    falling = np.sort(np.random.default_rng(0).normal(size=30).round(3))[::-1]
+    np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "".join(f"{value},{i % 2}\n" for i, value in enumerate(falling)))).values, falling)
+    np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "9\n7\n5\n3\n")).values, [9, 7, 5, 3])
+
+
 THOUSANDS = [1007.0, 992.0, 12038.0, -1006.0, 967.0]
 GROUPED = {
     "American": "date,value\n" + "".join(f'2020-01-0{i + 1},"{v:,.0f}"\n' for i, v in enumerate(THOUSANDS)),
