@@ -126,6 +126,7 @@ class PlotBatch(NamedTuple):
     paths: list[Path]
     notes: list[str]  # on each, what to know of it, or nothing
     errors: list[tuple[Path, str]]  # files skipped since the last batch and why
+    places: list[int]  # among all paths, of the skipped files and then of the images
 
 
 def find_plots(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -171,19 +172,20 @@ def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, ba
     Every batch but the last holds ``batch_size`` readable plots; a batch without images only carries errors.
     """
     rows: list[np.ndarray] = []
-    kept: list[tuple[Path, str]] = []
-    errors: list[tuple[Path, str]] = []
+    kept: list[tuple[int, Path, str]] = []
+    errors: list[tuple[int, Path, str]] = []
 
     def batch() -> PlotBatch:
         images = data_loader.to_tensor(np.stack(rows) if rows else np.zeros((0, image_size, image_size, 3), np.uint8))
-        return PlotBatch(images, [path for path, _ in kept], [note for _, note in kept], list(errors))
+        return PlotBatch(images, [path for _, path, _ in kept], [note for *_, note in kept], [(path, reason) for _, path, reason in errors], [place for place, *_ in errors + kept])
 
-    for path, result in ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads):
+    work = ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads)
+    for place, (path, result) in enumerate(work):
         if result.image is None:
-            errors.append((path, result.said))
+            errors.append((place, path, result.said))
             continue
         rows.append(result.image)
-        kept.append((path, result.said))
+        kept.append((place, path, result.said))
         if len(rows) == batch_size:
             yield batch()
             rows, kept, errors = [], [], []

@@ -67,14 +67,13 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
         flips_below: average over four flips where the class is less sure than this; None does as calibrated.
     """
     runtime = engine.Runtime(engine.resolve_device(device))
-    paths = [Path(path) for path in paths]
-    place = {path: number for number, path in enumerate(paths)}
     batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
-    for found in runtime.each(lambda batch: list(_judged(batch, model, class_names, runtime, flips_below)), batches):
-        yield from sorted(found, key=lambda each: place[each.path])
+    for batch, found in runtime.each(lambda batch: (batch, list(_judged(batch, model, class_names, runtime, flips_below))), batches):
+        yield from (found[i] for i in np.argsort(batch.places))
 
 
 def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips_below: float | None) -> Iterator[Predicted]:
+    """One result a file, unreadable ones first."""
     yield from (Predicted(path, error=reason) for path, reason in batch.errors)
     if not len(batch.images):
         return

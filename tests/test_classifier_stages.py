@@ -391,6 +391,14 @@ def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, mo
         assert one[0] == other[0] and one[1] == other[1] and one[2] == pytest.approx(other[2], abs=1e-5)
 
 
+def test_results_keep_the_order_of_paths_also_where_one_comes_twice(trained, model, tmp_path):
+    first, second = (trained[0] / "test" / "flat" / name for name in ("0.png", "1.png"))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    paths = [first, broken, second, first, broken]
+    assert [each.path for each in inference.predict(paths, model, CLASSES)] == paths
+
+
 def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
     kept = [inference.Predicted(Path(folder) / f"{number}.png") for folder in CLASSES[:2] for number in range(3)]
     clusters, apart = np.array([1, 1, 1, 0, 0, 0]), [each._replace(path=Path("unknown") / each.path.name) for each in kept]
