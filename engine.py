@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import random
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -353,11 +354,22 @@ class TrainingRun(Protocol):
     best: float
     best_epoch: int
 
+    @property
+    def sources(self) -> dict:
+        """Plain values that tell one training set from another."""
+
+
+def describe_files(folder: Path, paths: Sequence[Path]) -> dict:
+    """How many training files there are, and a fingerprint of their places below the folder and their sizes."""
+    marks = [(path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else -1) for path in paths]
+    return {"n_training_files": len(marks), "training_files": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]}
+
 
 def save_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, history: Path, extra: dict | None = None) -> None:
     """The state from which ``resume_training`` goes on, with ``extra`` entries, and the history so far as JSON."""
     state = {
         "settings": as_dict(run.settings),
+        "sources": run.sources,
         "model": run.model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -382,10 +394,11 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
     """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
 
     Raises:
-        InputError: there is none, or it was made with other settings than those that may differ.
+        InputError: there is none, or it was made with other data, or other settings than those that may differ.
     """
     state = load_checkpoint(path, f"{kind}_training")
     require_same(path, {key: value for key, value in as_dict(run.settings).items() if key not in may_differ}, state["settings"], "give the same settings to resume.")
+    require_same(path, run.sources, state.get("sources", run.sources), "expected the data of then to resume.")
     load_weights(run.model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

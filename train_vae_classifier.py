@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,6 +229,11 @@ class Run:
     @property
     def classes(self) -> list[str]:
         return self.data.folder.classes
+
+    @cached_property
+    def sources(self) -> dict:
+        folder = self.data.folder
+        return {"class_names": folder.classes, **engine.describe_files(folder.root, [path for path, _ in folder.train])}
 
     @property
     def judged(self) -> VAEClassifier:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -67,6 +68,10 @@ class Run:
     @property
     def out(self) -> Path:
         return Path(self.settings.output_dir)
+
+    @cached_property
+    def sources(self) -> dict:
+        return engine.describe_files(self.folder.root, self.folder.train_good)
 
 
 def main(settings: config.TrainSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,25 @@ def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_pa
     assert (tmp_path / "vae_models" / "config.yaml").read_text() == (out / "vae_models" / "config.yaml").read_text()
     assert run_training(*flags, tmp_path / "nowhere", "--image-size", 64) == 1
     assert "no checkpoint at" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda train: (train / "flat").rename(train / "even"), "class_names ['flat', 'jump', 'rise'], not ['even', 'jump', 'rise']"),
+        (lambda train: shutil.copy(train / "flat" / "0.png", train / "flat" / "9.png"), "n_training_files 24, not 25"),
+        (lambda train: (train / "flat" / "0.png").rename(train / "flat" / "9.png"), "training_files '"),
+    ],
+    ids=["another class", "another file", "another name"],
+)
+def test_resuming_with_other_data_is_refused(trained, tmp_path, change, words):
+    shutil.copytree(trained[0], tmp_path / "data_set")
+    shutil.rmtree(tmp_path / "data_set" / "test")
+    settings = settings_for(tmp_path / "data_set", tmp_path / "out", epochs=1)
+    training.main(settings)
+    change(tmp_path / "data_set" / "train")
+    with pytest.raises(config.InputError, match=f"was trained with {re.escape(words)}.* expected the data of then"):
+        training.main(settings.replace(resume=True, epochs=2))
 
 
 def test_the_average_forgets_its_start_and_follows_statistics():

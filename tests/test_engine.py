@@ -237,7 +237,7 @@ def test_a_run_may_be_resumed_where_losses_are_scaled(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1)
+    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1, sources={})
     engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
     scaled = SimpleNamespace(**{**vars(plain), "runtime": engine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu")), "history": [], "best": 9.0})
     engine.resume_training(scaled, optimizer, scheduler, tmp_path / "last.pth", "line", set())

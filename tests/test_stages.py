@@ -363,6 +363,14 @@ def test_resume_with_other_settings_is_refused(data, trained):
     assert (trained / "models" / "config.yaml").read_text() == before
 
 
+def test_resume_with_other_good_images_is_refused(tmp_path):
+    data = make_data(tmp_path / "data")
+    train(data, tmp_path, epochs=1)
+    shutil.copy(data / "train" / "good" / "000.png", data / "train" / "good" / "100.png")
+    with pytest.raises(config.InputError, match="was trained with n_training_files 12, not 13; expected the data of then"):
+        train(data, tmp_path, epochs=2, resume=True)
+
+
 def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
     train(data, tmp_path, epochs=1)
     before = (tmp_path / "models" / "best_model.pth").read_bytes()
