@@ -53,7 +53,7 @@ def main(settings: config.ClassifySettings) -> None:
             writer.writerow(row(result))
             counts[label_of(result)] += 1
             if settings.overlays and label_of(result) == "defective":
-                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{result.path.stem}.jpg")
+                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{data_loader.short_stem(result.path.stem)}.jpg")
             bar.update()
     seconds = time.perf_counter() - started
     print(f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; {len(paths) / seconds:.1f} images/s")

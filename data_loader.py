@@ -37,6 +37,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_SIDE_PX = 8
 MAX_ASPECT = 50
 MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
+LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 LETTERBOX_GREY = 128
 KEEP_IN_MEMORY_BYTES = 2 * 1024**3
 
@@ -785,7 +786,7 @@ def make_demo(root: str | Path = "data/demo_textures") -> Path:
         for i in range(count):
             crop = _demo_crop(photographs[i % len(photographs)], folder.startswith("train"), rng)
             _write_demo_image(root, folder, f"{i:03d}", crop, rng)
-    _write_bytes(root / "demo.json", json.dumps(marker, indent=2).encode())
+    write_bytes(root / "demo.json", json.dumps(marker, indent=2).encode())
     return root
 
 
@@ -951,6 +952,7 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
 
 def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
     """a.png and a.jpg become a_png.png and a_jpg.png; case does not tell files apart everywhere."""
+    placed = {path: Path(place).with_name(short_stem(Path(place).name)).as_posix() for path, place in placed.items()}
     counts = Counter(place.lower() for place in placed.values())
     taken = {place for place, n in counts.items() if n == 1}
     outputs = {}
@@ -992,10 +994,18 @@ def _fitted_mask(job: _Job, settings: config.PreprocessSettings) -> np.ndarray:
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write uint8 H x W or H x W x 3 RGB, whole or not at all, making the folder."""
     _, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-    _write_bytes(path, data.tobytes())
+    write_bytes(path, data.tobytes())
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def short_stem(stem: str) -> str:
+    """The stem; where it is very long its start and a mark of the whole of it, so that what is named after it can be written."""
+    encoded = stem.encode("utf-8", "surrogateescape")
+    if len(encoded) <= LONGEST_STEM:
+        return stem
+    return f"{encoded[: LONGEST_STEM - 9].decode('utf-8', 'ignore')}-{zlib.crc32(encoded):08x}"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Whole or not at all: a temporary file beside it, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.part-{zlib.crc32(path.name.encode('utf-8', 'surrogateescape')):08x}")
@@ -1019,7 +1029,7 @@ def _save_report(out: Path, report: dict, valid: dict) -> None:
     """Rows of an earlier run that were not reached yet stay known."""
     reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
-    _write_bytes(out / REPORT_NAME, json.dumps({**report, "kept": report["kept"] + later}, indent=1).encode())
+    write_bytes(out / REPORT_NAME, json.dumps({**report, "kept": report["kept"] + later}, indent=1).encode())
 
 
 def _remove_stale(out: Path, before: dict, planned: set[str]) -> None:

@@ -451,7 +451,7 @@ def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[P
     for path in files:
         target = out / path.relative_to(source).with_suffix(".png")
         if target in taken:  # a.csv and a.tsv
-            target = target.with_name(f"{path.name}.png")
+            target = target.with_name(f"{data_loader.short_stem(path.name)}.png")
         taken.add(target)
         yield path, target
 
@@ -467,22 +467,12 @@ def _render_one(job: tuple[Path, Path]) -> tuple[str, int]:
         series = series_plots.read_series(path)
     except series_plots.SeriesError as error:
         return error.reason, 0
-    _write_bytes(target, series_plots.plot_png(series_plots.render_series(series.values)))
+    data_loader.write_bytes(target, series_plots.plot_png(series_plots.render_series(series.values)))
     return "", series.n_dropped
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, values: dict) -> None:
-    _write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
+    data_loader.write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
@@ -540,8 +530,8 @@ def _generate_job(out: Path, kind: str, index: int, seed: int, home_share: float
 
 def _generate_one(job: _GenerateJob) -> dict:
     series = series_generator.generate_series(job.kind, job.style, job.seed)
-    _write_bytes(job.csv, ("data\n" + "\n".join(map(repr, series.values.tolist())) + "\n").encode())
-    _write_bytes(job.png, series_plots.plot_png(series_plots.render_series(series.values)))
+    data_loader.write_bytes(job.csv, ("data\n" + "\n".join(map(repr, series.values.tolist())) + "\n").encode())
+    data_loader.write_bytes(job.png, series_plots.plot_png(series_plots.render_series(series.values)))
     return series.parameters
 
 

@@ -131,7 +131,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     """
     found = _one(csv_path, model, class_names, device)
     if save_plot:
-        data_loader.write_png(Path(output_dir) / f"{Path(csv_path).stem}_plot.png", plot_loader.read_plot(csv_path))
+        data_loader.write_png(Path(output_dir) / f"{data_loader.short_stem(Path(csv_path).stem)}_plot.png", plot_loader.read_plot(csv_path))
     return found.name, found.probabilities
 
 
@@ -197,7 +197,7 @@ def recorded(results: Iterator[Predicted], model: VAEClassifier, out: Path, max_
             tally.n_unknown += is_unknown(each, model)
             if tally.n_pictures < max_pictures and not each.error:
                 begun = time.perf_counter()
-                write_panel(each, model, out / f"{number:05d}_{each.path.stem}.png")
+                write_panel(each, model, out / f"{number:05d}_{data_loader.short_stem(each.path.stem)}.png")
                 tally.n_pictures += 1
                 tally.picture_s += time.perf_counter() - begun
             yield each

@@ -119,7 +119,8 @@ def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
         return item.category, item.path.stem.lower()  # case does not tell files apart everywhere
 
     counts = Counter(map(name, folder.test))
-    return {item.path: item.path.stem if counts[name(item)] == 1 else item.path.relative_to(folder.root / "test" / item.category).as_posix() for item in folder.test}
+    named = {item.path: Path(item.path.stem) if counts[name(item)] == 1 else item.path.relative_to(folder.root / "test" / item.category) for item in folder.test}
+    return {path: found.with_name(data_loader.short_stem(found.name)).as_posix() for path, found in named.items()}
 
 
 def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:

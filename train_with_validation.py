@@ -328,7 +328,7 @@ def write_pictures(run: Run, epoch: int) -> None:
         paths = [item.path for item in run.folder.test if item.category == category][:N_PICTURED]
         loaded = [batch for batch in data_loader.iter_image_batches(paths, run.settings.image_size, run.settings.fitting, 1) if len(batch.images)]
         if loaded:
-            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{category}_epoch_{epoch}.png")
+            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{data_loader.short_stem(category)}_epoch_{epoch}.png")
 
 
 def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], titles: list[str], name: str) -> None:

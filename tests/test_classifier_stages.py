@@ -91,6 +91,7 @@ def read_rows(path):
 
 def series_csv(path, text=None):
     rng = np.random.default_rng(1)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text if text is not None else "data\n" + "\n".join(map(str, rng.normal(size=120).tolist())) + "\n")
     return path
 
@@ -372,6 +373,22 @@ def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, 
     counted = {line.split()[0]: int(line.split()[1]) for line in said.splitlines() if line.split()[0] in CLASSES}
     assert sum(counted.values()) == 3 * N_TRAIN
     assert not list((tmp_path / "results" / "vae_classifier_predictions").glob("*.png"))
+
+
+def test_the_longest_file_names_cost_nothing(trained, tmp_path):
+    data, out = trained
+    plot = (data / "test" / "flat" / "0.png").read_bytes()
+    (tmp_path / "plots").mkdir()
+    for name in ("l" * 251, "l" * 250 + "m", "ä" * 125):
+        (tmp_path / "plots" / f"{name}.png").write_bytes(plot)
+    assert run_inference(tmp_path / "plots", "--model", out / training.BEST, "--output-dir", tmp_path) == 0
+    folder = tmp_path / "results" / "vae_classifier_predictions"
+    assert len(read_rows(folder / "predictions.csv")) == len(list(folder.glob("*.png"))) == 3
+    series_csv(tmp_path / "csvs" / f"{'l' * 251}.csv")
+    assert plot_loader.render_folder(tmp_path / "csvs", tmp_path / "drawn", 0)["rendered"] == 1
+    model, names = inference.load_vae_classifier(out / training.BEST)
+    inference.predict_from_csv(tmp_path / "csvs" / f"{'l' * 251}.csv", model, names, output_dir=tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
 def test_what_is_flagged_is_said_to_be_none_of_these(model):

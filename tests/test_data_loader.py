@@ -639,6 +639,16 @@ def prepare(source, out, **changes):
     return dl.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))
 
 
+def test_the_longest_file_names_are_written_too(tmp_path):
+    for folder, n in (("train/good", 3), ("test/dent", 1)):
+        for i in range(n):
+            dl.write_png(tmp_path / "raw" / folder / f"{'l' * 250}{i}.png", np.full((64, 64, 3), 60 * i, np.uint8))
+    dl.write_png(tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8))
+    report = prepare(tmp_path / "raw", tmp_path / "out")
+    assert len(report["kept"]) == 5 and not report["skipped"]
+    assert dl.MVTecFolder(tmp_path / "out").test[0].mask_path
+
+
 def test_preprocess_writes_the_layout(tmp_path):
     make_set(tmp_path / "raw")
     save_mask(tmp_path / "raw" / "ground_truth" / "scratch" / "001_mask.png", (96, 128))  # another size
