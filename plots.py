@@ -23,6 +23,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from config import InputError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".pdf", ".svg", ".eps", ".ps")
 PREDICTED_COLOUR = "#00D5FF"
 TRUTH_COLOUR = "#FFB000"
 TRAIN_COLOUR = "#0072B2"
@@ -66,8 +69,13 @@ def save(figure: Figure, path: Path | str, dpi: int = 100, tight: bool = False) 
 
     Args:
         tight: crop to the drawing with the usual small border, as the plots of series are.
+
+    Raises:
+        InputError: the path is a folder or has another ending than those of pictures.
     """
     path = Path(path)
+    if path.suffix.lower() not in ENDINGS or path.is_dir():
+        raise InputError(f"{path} is no file name of a picture; expected one that ends in {', '.join(ENDINGS)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     os.close(handle)

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 import plots
+from config import InputError
 
 SIDE = 64
 
@@ -279,6 +280,14 @@ def test_save_is_whole_or_absent(tmp_path, scene, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         plots.save(figure, target)
     assert target.read_bytes() == before and [path.name for path in target.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("name", ["result", "result.xyz", "folder.png", "."])
+def test_a_file_that_is_no_picture_is_refused_in_one_sentence(tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=r"^\S+ is no file name of a picture; expected one that ends in \.png, .*\.$"):
+        plots.save(plots.latent_scatter(np.zeros((1, 2)), ["a"]), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_photos_of_either_layout_are_the_same_and_others_are_refused(scene):
