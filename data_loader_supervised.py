@@ -87,17 +87,12 @@ def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.nda
     return data_loader.fit_image(crop_to_axes(image) if crop_axes else image, image_size, "stretch")
 
 
-def read_plot(path: str | Path) -> np.ndarray:
-    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series.
+def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
+    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and how many of its rows are not in it, where there are any.
 
     Raises:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
     """
-    return _read_noted(path)[0]
-
-
-def _read_noted(path: str | Path) -> tuple[np.ndarray, str]:
-    """What ``read_plot`` returns, and how many rows of a CSV are not in it, where there are any."""
     if not str(path).lower().endswith(SERIES_SUFFIXES):
         return data_loader.read_image(path), ""
     series = series_plots.read_series(path)
@@ -112,7 +107,7 @@ class _Prepared(NamedTuple):
 
 def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> _Prepared:
     try:
-        image, note = _read_noted(path)
+        image, note = read_plot(path)
         return _Prepared(prepare_image(image, image_size, crop_axes), note)
     except (data_loader.ImageError, series_plots.SeriesError) as error:
         return _Prepared(None, error.reason)

@@ -26,6 +26,7 @@ import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import plots
+import series_plots
 import vae_classifier
 from vae_classifier import VAEClassifier, load_vae_classifier
 
@@ -93,17 +94,12 @@ def predict_single_image(image_path: str | Path, model: VAEClassifier, class_nam
     Raises:
         InputError: the file cannot be used.
     """
-    found = _one(image_path, model, class_names, device)
+    found = next(predict([image_path], model, class_names, device))
+    if found.error:
+        raise config.InputError(f"{image_path} {found.error}.")
     if save_visualization:
         write_panel(found, model, Path(save_visualization))
     return found.name, found.probabilities, found.reconstruction
-
-
-def _one(path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str) -> Predicted:
-    found = next(predict([path], model, class_names, device))
-    if found.error:
-        raise config.InputError(f"{path} {found.error}.")
-    return found
 
 
 def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", output_dir: str | Path | None = None) -> list[tuple[str, str, float]]:
@@ -129,9 +125,12 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     Raises:
         InputError: the CSV cannot be used.
     """
-    found = _one(csv_path, model, class_names, device)
+    plot = series_plots.render_series(series_plots.read_series(csv_path).values)
+    image = plot_loader.prepare_image(plot, model.run_settings["image_size"], model.run_settings["crop_axes"])
+    batch = plot_loader.PlotBatch(data_loader.to_tensor(image), [Path(csv_path)], [""], [], [0])
+    found = next(_judged(batch, model, class_names, engine.Runtime(engine.resolve_device(device)), None))
     if save_plot:
-        data_loader.write_png(Path(output_dir) / f"{data_loader.short_stem(Path(csv_path).stem)}_plot.png", plot_loader.read_plot(csv_path))
+        data_loader.write_png(Path(output_dir) / f"{data_loader.short_stem(Path(csv_path).stem)}_plot.png", plot)
     return found.name, found.probabilities
 
 

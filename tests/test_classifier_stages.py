@@ -421,6 +421,13 @@ def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch)
     assert inference.batch_predict(tmp_path / "mixed", loaded, class_names, "cpu") == [("x.png", "error", 0.0)]
 
 
+def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):
+    said = [inference.predict_from_csv(series_csv(tmp_path / name), model, CLASSES, output_dir=tmp_path) for name in ("series.csv", "series.txt")]
+    assert said[0] == said[1] and (tmp_path / "series_plot.png").stat().st_size > 1000
+    with pytest.raises(config.InputError, match=r"0\.png is not a text file; expected a CSV\.$"):
+        inference.predict_from_csv(trained[0] / "test" / "flat" / "0.png", model, CLASSES, output_dir=tmp_path)
+
+
 def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, model):
     paths = sorted((trained[0] / "test").glob("*/*.png"))
     singly, together = ([(each.path, each.p_value, each.probabilities) for each in inference.predict(paths, model, CLASSES, batch_size=n)] for n in (1, 4))

@@ -275,7 +275,7 @@ def test_a_plot_file_reaches_the_network_like_its_csv(tmp_path):
     png = write(tmp_path, series_plots.plot_png(series_plots.render_series(values)), "series.png")
     image = Image.open(png)
     assert image.mode == "P" and len(image.getcolors()) <= 32
-    first, second = (loader.prepare_image(loader.read_plot(path), 224, True).astype(int) for path in (csv, png))
+    first, second = (loader.prepare_image(loader.read_plot(path)[0], 224, True).astype(int) for path in (csv, png))
     assert np.abs(first - second).mean() < 2.0 and np.abs(first - second).max() <= 12
 
 
