@@ -403,22 +403,36 @@ def _images_under(folder: Path, deep: bool = True) -> list[Path]:
     return sorted(found, key=lambda path: path.as_posix())
 
 
-def find_images(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
     """Image files named by files, folders (recursive) and globs: sorted, without duplicates or hidden files.
 
     A file named outright is kept whatever its suffix, so that its reader can say what is wrong with it.
+
+    Args:
+        outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
 
     Raises:
         InputError: an input does not exist, or no image was found.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found: dict[str, Path] = {}
-    for given in inputs:
-        for path in _expand(given):
-            found.setdefault(os.path.realpath(path), path)
+    found = unique_files(inputs, _expand, outputs)
     if not found:
         raise config.InputError(f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
-    return sorted(found.values(), key=lambda path: path.as_posix())
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def unique_files(inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]) -> list[Path]:
+    """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not lie in."""
+    written = [os.path.join(os.path.realpath(folder), "") for folder in outputs]  # noqa: PTH118 (ends in a separator)
+    found: dict[str, Path] = {}
+    for given in inputs:
+        here = os.path.join(os.path.realpath(given), "")  # noqa: PTH118
+        left_out = tuple(folder for folder in written if not here.startswith(folder))
+        for path in expand(given):
+            real = os.path.realpath(path)
+            if not real.startswith(left_out):
+                found.setdefault(real, path)
+    return list(found.values())
 
 
 def _expand(given: str | Path) -> list[Path]:

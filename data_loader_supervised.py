@@ -124,20 +124,20 @@ class PlotBatch(NamedTuple):
     places: list[int]  # among all paths, of the skipped files and then of the images
 
 
-def find_plots(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
     """Images and CSV series named by files, folders (recursive) and globs, in order, without duplicates or hidden files.
+
+    Args:
+        outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
 
     Raises:
         InputError: an input does not exist, or nothing was found.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found: dict[str, Path] = {}
-    for given in inputs:
-        for path in _expand(given):
-            found.setdefault(os.path.realpath(path), path)
+    found = data_loader.unique_files(inputs, _expand, outputs)
     if not found:
         raise config.InputError(f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(data_loader.IMAGE_SUFFIXES + SERIES_SUFFIXES)}.")
-    return list(found.values())
+    return found
 
 
 def _expand(given: str | Path) -> list[Path]:

@@ -110,7 +110,7 @@ def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequ
     Raises:
         InputError: there is no such folder, or nothing in it.
     """
-    paths = plot_loader.find_plots(image_dir)
+    paths = plot_loader.find_plots(image_dir, [] if output_dir is None else [Path(output_dir)])
     results = predict(paths, model, class_names, device)
     if output_dir is not None:
         settings = config.InferClassifierSettings()
@@ -152,7 +152,8 @@ def main(settings: config.InferClassifierSettings) -> None:
     if not settings.inputs and not settings.generate:
         raise config.UsageError("No plots given; expected images, CSVs or folders (or --generate CLASS). See inference_vae_classifier.py --help.")
     device = engine.resolve_device(settings.device)
-    paths = plot_loader.find_plots(settings.inputs) if settings.inputs else []
+    written = [Path(settings.output_dir) / folder for folder in (PREDICTIONS, LATENT)]
+    paths = plot_loader.find_plots(settings.inputs, written) if settings.inputs else []
     if settings.interpolate and len(paths) != 2:
         raise config.UsageError(f"--interpolate takes exactly two plots; got {len(paths)}.")
     if paths and settings.clusters > len(paths):

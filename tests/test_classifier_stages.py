@@ -391,6 +391,18 @@ def test_the_longest_file_names_cost_nothing(trained, tmp_path):
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
+def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monkeypatch):
+    data, out = trained
+    for name in ("plots", "more"):
+        shutil.copytree(data / "test" / "flat", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert len(inference.batch_predict("plots", model, CLASSES, output_dir="plots/found")) == N_TEST
+        assert run_inference("more", "more/*", "--model", out / training.BEST, "--output-dir", "more", "--scatter", "pca") == 0
+        assert len(read_rows(Path("more/results/vae_classifier_predictions/predictions.csv"))) == N_TEST
+    assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 1  # asked for, with the table
+
+
 def test_what_is_flagged_is_said_to_be_none_of_these(model):
     calibration = model.calibration
     calibration.alpha = 0.2

@@ -227,6 +227,14 @@ def test_the_longest_file_names_cost_nothing(data, trained, tmp_path):
     assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 2
 
 
+def test_overlays_of_an_earlier_run_are_no_images(trained, tmp_path):
+    cv2.imwrite(str(tmp_path / "white.png"), np.full((64, 64, 3), 255, np.uint8))
+    for _ in range(2):
+        classify_images.main(config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), target_false_alarms=0.5))
+        assert len((tmp_path / "classification_results" / "results.csv").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 1
+
+
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
