@@ -91,7 +91,7 @@ def _read_bytes(path: str | Path) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ImageError(path, f"cannot be read ({error.strerror or error})") from None
+        raise ImageError(path, f"cannot be read ({error.strerror or error})") from error
     if not data:
         raise ImageError(path, "is empty (0 bytes)")
     return data

@@ -103,6 +103,7 @@ def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
 class _Prepared(NamedTuple):
     image: np.ndarray | None  # uint8 S x S x 3
     said: str  # where there is none, why; else what to know of it, or nothing
+    refused: bool = False  # by the operating system, which may allow it later
 
 
 def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> _Prepared:
@@ -110,7 +111,7 @@ def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> _Prepared:
         image, note = read_plot(path)
         return _Prepared(prepare_image(image, image_size, crop_axes), note)
     except (data_loader.ImageError, series_plots.SeriesError) as error:
-        return _Prepared(None, error.reason)
+        return _Prepared(None, error.reason, isinstance(error.__cause__, OSError))
 
 
 # ----------------------------------------------------------------------------------- many plots, streamed
@@ -269,7 +270,7 @@ def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, ca
     """Every readable plot, decoded and resized once: a later call takes from the cache what did not change since.
 
     The cache is one compressed file under ``cache_dir`` for each set of paths and settings; a source counts as unchanged
-    while its size and time are. It is written whole or not at all, so runs may share it, and a damaged one is made anew.
+    while its size and time are, and one that the system refused to read is tried again. It is written whole or not at all, so runs may share it, and a damaged one is made anew.
     """
     paths = [Path(path) for path in paths]
     marks = [_mark(path) for path in paths]
@@ -277,15 +278,18 @@ def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, ca
     known = {} if file is None else _read_cache(file, image_size)
     todo = [i for i, path in enumerate(paths) if known.get(str(path), (None,))[0] != marks[i]]
     fresh: dict[int, np.ndarray | str] = {}
+    refused = set()
     work = ahead(lambda i: _read_prepared(paths[i], image_size, crop_axes), todo, 64)
     for i, result in progress(work, len(todo)):
         fresh[i] = result.said if result.image is None else result.image
+        if result.refused:
+            refused.add(paths[i])
     results = [fresh[i] if i in fresh else known[str(path)][1] for i, path in enumerate(paths)]
     kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
     images = np.stack([results[i] for i in kept]) if kept else np.zeros((0, image_size, image_size, 3), np.uint8)
     errors = [(paths[i], result) for i, result in enumerate(results) if isinstance(result, str)]
     if file is not None and todo:
-        _write_cache(file, paths, marks, images, kept, dict(errors))
+        _write_cache(file, paths, marks, images, kept, dict(errors), refused)
     return CachedPlots(images, kept, errors, len(todo))
 
 
@@ -314,9 +318,9 @@ def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.nd
         return {}
 
 
-def _write_cache(file: Path, paths: list[Path], marks: list[list[int]], images: np.ndarray, kept: list[int], reasons: dict[Path, str]) -> None:
+def _write_cache(file: Path, paths: list[Path], marks: list[list[int]], images: np.ndarray, kept: list[int], reasons: dict[Path, str], left_out: set[Path]) -> None:
     rows = {i: row for row, i in enumerate(kept)}
-    index = [(str(path), marks[i], rows.get(i, -1), reasons.get(path, "")) for i, path in enumerate(paths)]
+    index = [(str(path), marks[i], rows.get(i, -1), reasons.get(path, "")) for i, path in enumerate(paths) if path not in left_out]
     write_arrays(file, {"index": np.array(json.dumps(index)), "images": images})
 
 

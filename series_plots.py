@@ -93,7 +93,7 @@ def _sniff(path: str | Path) -> _Layout:
         with Path(path).open("rb") as file:
             head = file.read(SAMPLE_CHARACTERS)
     except OSError as error:
-        raise SeriesError(path, f"cannot be read ({error.strerror or error})") from None
+        raise SeriesError(path, f"cannot be read ({error.strerror or error})") from error
     if not head.strip():
         raise SeriesError(path, "is empty; expected a column of numbers")
     encoding = _encoding(head)

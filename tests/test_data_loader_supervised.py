@@ -369,6 +369,24 @@ def test_the_cache_decodes_once_and_again_only_what_changed(root, tmp_path):
     assert loader.load_plots(paths, 64, False, cache).images.shape[1:] == (64, 64, 3)
 
 
+@pytest.mark.parametrize("name", ["0.png", "0.csv"])
+def test_what_the_system_refused_to_read_is_tried_again(root, tmp_path, monkeypatch, name):
+    paths, cache, opened = [root / "train" / "alpha" / name, *paths_of(root)[1:]], tmp_path / "cache", io.open
+    if name.endswith("csv"):
+        write(root / "train" / "alpha", LINES, name)
+
+    def refuses(file, *rest, **more):
+        if Path(str(file)) == paths[0]:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", refuses)
+        assert loader.load_plots(paths, 32, False, cache).errors == [(paths[0], "cannot be read (Permission denied)")]
+    again = loader.load_plots(paths, 32, False, cache)
+    assert not again.errors and again.n_decoded == 1
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
 def test_a_damaged_cache_is_made_anew(root, tmp_path, damage):
     paths, cache = paths_of(root), tmp_path / "cache"
