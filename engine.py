@@ -180,14 +180,14 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, ru
         DivergedError: the loss or the gradient is not finite; weights are left as they were.
     """
     if not torch.isfinite(loss):
-        raise DivergedError(f"The loss became {loss.item()}; training stops, the last good checkpoint is kept (try a lower --learning-rate).")
+        raise DivergedError(f"The loss became {loss.item()}; training stops (try a lower --learning-rate).")
     optimizer.zero_grad(set_to_none=True)
     runtime.scaler.scale(loss).backward()
     runtime.scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
     if not runtime.scaler.is_enabled() and not torch.isfinite(norm):  # an enabled scaler skips such a step itself
-        raise DivergedError("The gradient became infinite; training stops, the last good checkpoint is kept (try a lower --learning-rate).")
+        raise DivergedError("The gradient became infinite; training stops (try a lower --learning-rate).")
     runtime.scaler.step(optimizer)
     runtime.scaler.update()
     scheduler.step()
@@ -407,6 +407,21 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
     run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
     restore_random_state(state["random"])
     return state
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(run: TrainingRun, best: Path) -> Iterator[None]:
+    """Within it, a run that diverges says which epoch's checkpoint is kept, where there is one.
+
+    Raises:
+        DivergedError: it did.
+    """
+    try:
+        yield
+    except DivergedError as error:
+        if not run.best_epoch:
+            raise
+        raise DivergedError(f"{str(error).rstrip('.')}; {best} of epoch {run.best_epoch} is kept.") from None
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

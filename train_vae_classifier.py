@@ -245,7 +245,8 @@ def main(settings: config.TrainClassifierSettings) -> None:
     """Train, and leave checkpoints, results, pictures, curves and history in the output folder."""
     run = prepare(settings if settings.data_dir else use_demo(settings))
     started = time.perf_counter()
-    train(run)
+    with engine.telling_what_is_kept(run, run.out / BEST):
+        train(run)
     print(f"best epoch {run.best_epoch} of {run.settings.epochs} (validation macro F1 {run.best:.4f}), {(time.perf_counter() - started) / 60:.1f} minutes: {run.out / BEST}")
     plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "results" / "vae_classifier_curves.png")
     finish(run)

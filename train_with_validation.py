@@ -82,7 +82,8 @@ def main(settings: config.TrainSettings) -> None:
     else:
         run = prepare(use_demo(settings) if not settings.data_dir else settings)
         started = time.perf_counter()
-        train(run)
+        with engine.telling_what_is_kept(run, run.out / BEST):
+            train(run)
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
         print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")

@@ -192,6 +192,15 @@ def test_resuming_with_other_data_is_refused(trained, tmp_path, change, words):
         training.main(settings.replace(resume=True, epochs=2))
 
 
+def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.ClassifierLoss, "terms", lambda self, model, images, labels: ({"total": torch.tensor(float("nan"))}, torch.zeros(len(labels), 3)))
+    with pytest.raises(engine.DivergedError, match=r"became nan; training stops \(try a lower --learning-rate\)\.$"):
+        training.main(settings_for(trained[0], tmp_path))
+    shutil.copytree(trained[1] / "vae_models", tmp_path / "vae_models", dirs_exist_ok=True)
+    with pytest.raises(engine.DivergedError, match=r"best_vae_classifier\.pth of epoch [12] is kept\.$"):
+        training.main(settings_for(trained[0], tmp_path, epochs=3, resume=True))
+
+
 def test_the_average_forgets_its_start_and_follows_statistics():
     model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     average = training.WeightAverage(model, averaged, 0.5)

@@ -395,9 +395,12 @@ def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypat
     train(data, tmp_path, epochs=1)
     before = (tmp_path / "models" / "best_model.pth").read_bytes()
     monkeypatch.setattr(train_stage.DetailLoss, "_weigh", lambda self, terms, scale: terms["mse"] * float("nan"))
-    with pytest.raises(config.InputError, match="nan"):
+    with pytest.raises(config.InputError, match=r"nan.*; .*best_model\.pth of epoch 1 is kept\.$"):
         train(data, tmp_path, epochs=2, resume=True)
     assert (tmp_path / "models" / "best_model.pth").read_bytes() == before
+    with pytest.raises(config.InputError, match="nan") as caught:
+        train(data, tmp_path / "new", epochs=2)
+    assert "kept" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------- bad input
