@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import hashlib
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -472,6 +473,8 @@ def finish(run: Run) -> None:
     engine.write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
     plots.save(plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes), run.out / "results" / "vae_classifier_confusion.png")
     print(table(scored, main_report, reports))
+    if not model.calibration.promised:
+        print(too_few(model.calibration))
     print(f"results: {run.out / 'results' / 'vae_classifier_results.json'}")
 
 
@@ -514,6 +517,12 @@ def table(scored: str, main_report: dict, reports: dict[str, dict]) -> str:
         lines.append(f"{name.replace('_', ' ')}: {shown}")
         lines.append(f"    calibration error {error['before']:.3f} -> {error['after']:.3f}  SSIM {each['reconstruction']['ssim']['value']:.3f}  called none of these {each['none_of_these']['value']:.1%}")
     return "\n".join(lines)
+
+
+def too_few(calibration: plot_calibration.ClassifierCalibration) -> str:
+    """What follows from fewer validation plots than the rate asked for takes."""
+    n, expected = min(map(len, calibration.scores.values())), math.ceil(1 / calibration.alpha) - 1
+    return f"{n} validation plots are too few to call a plot none of these at {calibration.alpha:.1%} false alarms, so none will be called so; expected {expected} or more (--validation-frac, --target-false-alarms)."
 
 
 def sentence(figure: dict) -> str:

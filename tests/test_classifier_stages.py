@@ -333,6 +333,13 @@ def test_fewer_plots_than_a_batch_and_no_test_set_still_train(tmp_path, capsys):
     assert results["scored_on"] == "validation" and "has no readable test plots" in capsys.readouterr().err
 
 
+def test_too_few_validation_plots_for_the_rate_of_unknown_ones_are_told(trained, tmp_path, capsys):
+    training.main(settings_for(trained[0], tmp_path, epochs=1))
+    assert "6 validation plots are too few to call a plot none of these at 5.0% false alarms" in capsys.readouterr().out
+    training.main(settings_for(trained[0], tmp_path, epochs=1, target_false_alarms=1 / 7))
+    assert "too few" not in capsys.readouterr().out
+
+
 def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot_loader, "make_demo", lambda root, progress: root)
