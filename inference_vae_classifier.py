@@ -66,11 +66,22 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
 
     Args:
         flips_below: average over four flips where the class is less sure than this; None does as calibrated.
+
+    Raises:
+        InputError: the model comes from no file, or has another number of classes than there are names.
     """
+    _require_names(model, class_names)
     runtime = engine.Runtime(engine.resolve_device(device))
     batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
     for batch, found in runtime.each(lambda batch: (batch, list(_judged(batch, model, class_names, runtime, flips_below))), batches):
         yield from (found[i] for i in np.argsort(batch.places))
+
+
+def _require_names(model: VAEClassifier, class_names: Sequence[str]) -> None:
+    if model.calibration is None:
+        raise config.InputError("The model comes from no file; expected one that load_vae_classifier returns.")
+    if len(class_names) != len(model.class_names):
+        raise config.InputError(f"{len(class_names)} class names for a model of {len(model.class_names)} classes; expected {', '.join(model.class_names)}.")
 
 
 def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips_below: float | None) -> Iterator[Predicted]:
@@ -125,6 +136,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     Raises:
         InputError: the CSV cannot be used.
     """
+    _require_names(model, class_names)
     plot = series_plots.render_series(series_plots.read_series(csv_path).values)
     image = plot_loader.prepare_image(plot, model.run_settings["image_size"], model.run_settings["crop_axes"])
     batch = plot_loader.PlotBatch(data_loader.to_tensor(image), [Path(csv_path)], [""], [], [0])

@@ -353,13 +353,15 @@ def project_2d(mu: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
     """Latent means (n, D) in two dimensions, (n, 2), by "pca" or "tsne" (van der Maaten & Hinton 2008).
 
     Raises:
-        InputError: fewer than 3 plots.
+        InputError: fewer than 3 plots, or a single latent variable.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     if len(mu) < 3:
         raise InputError(f"A scatter of {len(mu)} plots shows nothing; expected at least 3.")
+    if mu.shape[1] < 2:
+        raise InputError("A scatter of 1 latent variable shows nothing; expected a model of at least 2.")
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(mu)
     return TSNE(2, perplexity=min(30.0, (len(mu) - 1) / 3), init="pca", random_state=seed).fit_transform(mu)

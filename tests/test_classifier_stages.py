@@ -449,6 +449,15 @@ def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch)
     assert inference.batch_predict(tmp_path / "mixed", loaded, class_names, "cpu") == [("x.png", "error", 0.0)]
 
 
+def test_a_model_and_its_class_names_belong_together(trained, model, tmp_path):
+    new, plot = vae_classifier.VAEClassifier(config.ClassifierModelSettings(**{key: TINY[key] for key in TINY if key != "image_size"}), 3), trained[0] / "test" / "flat" / "0.png"
+    for call, path in ((inference.predict_single_image, plot), (inference.predict_from_csv, series_csv(tmp_path / "s.csv"))):
+        with pytest.raises(config.InputError, match=r"^2 class names for a model of 3 classes; expected flat, jump, rise\.$"):
+            call(path, model, CLASSES[:2])
+        with pytest.raises(config.InputError, match=r"^The model comes from no file; expected one that load_vae_classifier returns\.$"):
+            call(path, new, CLASSES)
+
+
 def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):
     said = [inference.predict_from_csv(series_csv(tmp_path / name), model, CLASSES, output_dir=tmp_path) for name in ("series.csv", "series.txt")]
     assert said[0] == said[1] and (tmp_path / "series_plot.png").stat().st_size > 1000

@@ -404,6 +404,12 @@ def test_two_dimensions_keep_groups_apart():
         vc.project_2d(mu[:2], "pca")
 
 
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_one_number_a_plot_cannot_be_laid_out_in_two_dimensions(method):
+    with pytest.raises(config.InputError, match=r"^A scatter of 1 latent variable shows nothing; expected a model of at least 2\.$"):
+        vc.project_2d(np.arange(20.0)[:, None], method)
+
+
 def test_clusters_are_groups_of_neighbours():
     rng = np.random.default_rng(0)
     mu = np.concatenate([rng.normal(centre, 1, (10, 6)) for centre in (0, 20, -20)])
