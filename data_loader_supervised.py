@@ -205,14 +205,14 @@ class ClassFolder:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        folders = _class_folders(self.root / "train")
+        folders = class_folders(self.root / "train")
         if len(folders) < 2:
             raise config.InputError(f"{self.root / 'train'} holds {len(folders)} class folder(s); expected at least two, one for each class.")
         self.classes = [folder.name for folder in folders]
         self.train = self._items(folders)
         self.test: list[tuple[Path, int]] = []
         if (self.root / "test").is_dir():
-            tests = _class_folders(self.root / "test")
+            tests = class_folders(self.root / "test")
             self._check_same([folder.name for folder in tests])
             self.test = self._items(tests)
 
@@ -233,7 +233,12 @@ class ClassFolder:
             raise config.InputError(f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test.")
 
 
-def _class_folders(parent: Path) -> list[Path]:
+def class_folders(parent: Path) -> list[Path]:
+    """The folders in ``train`` or ``test``, by name; hidden ones are left out.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     if not parent.is_dir():
         raise config.InputError(f"{parent} is no folder; expected the layout train/<class>/* and test/<class>/* under {parent.parent}.")
     return sorted((path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")), key=lambda path: path.name)

@@ -256,7 +256,7 @@ def main(settings: config.TrainClassifierSettings) -> None:
 def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifierSettings:
     """Settings for ``data/`` where it holds class folders, else for the built-in demo and its preset."""
     train_folder = Path("data") / "train"
-    if train_folder.is_dir() and sum(path.is_dir() for path in train_folder.iterdir()) > 1:
+    if train_folder.is_dir() and len(plot_loader.class_folders(train_folder)) > 1:
         return settings.replace(data_dir="data")
     root = Path(settings.output_dir) / "data" / "demo_series"
     say(f"No --data-dir given: using the built-in demo in {root} with configs/classifier_demo.yaml.")

@@ -348,6 +348,7 @@ def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, ca
     assert settings.epochs == 3 and settings.image_size == preset["image_size"] and settings.data_dir == str(Path("out/data/demo_series"))
     assert "built-in demo" in capsys.readouterr().err
     (tmp_path / "data" / "train" / "good").mkdir(parents=True)  # a folder of DetailVAE's
+    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()
     assert training.use_demo(config.TrainClassifierSettings()).data_dir != "data"
     (tmp_path / "data" / "train" / "flat").mkdir()
     assert training.use_demo(config.TrainClassifierSettings()) == config.TrainClassifierSettings(data_dir="data")
