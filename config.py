@@ -424,6 +424,7 @@ class RenderSettings(RunSettings):
 
 @dataclass(frozen=True)
 class GenerateSettings(RunSettings):
+    seed: int = setting(0, "Seed of every random choice; the same seed gives the same series, so a test set needs another than its training set.", minimum=0, maximum=2**63 - 1)
     per_class: int = setting(100, "Series of each of the nine kinds.", unit="series", minimum=1)
     out: str = setting("data/generated", "Folder that receives class folders of plots, under the output folder; the CSVs go beside it, to the same name with _csv.")
     home_share: float = setting(0.5, "Share of series in the style of the home plots; the others follow betise's present parameters.", unit="fraction", minimum=0.0, maximum=1.0)

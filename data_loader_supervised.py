@@ -510,17 +510,21 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
         the manifest, also written to ``out/manifest.json``: seed, share, betise's version and every series' parameters.
 
     Raises:
-        InputError: betise is missing.
+        InputError: betise is missing, or the folder holds series of other arguments.
     """
     version = series_generator.require_betise()
-    out = Path(out)
+    out, given = Path(out), {"seed": seed, "per_class": per_class, "home_share": home_share}
+    before = data_loader.read_json(out / MANIFEST)
+    for name, value in given.items():
+        if before.get(name, value) != value:
+            raise config.InputError(f"{out} holds series generated with {name} {before[name]}, not {value}; expected another folder (--out) or the same arguments.")
     jobs = [_generate_job(out, kind, index, seed, home_share) for kind in series_generator.KINDS for index in range(per_class)]
     made = list(progress(_in_processes(_generate_one, jobs, num_workers), len(jobs)))
     series = [
         {"csv": job.csv.relative_to(out.parent).as_posix(), "plot": job.png.relative_to(out.parent).as_posix(), "kind": job.kind, "seed": list(job.seed), "parameters": parameters}
         for job, parameters in zip(jobs, made, strict=True)
     ]
-    manifest = {"seed": seed, "per_class": per_class, "home_share": home_share, "betise": version, "series": series}
+    manifest = {**given, "betise": version, "series": series}
     _write_json(out / MANIFEST, manifest)
     return manifest
 

@@ -618,6 +618,17 @@ def test_generate_writes_the_same_files_by_seed(tmp_path):
     assert [row["parameters"] for row in third["series"]] != [row["parameters"] for row in first["series"]]
 
 
+@pytest.mark.parametrize(("changes", "words"), [({"seed": 5}, "seed 4, not 5"), ({"per_class": 2}, "per_class 1, not 2"), ({"home_share": 1.0}, "home_share 0.5, not 1.0")])
+def test_series_of_other_arguments_are_not_mixed_in_one_folder(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(series_generator, "require_betise", lambda: "1")
+    monkeypatch.setattr(loader, "_generate_one", lambda job: {})
+    given = {"per_class": 1, "seed": 4, "num_workers": 0}
+    loader.generate(tmp_path / "a", **given)
+    loader.generate(tmp_path / "a", **given)
+    with pytest.raises(config.InputError, match=f"a holds series generated with {words}; expected another folder"):
+        loader.generate(tmp_path / "a", **{**given, **changes})
+
+
 def test_without_betise_one_sentence_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "betise", None)
     with pytest.raises(config.InputError, match=r"pip install 'betise>=0.6,<0.7'"):
