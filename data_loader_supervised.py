@@ -216,6 +216,14 @@ class ClassFolder:
             self._check_same([folder.name for folder in tests])
             self.test = self._items(tests)
 
+    def n_shared(self) -> int:
+        """How many files of test have the content of one of train; read are only those of the same size."""
+        sizes = [{path: _mark(path)[0] for path, _ in items} for items in (self.train, self.test)]
+        common = set(sizes[0].values()) & set(sizes[1].values()) - {-1, 0}
+        train, test = ([_digest(path) for path, size in part.items() if size in common] for part in sizes)
+        known = set(train) - {""}
+        return sum(digest in known for digest in test)
+
     def _items(self, folders: list[Path]) -> list[tuple[Path, int]]:
         items = []
         for folder in folders:
@@ -231,6 +239,13 @@ class ClassFolder:
         parts += [f"lacks {', '.join(absent)}"] if absent else []
         if parts:
             raise config.InputError(f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test.")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def class_folders(parent: Path) -> list[Path]:

@@ -89,6 +89,8 @@ def read_data(settings: config.TrainClassifierSettings) -> Data:
     """
     folder = plot_loader.ClassFolder(settings.data_dir)
     cache = Path(settings.output_dir) / "data" / "cache"
+    if n_shared := folder.n_shared():
+        say(f"warning: {n_shared} of {len(folder.test)} test plots also lie in the training set, with the same content: figures on them say too much.")
     everything = read_plots(folder.train, settings, cache, "training plots")
     for k, name in enumerate(folder.classes):
         n = int((everything.labels == k).sum())

@@ -289,6 +289,15 @@ def test_a_broken_plot_is_skipped_and_named(tmp_path, capsys):
     assert "1.png is skipped: " in capsys.readouterr().err
 
 
+def test_test_plots_among_the_training_plots_are_told(tmp_path, capsys):
+    data = make_data(tmp_path)
+    training.read_data(settings_for(data, tmp_path / "out"))
+    assert "test plots" not in capsys.readouterr().err
+    shutil.copy(data / "train" / "rise" / "0.png", data / "test" / "rise" / "9.png")
+    training.read_data(settings_for(data, tmp_path / "out"))
+    assert "warning: 1 of 10 test plots also lie in the training set" in capsys.readouterr().err
+
+
 def empty_class(data):
     shutil.rmtree(data / "train" / "jump")
     (data / "train" / "jump").mkdir()

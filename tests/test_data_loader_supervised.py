@@ -629,6 +629,15 @@ def test_series_of_other_arguments_are_not_mixed_in_one_folder(tmp_path, monkeyp
         loader.generate(tmp_path / "a", **{**given, **changes})
 
 
+def test_files_shared_by_training_and_test_are_counted(root):
+    assert loader.ClassFolder(root).n_shared() == 6  # drawn alike
+    data_loader.write_png(root / "test" / "alpha" / "0.png", small_image(999))
+    (root / "test" / "alpha" / "1.png").write_bytes((root / "train" / "beta" / "3.png").read_bytes())
+    for part in ("train", "test"):
+        (root / part / "alpha" / "9.png").write_bytes(b"")
+    assert loader.ClassFolder(root).n_shared() == 5
+
+
 def test_without_betise_one_sentence_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "betise", None)
     with pytest.raises(config.InputError, match=r"pip install 'betise>=0.6,<0.7'"):
