@@ -139,7 +139,7 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     Of the settings of maps those change that a flag or the file gave; all others stay as they were.
 
     Raises:
-        InputError: the checkpoint cannot be used, or what is no matter of maps was given and is otherwise there.
+        InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was given and is otherwise there.
     """
     contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
     with engine.reading_contents(settings.weights):
@@ -147,6 +147,7 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS)}
     engine.require_same(settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights.")
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in HERE_FIELDS | (MAP_FIELDS & settings.given)}), contents["model"])
+    engine.require_same(settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights.")
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
     return run
@@ -293,6 +294,7 @@ def save_model(run: Run, name: str, epoch: int) -> None:
 def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -> dict:
     return {
         "settings": config.as_dict(run.settings),
+        "sources": run.sources,
         "value_range": [0.0, 1.0],
         "image_size": run.settings.image_size,
         "class_names": ["good", "defective"],

@@ -391,6 +391,14 @@ def test_resume_with_other_good_images_is_refused(tmp_path):
         train(data, tmp_path, epochs=2, resume=True)
 
 
+def test_weights_are_not_calibrated_anew_on_other_good_images(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    model = train(data, tmp_path, epochs=1)
+    shutil.copy(data / "train" / "good" / "000.png", data / "train" / "good" / "100.png")
+    assert config.run_script(config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path / "again")]) == 1
+    assert "was trained with n_training_files 12, not 13; expected the data of then" in capsys.readouterr().err
+
+
 def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
     train(data, tmp_path, epochs=1)
     before = (tmp_path / "models" / "best_model.pth").read_bytes()
