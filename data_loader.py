@@ -77,14 +77,58 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) what is not 0.
+    """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is above 0.
+
+    Of a mask in one colour alone the alpha channel counts.
 
     Raises:
         ImageError: empty, damaged or no image.
     """
-    values = _decode(path, _read_bytes(path), lambda image: np.asarray(image.convert("RGB")), _check_bomb).max(axis=2)
+    values = _decode(path, _read_bytes(path), _mask_values, _check_bomb)
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp")
     return values > (127 if lossy or values.max() > 127 else 0)
+
+
+def _mask_values(image) -> np.ndarray:
+    """A loaded Pillow image of any mode -> H x W, larger where a mask marks more."""
+    if image.mode == "F":
+        return np.asarray(image) > 0
+    colours = np.asarray(image.convert("RGB"))
+    if _has_alpha(image) and (colours == colours[0, 0]).all():
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        if alpha.min() < alpha.max():
+            return alpha
+    return colours.max(axis=2)
+
+
+def read_defects(mask_paths: Sequence[Path], image_path: Path) -> np.ndarray:
+    """All masks of an image in one, bool of the image's own height and width.
+
+    Raises:
+        ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark nothing.
+    """
+    original_hw = read_image(image_path).shape[:2]
+    united = np.zeros(original_hw, bool)
+    for path in mask_paths:
+        mask = read_mask(path)
+        if mask.shape == original_hw[::-1] != original_hw:
+            mask = _turned_as(image_path, path, mask)
+        united |= mask if mask.shape == original_hw else _resample_mask(mask, *original_hw)
+    if not united.any():
+        raise ImageError(mask_paths[0], "marks no pixel as defective")
+    return united
+
+
+def _turned_as(image_path: Path, path: Path, mask: np.ndarray) -> np.ndarray:
+    """The mask of a photograph as its camera stored it, turned by the EXIF orientation of that."""
+    from PIL import Image
+
+    with Image.open(image_path) as image:
+        orientation = image.getexif().get(0x0112)
+    turned = {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}
+    if orientation not in turned:
+        raise ImageError(path, f"is {mask.shape[1]} x {mask.shape[0]} px and lies across its image; expected {mask.shape[0]} x {mask.shape[1]}")
+    return turned[orientation]
 
 
 def _read_bytes(path: str | Path) -> bytes:
@@ -178,12 +222,16 @@ def _to_rgb(image) -> np.ndarray:
     """A loaded Pillow image of any mode -> uint8 H x W x 3."""
     if image.mode.startswith("I") or image.mode == "F":
         return np.repeat(_to_8_bits(np.asarray(image), image.mode)[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _has_alpha(image):
         from PIL import Image
 
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _has_alpha(image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
@@ -245,16 +293,8 @@ def _resample_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return _resample(kept.astype(np.uint8), height, width, cv2.INTER_NEAREST) > 0
 
 
-def fit_mask(mask: np.ndarray, image_size: int, resize: str, original_hw: tuple[int, int] | None = None) -> np.ndarray:
-    """bool H x W -> bool as ``fit_image`` sizes the image, without losing thin defects.
-
-    Args:
-        mask: true where defective.
-        image_size, resize: as for ``fit_image``.
-        original_hw: size of the image the mask belongs to, when the mask may have another one.
-    """
-    if original_hw is not None and tuple(original_hw) != mask.shape:
-        mask = _resample_mask(mask, *original_hw)
+def fit_mask(mask: np.ndarray, image_size: int, resize: str) -> np.ndarray:
+    """A mask of an image's own size, bool H x W, true where defective -> bool as ``fit_image`` sizes the image, without losing thin defects."""
     if resize == "tile":
         return _resample_mask(mask, *_tiled_size(*mask.shape, image_size))
     top, left, height, width = _fit_box(*mask.shape, image_size, resize)
@@ -454,10 +494,7 @@ def _expand(given: str | Path) -> list[Path]:
 class MVTecItem(NamedTuple):
     path: Path
     category: str
-    mask_path: Path | None
-
-
-
+    mask_paths: tuple[Path, ...]  # which together mark its defects; none for a good image, or where there are none
 
 
 class MVTecFolder:
@@ -467,7 +504,7 @@ class MVTecFolder:
         root: its folder.
         flat: true for one folder of good images without train/ and test/.
         train_good: the good training images.
-        test: MVTecItem(path, category, mask_path or None), sorted by category and path.
+        test: MVTecItem(path, category, mask_paths), sorted by category and path.
         categories: names of the test folders that hold images, "good" first.
         warnings: sentences on what looks wrong but does not stop the work.
 
@@ -513,12 +550,14 @@ class MVTecFolder:
         items = []
         for folder in folders:
             images = _images_under(folder)
-            masks = {} if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
-            items += [MVTecItem(path, folder.name, masks.get(path)) for path in images]
+            masks, others = ({}, []) if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
+            items += [MVTecItem(path, folder.name, masks.get(path, ())) for path in images]
             if not images:
                 self.warnings.append(f"{folder} holds no images.")
-        if any(item.mask_path for item in items):
-            unmasked = [item for item in items if item.category != "good" and item.mask_path is None]
+            elif others:
+                self.warnings.append(f"ground_truth/{folder.name} holds {len(others)} mask(s) that are named after no image of test/{folder.name}, or after several ({self.relative(others[0])}{', ...' if len(others) > 1 else ''}); they are left out.")
+        if any(item.mask_paths for item in items):
+            unmasked = [item for item in items if item.category != "good" and not item.mask_paths]
             self.warnings += [f"{self.relative(item.path)} has no mask in ground_truth/{item.category}; it is left out of pixel metrics." for item in unmasked]
         return items
 
@@ -527,44 +566,58 @@ class MVTecFolder:
         return Path(path).relative_to(self.root).as_posix()
 
 
-def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> dict[Path, Path]:
-    """The mask of each image: <stem>_mask, <stem>, or <stem> with another ending; the same sub-folder first."""
-    masks = _images_under(mask_folder)
-    by_stem: dict[str, list[Path]] = {}
-    for mask in masks:
-        by_stem.setdefault(mask.stem, []).append(mask)
-    found = {}
+def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
+    """The masks of each image, and those that belong to none.
+
+    A mask is called <stem>_mask, or that with an ending (an image may have several), <stem>, or <stem> with another ending,
+    or anything in a folder <stem>; of these kinds, an image takes the first that there is.
+    """
+    named: dict[str, list[Path]] = {}
     for image in images:
-        places = mask_folder / image.parent.relative_to(folder)
-        named = by_stem.get(f"{image.stem}_mask", []) + by_stem.get(image.stem, [])
-        beside = [mask for mask in named if mask.parent == places]
-        if beside or named:
-            found[image] = (beside or named)[0]
-    free = [mask for mask in masks if mask not in set(found.values())]
-    # longest names first: 1_2_gt belongs to image 1_2 and not to image 1
-    for image in sorted((image for image in images if image not in found), key=lambda image: -len(image.stem)):
-        named = [mask for mask in free if mask.stem.startswith((f"{image.stem}_", f"{image.stem}-", f"{image.stem}."))]
-        if named:
-            found[image] = named[0]
-            free.remove(named[0])
-    return found
+        named.setdefault(image.stem, []).append(image.relative_to(folder))
+    found: dict[Path, dict[int, list[Path]]] = {}
+    masks = _images_under(mask_folder)
+    for mask in masks:
+        image, kind = _image_of(mask.relative_to(mask_folder), named, {image.parent.relative_to(folder) for image in images})
+        if image:
+            found.setdefault(folder / image, {}).setdefault(kind, []).append(mask)
+    taken = {image: tuple(kinds[min(kinds)]) for image, kinds in found.items()}
+    return taken, sorted(set(masks).difference(*taken.values()))
+
+
+def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tuple[Path | None, int]:
+    """The one image that a mask is named after, and how (0 surely, 1 by the bare stem, 2 by another ending); all paths are relative.
+
+    In a sub-folder that the images have too, it can only be an image there; the longest name counts: 1_2_gt belongs to image 1_2, not to image 1.
+    """
+    home = next((place for place in mask.parents if place in places and place != Path()), None)
+    if mask.parent not in places:
+        whole = [image for image in named.get(mask.parent.name, []) if image.parent == mask.parent.parent]
+        if whole:
+            return (whole[0], 0) if len(whole) == 1 else (None, 0)
+    for length in range(len(mask.stem), 0, -1):
+        ending = mask.stem[length:]
+        near = [image for image in named.get(mask.stem[:length], []) if home in (None, image.parent)]
+        if near and ending[:1] in ("", "_", "-", "."):
+            here = [image for image in near if image.parent == Path()] or near
+            return here[0] if len(here) == 1 else None, 0 if ending.startswith("_mask") else 2 if ending else 1
+    return None, 0
 
 
 def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None]) -> np.ndarray | None:
     """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
 
-    A mask that cannot be read is none either; ``warn`` is told so.
+    Masks that ``read_defects`` refuses are none either; ``warn`` is told so.
     """
     if item.category == "good":
         return np.zeros(map_hw, bool)
-    if item.mask_path is None:
+    if not item.mask_paths:
         return None
     try:
-        mask = read_mask(item.mask_path)
+        return fit_mask(read_defects(item.mask_paths, item.path), image_size, resize)
     except ImageError as error:
         warn(f"{error} Its image is left out of pixel metrics.")
         return None
-    return fit_mask(mask, image_size, resize, map_hw if resize == "tile" else None)
 
 
 def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
@@ -866,13 +919,13 @@ SAVE_REPORT_EVERY = 200  # files: an interrupted run repeats at most so many
 
 @dataclass(frozen=True)
 class _Job:
-    source: Path
+    sources: tuple[Path, ...]  # an image, or all masks of one
     output: str  # below the destination, forward slashes
-    image: Path | None = None  # for a mask: the image that it belongs to
+    image: Path | None = None  # for masks: the image that they belong to
 
     def signature(self) -> list:
         """What must be unchanged for the output to be still right."""
-        return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in (self.source, self.image) if path]
+        return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in (*self.sources, self.image) if path]
 
 
 def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> dict:
@@ -938,11 +991,11 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
     folder = MVTecFolder(source)
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
     outputs = _unique_outputs(placed)
-    jobs = [_Job(path, output) for path, output in outputs.items()]
+    jobs = [_Job((path,), output) for path, output in outputs.items()]
     for item in folder.test:
-        if item.mask_path:
+        if item.mask_paths:
             below = outputs[item.path].removeprefix("test/").removesuffix(".png")
-            jobs.append(_Job(item.mask_path, f"ground_truth/{below}_mask.png", item.path))
+            jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path))
     return jobs, folder.warnings
 
 
@@ -983,26 +1036,23 @@ def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
 
 def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: dict) -> dict:
     """Write one output unless it is still right; the row for the report."""
-    row = {"source": str(job.source), "output": job.output}
+    row = {"source": str(job.sources[0]), "output": job.output}
     try:
         signature = job.signature()
         if valid.get(job.output, {}).get("signature") == signature and (out / job.output).is_file():
             return valid[job.output]
         if job.image:
-            pixels = _fitted_mask(job, settings)
+            pixels = fit_mask(read_defects(job.sources, job.image), settings.image_size, settings.resize).astype(np.uint8) * 255
         else:
-            pixels = fit_image(read_image(job.source), settings.image_size, settings.resize)
+            pixels = fit_image(read_image(job.sources[0]), settings.image_size, settings.resize)
     except ImageError as error:
-        return {**row, "reason": error.reason if Path(error.args[0]) == job.source else f"belongs to an image that {error.reason}"}
+        if job.image and Path(error.args[0]) == job.image:
+            return {**row, "reason": f"belongs to an image that {error.reason}"}
+        return {**row, "source": error.args[0], "reason": error.reason}
     except FileNotFoundError:
         return {**row, "reason": "is gone"}
     write_png(out / job.output, pixels)
     return {**row, "signature": signature}
-
-
-def _fitted_mask(job: _Job, settings: config.PreprocessSettings) -> np.ndarray:
-    original_hw = read_image(job.image).shape[:2]
-    return fit_mask(read_mask(job.source), settings.image_size, settings.resize, original_hw).astype(np.uint8) * 255
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

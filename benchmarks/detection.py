@@ -172,14 +172,12 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
         link(path, folder / "train" / "good" / source.relative(path))
     for item in source.test:
         if item.path not in hidden:
-            for path in filter(None, (item.path, item.mask_path)):
+            for path in (item.path, *item.mask_paths):
                 link(path, folder / source.relative(path))
     return str(folder)
 
 
 def link(source: Path, target: Path) -> None:
-    if target.is_symlink() or target.exists():
-        return  # a mask that two images share
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.symlink_to(source.resolve())

@@ -84,7 +84,7 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     assert len(found.train_good) == 4 and len(hidden) == 1
     assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {item.path.resolve() for item in found.test}
     assert {path.resolve() for path in found.train_good if path not in hidden} <= {path.resolve() for path in before.train_good}
-    assert sum(item.mask_path is not None for item in found.test) >= 3
+    assert sum(item.mask_paths != () for item in found.test) >= 3
     assert (parts / "test" / "scratch" / "000.png").read_bytes() == original
     assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
     with pytest.raises(config.InputError, match="good training images; 900 were asked for"):

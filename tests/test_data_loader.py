@@ -269,12 +269,33 @@ def test_mask_stays_binary_and_thin_defects_survive():
     assert dl.fit_mask(mask, 1024, "stretch").sum() == 4 * mask.sum()
 
 
-def test_mask_of_another_size_is_laid_over_its_image():
-    mask = np.zeros((24, 32), bool)
-    mask[6:12, 8:16] = True
-    large = np.kron(mask, np.ones((4, 4), bool))
+def truth_of(image, masks, resize="letterbox"):
+    """Ground truth at 64 px of an image with these masks, and what is warned of."""
+    warnings = []
+    return dl.read_truth(dl.MVTecItem(image, "scratch", tuple(masks)), 64, resize, (64, 64), warnings.append), warnings
+
+
+def test_mask_of_another_size_is_laid_over_its_image(tmp_path):
+    mask = np.zeros((24, 24), bool)  # as wide as high, its image is not
+    mask[6:12, 6:12] = True
+    image, path = save(tmp_path / "0.png", picture(96, 192)), save(tmp_path / "0_mask.png", mask)
+    large = np.kron(mask, np.ones((4, 8), bool))
     for resize in ("stretch", "letterbox"):
-        assert np.array_equal(dl.fit_mask(mask, 64, resize, (96, 128)), dl.fit_mask(large, 64, resize))
+        assert np.array_equal(truth_of(image, [path], resize)[0], dl.fit_mask(large, 64, resize))
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(5, lambda m: m.T), (6, lambda m: np.rot90(m, -1)), (7, lambda m: np.rot90(m, 2).T), (8, np.rot90)])
+def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientation, turn):
+    exif, mask = Image.Exif(), np.zeros((48, 64), bool)
+    exif[0x0112] = orientation
+    mask[4:16, 4:24] = True
+    image, path = save(tmp_path / "0.jpg", exif=exif), save(tmp_path / "0_mask.png", mask)
+    found, warnings = truth_of(image, [path])
+    assert np.array_equal(found, dl.fit_mask(turn(mask), 64, "letterbox")) and not warnings
+    found, warnings = truth_of(image, [save(tmp_path / "1_mask.png", turn(mask))])
+    assert np.array_equal(found, dl.fit_mask(turn(mask), 64, "letterbox")) and not warnings
+    found, warnings = truth_of(save(tmp_path / "upright.png"), [save(tmp_path / "2_mask.png", turn(mask))])
+    assert found is None and len(warnings) == 1 and "2_mask.png is 48 x 64 px and lies across its image; expected 64 x 48." in warnings[0]
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox"])
@@ -387,7 +408,7 @@ def test_mvtec_layout(tmp_path):
     data = dl.MVTecFolder(make_set(tmp_path))
     assert len(data.train_good) == 6 and data.categories == ["good", "scratch"] and not data.flat and not data.warnings
     assert [item.category for item in data.test] == ["good"] * 2 + ["scratch"] * 2
-    assert [item.mask_path and item.mask_path.name for item in data.test] == [None, None, "000_mask.png", "001_mask.png"]
+    assert [[path.name for path in item.mask_paths] for item in data.test] == [[], [], ["000_mask.png"], ["001_mask.png"]]
     assert data.relative(data.test[2].path) == "test/scratch/000.png"
 
 
@@ -398,8 +419,8 @@ def test_mask_names(tmp_path, name):
         save(tmp_path / "test" / "scratch" / f"{stem}.png")
         save_mask(tmp_path / "ground_truth" / "scratch" / name.format(stem))
     data = dl.MVTecFolder(tmp_path)
-    found = {item.path.stem: item.mask_path for item in data.test if item.category == "scratch"}
-    assert found == {stem: tmp_path / "ground_truth" / "scratch" / name.format(stem) for stem in found} and len(found) == 4
+    found = {item.path.stem: item.mask_paths for item in data.test if item.category == "scratch"}
+    assert found == {stem: (tmp_path / "ground_truth" / "scratch" / name.format(stem),) for stem in found} and len(found) == 4
 
 
 def test_masks_prefer_the_same_sub_folder(tmp_path):
@@ -408,17 +429,54 @@ def test_masks_prefer_the_same_sub_folder(tmp_path):
         save(tmp_path / "test" / "dent" / side / "000.png")
         save_mask(tmp_path / "ground_truth" / "dent" / side / "000_mask.png")
     for item in dl.MVTecFolder(tmp_path).test:
-        assert item.mask_path.parent.name == item.path.parent.name
+        assert [path.parent.name for path in item.mask_paths] == [item.path.parent.name]
+
+
+def masks_of(root):
+    """Image below test/ -> its masks below ground_truth/, and the warnings."""
+    data = dl.MVTecFolder(root)
+    return {data.relative(item.path)[5:]: [data.relative(path)[13:] for path in item.mask_paths] for item in data.test}, data.warnings
+
+
+def test_a_mask_in_a_sub_folder_is_no_mask_of_another_sub_folder(tmp_path):
+    make_set(tmp_path, masks=False, n_test=0)
+    for side in ("left", "right"):
+        save(tmp_path / "test" / "dent" / side / "000.png")
+    save_mask(tmp_path / "ground_truth" / "dent" / "left" / "000_mask.png")
+    found, warnings = masks_of(tmp_path)
+    assert found == {"dent/left/000.png": ["dent/left/000_mask.png"], "dent/right/000.png": []}
+    assert len(warnings) == 1 and "test/dent/right/000.png has no mask" in warnings[0]
+    save_mask(tmp_path / "ground_truth" / "dent" / "000_mask.png")  # of which of the two?
+    assert masks_of(tmp_path)[0] == found and "(ground_truth/dent/000_mask.png)" in masks_of(tmp_path)[1][0]
+
+
+@pytest.mark.parametrize("names", [("000_mask_1.png", "000_mask_2.png"), ("000/000.png", "000/001.png"), ("000_a.png", "000_b.png")])
+def test_several_masks_of_one_image_are_united_and_given_to_no_other(tmp_path, names):
+    make_set(tmp_path, n_test=3, masks=False)
+    for place, name in zip((slice(4, 8), slice(20, 24)), names, strict=True):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[place, 4:8] = 255
+        save(tmp_path / "ground_truth" / "scratch" / name, mask)
+    save_mask(tmp_path / "ground_truth" / "scratch" / "002_mask.png")
+    save_mask(tmp_path / "ground_truth" / "scratch" / "002_3_mask.png")  # of an image that is gone
+    found, warnings = masks_of(tmp_path)
+    assert found["scratch/000.png"] == [f"scratch/{name}" for name in names]
+    assert found["scratch/001.png"] == [] and found["scratch/002.png"] == ["scratch/002_mask.png"]
+    assert "1 mask(s)" in warnings[0] and "002_3_mask.png" in warnings[0] and "named after no image" in warnings[0]
+    item = next(item for item in dl.MVTecFolder(tmp_path).test if item.mask_paths)
+    assert dl.read_defects(item.mask_paths, item.path).sum() == 2 * 4 * 4
+    prepare(tmp_path, tmp_path / "out")
+    assert masks_of(tmp_path / "out")[0]["scratch/000.png"] == ["scratch/000_mask.png"]
 
 
 def test_a_missing_mask_is_listed_and_none_at_all_is_fine(tmp_path):
     make_set(tmp_path / "some")
     (tmp_path / "some" / "ground_truth" / "scratch" / "001_mask.png").unlink()
     data = dl.MVTecFolder(tmp_path / "some")
-    assert data.test[-1].mask_path is None and data.test[-2].mask_path is not None
+    assert not data.test[-1].mask_paths and data.test[-2].mask_paths
     assert len(data.warnings) == 1 and "test/scratch/001.png has no mask" in data.warnings[0]
     none = dl.MVTecFolder(make_set(tmp_path / "none", masks=False))
-    assert not none.warnings and all(item.mask_path is None for item in none.test)
+    assert not none.warnings and not any(item.mask_paths for item in none.test)
 
 
 def test_a_test_folder_without_defects_or_without_test(tmp_path):
@@ -462,6 +520,27 @@ def test_masks_of_any_coding(tmp_path, values, suffix, expected):
     mask[8:16, 8:24] = values[1]
     read = dl.read_mask(save(tmp_path / f"mask.{suffix}", mask))
     assert read.dtype == bool and np.array_equal(read, mask == expected)
+
+
+def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
+    marked = np.zeros((32, 32), bool)
+    marked[8:16, 8:24] = True
+    drawn = np.dstack([np.full((32, 32, 3), 200, np.uint8), np.where(marked, 255, 0).astype(np.uint8)])
+    assert np.array_equal(dl.read_mask(save(tmp_path / "float.tif", marked * np.float32(0.9))), marked)
+    assert np.array_equal(dl.read_mask(save(tmp_path / "alpha.png", drawn)), marked)
+    opaque = np.dstack([np.where(marked, 255, 0).astype(np.uint8)] * 3 + [np.full((32, 32), 255, np.uint8)])
+    assert np.array_equal(dl.read_mask(save(tmp_path / "opaque.png", opaque)), marked)
+    assert not dl.read_mask(save(tmp_path / "black.png", opaque * np.array([0, 0, 0, 1], np.uint8))).any()
+
+
+def test_a_mask_that_marks_nothing_is_none(tmp_path):
+    make_set(tmp_path / "raw")
+    save(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", np.zeros((48, 64), np.uint8))
+    item = dl.MVTecFolder(tmp_path / "raw").test[2]
+    found, warnings = truth_of(item.path, item.mask_paths)
+    assert found is None and len(warnings) == 1 and "000_mask.png marks no pixel as defective. Its image is left out" in warnings[0]
+    report = prepare(tmp_path / "raw", tmp_path / "out")
+    assert [row["reason"] for row in report["skipped"]] == ["marks no pixel as defective"] and report["counts"]["ground_truth/scratch"] == 1
 
 
 def test_an_almost_black_jpeg_mask_is_empty(tmp_path):
@@ -661,7 +740,7 @@ def test_preprocess_writes_the_layout(tmp_path):
     data = dl.MVTecFolder(tmp_path / "out")
     assert len(data.train_good) == 6 and len(data.test) == 4
     assert np.array_equal(dl.read_image(data.train_good[1]), dl.fit_image(picture(seed=1), 64, "stretch"))
-    masks = [dl.read_mask(item.mask_path) for item in data.test if item.mask_path]
+    masks = [dl.read_defects(item.mask_paths, item.path) for item in data.test if item.mask_paths]
     expected = np.zeros((64, 64), bool)
     expected[16:32, 16:32] = True
     assert len(masks) == 2 and all(np.array_equal(mask, expected) for mask in masks)
@@ -711,14 +790,15 @@ def test_same_stems_lose_nothing(tmp_path):
     raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
     save(raw / "train" / "good" / "000.bmp", picture(seed=9))
     save(raw / "train" / "good" / "000_png.bmp", picture(seed=10))
-    save(raw / "test" / "scratch" / "000.bmp", picture(seed=11))
+    save(raw / "test" / "scratch" / "001_png.bmp", picture(seed=11))
+    save(raw / "test" / "scratch" / "001.bmp", picture(seed=12))
     report = prepare(raw, out)
-    assert report["counts"]["train/good"] == 8 and report["counts"]["test/scratch"] == 3
+    assert report["counts"]["train/good"] == 8 and report["counts"]["test/scratch"] == 4
     outputs = [row["output"] for row in report["kept"]]
     assert len(set(outputs)) == len(outputs) == len(stamps(out))
     assert np.array_equal(dl.read_image(out / "train" / "good" / "000_bmp.png"), dl.fit_image(picture(seed=9), 64, "stretch"))
     data = dl.MVTecFolder(out)
-    assert all(item.mask_path for item in data.test if item.category == "scratch")
+    assert [item.path.stem for item in data.test if item.mask_paths] == ["000"]  # whose mask is that of the two images 001?
 
 
 def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
@@ -797,17 +877,17 @@ def test_demo_layout_and_masks(demo):
     for item in data.test:
         assert dl.read_image(item.path).shape == (128, 128, 3)
         if item.category != "good":
-            assert 0.004 < dl.read_mask(item.mask_path).mean() < 0.06
+            assert 0.004 < dl.read_defects(item.mask_paths, item.path).mean() < 0.06
 
 
 def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
     photographs = dl._demo_photographs()
     borders = [round(dl.DEMO_SPLIT * photograph.shape[1]) for photograph in photographs]
     data = dl.MVTecFolder(demo)
-    cases = [(path, None, True) for path in data.train_good[:3]] + [(item.path, item.mask_path, False) for item in data.test[::7]]
-    for path, mask_path, train in cases:
+    cases = [(path, (), True) for path in data.train_good[:3]] + [(item.path, item.mask_paths, False) for item in data.test[::7]]
+    for path, mask_paths, train in cases:
         crop, which = dl.read_image(path), int(path.stem) % 3
-        outside = np.ones((128, 128), np.uint8) if mask_path is None else (~dl.read_mask(mask_path)).astype(np.uint8)
+        outside = (~dl.read_defects(mask_paths, path)).astype(np.uint8) if mask_paths else np.ones((128, 128), np.uint8)
         places = []
         for view in (crop, crop[:, ::-1]):
             keep = outside if view is crop else outside[:, ::-1]
@@ -852,7 +932,7 @@ def test_demo_without_photographs_is_said(tmp_path, monkeypatch):
 def test_real_data():
     data = dl.MVTecFolder(REAL)
     assert len(data.train_good) == 110 and data.categories == ["good", "defective_painting", "scratches"]
-    assert sum(item.mask_path is not None for item in data.test) == 30 and not data.warnings
+    assert sum(len(item.mask_paths) for item in data.test) == 30 and not data.warnings
     for item in data.test:
-        if item.mask_path:
-            assert dl.fit_mask(dl.read_mask(item.mask_path), 128, "stretch").any(), "the smallest defect survives at 128 px"
+        if item.mask_paths:
+            assert dl.fit_mask(dl.read_defects(item.mask_paths, item.path), 128, "stretch").any(), "the smallest defect survives at 128 px"
