@@ -383,13 +383,13 @@ def _empty_tensor(image_size: int) -> torch.Tensor:
     return to_tensor(np.zeros((0, image_size, image_size, 3), np.uint8))
 
 
-def load_images(paths: Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
-    """Every readable image as one tensor, in order, with the list of those skipped.
+def load_images(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
+    """Every readable image as one tensor, in order, with the list of those skipped; of one path, a folder or a glob what ``find_images`` finds.
 
     For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path is repeated.
     """
     images, kept, errors = [], [], []
-    for path, result in _read_all(paths, image_size, resize):
+    for path, result in _read_all(find_images(paths) if isinstance(paths, (str, Path)) else paths, image_size, resize):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
         else:
@@ -849,6 +849,7 @@ def make_demo(root: str | Path = "data/demo_textures") -> Path:
         raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
     photographs = _demo_photographs()
     rng = np.random.default_rng(DEMO_VERSION)
+    _write_bytes(root / "demo.json", json.dumps({**marker, "unfinished": True}).encode())
     for folder, count in DEMO_COUNTS.items():
         for i in range(count):
             crop = _demo_crop(photographs[i % len(photographs)], folder.startswith("train"), rng)
@@ -989,6 +990,8 @@ def _make_folder(folder: Path) -> None:
 def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[str]]:
     """Which file becomes which: images first, then the masks named after them."""
     folder = MVTecFolder(source)
+    if settings.bad_dir:
+        _check_bad_dir(Path(settings.bad_dir), folder)
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
     outputs = _unique_outputs(placed)
     jobs = [_Job((path,), output) for path, output in outputs.items()]
@@ -997,6 +1000,15 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
             below = outputs[item.path].removeprefix("test/").removesuffix(".png")
             jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path))
     return jobs, folder.warnings
+
+
+def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:
+    if not folder.flat:
+        raise config.UsageError(f"The source folder {folder.root} is in the MVTec layout, with its defective images in test/; expected a flat one with --bad-dir.")
+    if not bad_dir.is_dir():
+        raise config.InputError(f"The folder of defective images {bad_dir} does not exist.")
+    if folder.root.resolve().is_relative_to(bad_dir.resolve()):
+        raise config.InputError(f"The folder of defective images {bad_dir} holds the good ones of {folder.root} too; expected a folder of defective ones alone.")
 
 
 def _place_mvtec(folder: MVTecFolder) -> dict[Path, str]:
@@ -1010,8 +1022,6 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
     test = set(np.random.default_rng(settings.seed).permutation(len(good))[:n_test].tolist())
     placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
     bad_dir = Path(settings.bad_dir)
-    if settings.bad_dir and not bad_dir.is_dir():
-        raise config.InputError(f"The folder of defective images {bad_dir} does not exist.")
     for path in _images_under(bad_dir) if settings.bad_dir else []:
         placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
     return placed

@@ -343,6 +343,14 @@ def test_one_bad_file_never_costs_the_rest(tmp_path):
     assert dl.assert_images(images) is images
 
 
+def test_one_path_or_folder_is_loaded_like_a_list_of_them(tmp_path):
+    paths = [save(tmp_path / "deep er" / f"{i}.png", picture(seed=i)) for i in range(3)]
+    for given in (tmp_path, str(tmp_path), str(tmp_path / "*" / "*.png")):
+        images, kept, errors = dl.load_images(given, 64)
+        assert kept == paths and not errors and torch.equal(images, dl.load_images(paths, 64).images)
+    assert dl.load_images(paths[1], 64).paths == paths[1:2]
+
+
 def test_batches_are_complete_ordered_and_equal_to_loading_at_once(tmp_path):
     paths = [save(tmp_path / f"{i:02d}.png", picture(40 + i, 60, seed=i)) for i in range(11)]
     for name in ("00a", "03a", "99a"):
@@ -815,6 +823,19 @@ def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "absent"))
 
 
+def test_defective_images_beside_a_flat_source_are_a_folder_of_their_own(tmp_path):
+    flat = tmp_path / "all" / "good"
+    for i in range(5):
+        save(flat / f"{i}.png", picture(seed=i))
+    for bad_dir in (flat, flat / ".." / "good", tmp_path / "all"):
+        with pytest.raises(config.InputError, match="holds the good ones"):
+            prepare(flat, tmp_path / "out", bad_dir=str(bad_dir))
+    save(flat / "bad" / "0.png")
+    assert prepare(flat, tmp_path / "out", bad_dir=str(flat / "bad"))["counts"]["test/defective"] == 1
+    with pytest.raises(config.UsageError, match="expected a flat one with --bad-dir"):
+        prepare(make_set(tmp_path / "raw"), tmp_path / "other", bad_dir=str(flat / "bad"))
+
+
 def test_preprocess_refuses_bad_places(tmp_path):
     raw = make_set(tmp_path / "raw")
     for out in (raw, raw / "sub" / "..", raw / "train" / "good", raw / "test" / "x"):
@@ -910,6 +931,23 @@ def test_demo_is_the_same_everywhere_and_written_once(demo, tmp_path):
     (tmp_path / "again" / "demo.json").write_text('{"demo_version": 0}')
     (tmp_path / "again" / "train" / "good" / "000.png").unlink()
     assert contents(dl.make_demo(tmp_path / "again")) == contents(demo), "an older demo is written anew"
+
+
+def test_an_interrupted_demo_is_written_anew(demo, tmp_path, monkeypatch):
+    written = []
+
+    def interrupted(path, pixels):
+        written.append(path)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dl, "write_png", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dl.make_demo(tmp_path / "demo")
+    assert contents(dl.make_demo(tmp_path / "demo")) == contents(demo)
 
 
 def test_demo_leaves_foreign_folders_alone(tmp_path):
