@@ -39,8 +39,7 @@ def main(settings: config.ClassifySettings) -> None:
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
         if not detector.calibration.promised:
-            n = len(detector.calibration.good_scores)
-            print(f"warning: {n} calibration scores promise {1 / (n + 1):.1%} false alarms at best, not {settings.target_false_alarms:.1%}.", file=sys.stderr)
+            print(f"warning: {detector.calibration.describe()}", file=sys.stderr)
     out = Path(settings.output_dir) / "classification_results"
     paths = data_loader.find_images(settings.images, [out])
     counts = {"good": 0, "defective": 0, "error": 0}

@@ -40,6 +40,8 @@ from vae_model import (
 )
 
 TILES_AT_ONCE = 8
+SIDE_MULTIPLE_PX = 32
+"""Sides that the model takes: it halves them five times."""
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
 N_FENCED = 8
@@ -246,6 +248,18 @@ class Calibration:
         threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
         return replace(self, alpha=alpha, threshold=threshold, promised=promised and self.exchangeable)
 
+    def describe(self) -> str:
+        """The threshold and what it promises, in a sentence."""
+        n = len(self.good_scores)
+        if not self.exchangeable:
+            return f"threshold {self.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
+        if self.promised:
+            return f"threshold {self.threshold:.3f}: at most {self.alpha:.1%} false alarms, from {n} held-out good images."
+        return (
+            f"threshold {self.threshold:.3f}: {n} held-out good images are too few to promise {self.alpha:.1%} false alarms; "
+            f"the largest good score is the threshold, which promises {1 / (n + 1):.1%}."
+        )
+
 
 # ------------------------------------------------------------------------------------------- detection
 
@@ -374,11 +388,14 @@ class Detector:
                 come from pixels; a good one then takes half the time.
 
         Raises:
-            ValueError: the images are of another type, shape or value range.
+            ValueError: the images are of another type, shape, size or value range.
         """
         assert_images(images)
         if self.resize == "tile":
             return [self._detect_whole(image, thorough) for image in images]
+        if any(side % SIDE_MULTIPLE_PX for side in images.shape[2:]):
+            size = f"{self.image_size} x {self.image_size}"
+            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other multiples of {SIDE_MULTIPLE_PX} (see data_loader.fit_image).")
         output = self.describe(images, self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
         judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]

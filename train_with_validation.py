@@ -88,7 +88,7 @@ def main(settings: config.TrainSettings) -> None:
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
         print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
-    print(describe_calibration(detector.calibration))
+    print(detector.calibration.describe())
     warn(odd_images(run, detector))
 
 
@@ -357,18 +357,6 @@ def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
             if each.score > calibration.outer_fence:
                 sentences.append(f"{path} scores {each.score:.2f}, far above the other held-out good images (half of them score below {statistics.median(calibration.good_scores):.2f}); {advice}")
     return sentences
-
-
-def describe_calibration(calibration: defect_maps.Calibration) -> str:
-    n = len(calibration.good_scores)
-    if not calibration.exchangeable:
-        return f"threshold {calibration.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
-    if calibration.promised:
-        return f"threshold {calibration.threshold:.3f}: at most {calibration.alpha:.1%} false alarms, from {n} held-out good images."
-    return (
-        f"threshold {calibration.threshold:.3f}: {n} held-out good images are too few to promise {calibration.alpha:.1%} false alarms; "
-        f"the largest good score is the threshold, which promises {1 / (n + 1):.1%}."
-    )
 
 
 if __name__ == "__main__":

@@ -180,6 +180,14 @@ def test_a_detector_refuses_images_of_another_range(make_model):
         detector_of(make_model("none")).detect(255 * good_images(2, seed=6))
 
 
+@pytest.mark.parametrize("size", [(80, 64), (64, 100), (16, 16)])
+def test_a_detector_names_the_size_that_it_expects(make_model, size):
+    detector = detector_of(make_model("none"))
+    with pytest.raises(ValueError, match=f"images are {size[0]} x {size[1]}; expected 64 x 64"):
+        detector.detect(torch.rand(1, 3, *size))
+    assert len(detector.detect(torch.rand(1, 3, 64, 96))) == 1
+
+
 def test_bfloat16_moves_maps_by_little_and_what_is_said_is_float32(make_model):
     maps = ALL.replace(map_perceptual=0.0, map_bank=1.0, map_nearest=1.0)
     full = detector_of(make_model("efficientnet_lite0", segmentation=True), maps)

@@ -144,7 +144,7 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
         assert odd not in run.training.paths + run.held_paths and len(run.training.paths + run.held_paths) == 12
         assert f"{odd} is left out" in capsys.readouterr().err
         calibration = train_stage.calibrated_detector(run).calibration
-        assert not calibration.promised and not calibration.at(0.5).promised and "no rate of false alarms is promised" in train_stage.describe_calibration(calibration)
+        assert not calibration.promised and not calibration.at(0.5).promised and "no rate of false alarms is promised" in calibration.describe()
         assert odd in (whole := train_stage.prepare(settings.replace(trim_frac=0.0))).training.paths + whole.held_paths
         with pytest.raises(config.UsageError, match="no --backbone none with --trim-frac"):
             train_stage.prepare(settings.replace(backbone="none"))
@@ -233,6 +233,15 @@ def test_overlays_of_an_earlier_run_are_no_images(trained, tmp_path):
         classify_images.main(config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), target_false_alarms=0.5))
         assert len((tmp_path / "classification_results" / "results.csv").read_text().splitlines()) == 2
     assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 1
+
+
+def test_a_model_of_trimmed_images_promises_no_rate_at_another_threshold_either(data, trained, tmp_path, capsys):
+    contents = torch.load(trained / "models" / "best_model.pth", weights_only=True)
+    contents["calibration"]["exchangeable"] = contents["calibration"]["promised"] = False
+    torch.save(contents, tmp_path / "trimmed.pth")
+    classify_images.main(config.ClassifySettings(images=(str(data / "test" / "good"),), model=str(tmp_path / "trimmed.pth"), output_dir=str(tmp_path), target_false_alarms=0.4))
+    said = capsys.readouterr().err
+    assert "with --trim-frac no rate of false alarms is promised." in said and "at best" not in said
 
 
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
