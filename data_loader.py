@@ -575,10 +575,11 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[d
     named: dict[str, list[Path]] = {}
     for image in images:
         named.setdefault(image.stem, []).append(image.relative_to(folder))
+    places = {image.parent for same in named.values() for image in same}
     found: dict[Path, dict[int, list[Path]]] = {}
     masks = _images_under(mask_folder)
     for mask in masks:
-        image, kind = _image_of(mask.relative_to(mask_folder), named, {image.parent.relative_to(folder) for image in images})
+        image, kind = _image_of(mask.relative_to(mask_folder), named, places)
         if image:
             found.setdefault(folder / image, {}).setdefault(kind, []).append(mask)
     taken = {image: tuple(kinds[min(kinds)]) for image, kinds in found.items()}
@@ -1097,6 +1098,12 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def preprocessed_by(root: str | Path) -> str:
+    """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", as its report has it; empty where there is none."""
+    made_with = read_json(Path(root) / REPORT_NAME).get("made_with")
+    return made_with.get("resize", "") if isinstance(made_with, dict) else ""
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:

@@ -80,7 +80,7 @@ def main(settings: config.TrainSettings) -> None:
         run = recalibrate(settings)
         print(f"weights of {settings.weights}, calibrated anew: {run.out / BEST}")
     else:
-        run = prepare(use_demo(settings) if not settings.data_dir else settings)
+        run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings), "resize" in settings.given))
         started = time.perf_counter()
         with engine.telling_what_is_kept(run, run.out / BEST):
             train(run)
@@ -100,6 +100,18 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
     preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
     return settings.with_preset(preset).replace(data_dir=str(root))
+
+
+def fitted_as_on_disk(settings: config.TrainSettings, given: bool) -> config.TrainSettings:
+    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were seen; a ``resize`` that was given stays."""
+    done = data_loader.preprocessed_by(settings.data_dir)
+    if settings.tile or done in ("", settings.resize):
+        return settings
+    if given:
+        warn([f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw images to be judged will look unlike them."])
+        return settings
+    print(f"The images in {settings.data_dir} were made square by {done}: so will be those to be judged.", file=sys.stderr)
+    return settings.replace(resize=done)
 
 
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
@@ -186,6 +198,8 @@ def train(run: Run) -> list[dict]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
+        if len(run.history) > run.epochs:
+            raise config.InputError(f"{run.out / LAST} has {len(run.history)} epochs behind it; expected --epochs of {len(run.history)} or more to resume, not {run.epochs}.")
     else:
         save_last(run, optimizer, scheduler)
     config.save(s.replace(resume=False), run.out / "models" / "config.yaml")
@@ -200,10 +214,11 @@ def train(run: Run) -> list[dict]:
                 line += check_in(run, epoch, optimizer, scheduler)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth", epoch)
-            if epoch % s.picture_every == 0 or epoch == run.epochs:
+            is_last = epoch == run.epochs or 0 < s.patience <= validations_in_vain(run)
+            if epoch % s.picture_every == 0 or is_last:
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
-            if s.patience and validations_in_vain(run) >= s.patience:
+            if is_last:
                 break
     if not run.best_epoch:
         raise engine.DivergedError("No validation loss was a finite number; no model is kept (try a lower --learning-rate).")

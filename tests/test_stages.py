@@ -336,10 +336,30 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
 def test_patience_counts_validations(data, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 4.0, 5.0, 1.0])
     monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
-    train(data, tmp_path, epochs=12, validate_every=2, patience=2)
+    train(data, tmp_path, epochs=12, validate_every=2, patience=2, picture_every=20)
     history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
     assert history["best_epoch"] == 4 and [row["epoch"] for row in history["epochs"]] == list(range(1, 9))
     assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == 4
+    assert [path.name for path in (tmp_path / "reconstructions" / "train").iterdir()] == ["epoch_8.png"]
+
+
+def test_fewer_epochs_than_done_are_refused_and_nothing_is_written(data, tmp_path):
+    train(data, tmp_path, epochs=2)
+    before = (tmp_path / "models" / "config.yaml").read_text()
+    with pytest.raises(config.InputError, match=r"last\.pth has 2 epochs behind it; expected --epochs of 2 or more"):
+        train(data, tmp_path, epochs=1, resume=True)
+    assert (tmp_path / "models" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("given", [(), ("--resize", "stretch")])
+def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tmp_path, capsys, given):
+    data_loader.preprocess(config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+    arguments = ["--data-dir", str(tmp_path / "set"), "--output-dir", str(tmp_path), *given, *flags({**TINY, "epochs": 1})]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "letterbox" in line]
+    assert len(said) == 1 and said[0].startswith("warning: ") == bool(given)
+    assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").resize == ("stretch" if given else "letterbox")
+    assert config.read_yaml(tmp_path / "models" / "config.yaml")["resize"] == ("stretch" if given else "letterbox")
 
 
 def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_path, monkeypatch, capsys):
