@@ -10,6 +10,7 @@ if __name__ == "__main__":
     config.answer_early(config.ClassifySettings, __doc__)
 
 import csv
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ import plots
 from defect_maps import Detection, Detector, load_detector
 
 __all__ = ["Classified", "classify", "classify_folder", "load_detector"]
+
+
+OVERLAY_NAME = re.compile(r"\d{5,}_.*\.jpg", re.DOTALL)
+"""What overlays are called: the number of the row, and the image's stem."""
 
 
 class Classified(NamedTuple):
@@ -45,6 +50,9 @@ def main(settings: config.ClassifySettings) -> None:
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    for path in (out / "overlays").glob("*.jpg"):
+        if OVERLAY_NAME.fullmatch(path.name):  # of an earlier table
+            path.unlink()
     with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])

@@ -53,6 +53,7 @@ def main(settings: config.DetailTestSettings) -> None:
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     out = Path(settings.output_dir) / "test_results"
+    remove_earlier(out)
     results = run_test(detector, folder, settings, out)
     write_scores(results, folder, out / "scores.csv")
     report = make_report(results, detector.calibration, settings)
@@ -134,6 +135,22 @@ def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item
         path = out / "maps" / item.category / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, detection.defect_map)
+
+
+def remove_earlier(out: Path) -> None:
+    """Remove the pictures and maps of the images in the table that an earlier run left, whichever way ``output_names`` called them."""
+    table = out / "scores.csv"
+    if not table.is_file():
+        return
+    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        tested = [Path(row.get("image") or "") for row in csv.DictReader(file)]
+    for image in tested:
+        if len(image.parts) < 3 or ".." in image.parts:  # not our table
+            continue
+        category, below = image.parts[1], Path(*image.parts[2:]).as_posix()
+        for name in (image.stem, below):
+            (out / category / f"{name}.png").unlink(missing_ok=True)
+            (out / "maps" / category / f"{name}.npy").unlink(missing_ok=True)
 
 
 def write_scores(results: Results, folder: data_loader.MVTecFolder, path: Path) -> None:

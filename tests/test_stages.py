@@ -244,6 +244,29 @@ def test_a_model_of_trimmed_images_promises_no_rate_at_another_threshold_either(
     assert "with --trim-frac no rate of false alarms is promised." in said and "at best" not in said
 
 
+def test_what_an_earlier_run_wrote_goes_and_nothing_else(data, trained, tmp_path):
+    model, first, second = str(trained / "models" / "best_model.pth"), make_data(tmp_path / "first"), make_data(tmp_path / "second")
+    (first / "test" / "scratch" / "003.png").rename(first / "test" / "scratch" / "old.png")
+    (first / "test" / "good" / "class1").mkdir()
+    for name in ("class1/000.png", "white.png"):
+        cv2.imwrite(str(first / "test" / "good" / name), np.full((64, 64, 3), 255, np.uint8))
+    kept = [tmp_path / name for name in ("test_results/scratch/mine.png", "test_results/notes.txt", "classification_results/overlays/mine.jpg")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    for root in (first, second):
+        test_stage.main(config.DetailTestSettings(data_dir=str(root), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True))
+        classify_images.main(config.ClassifySettings(images=(str(root / "test" / "good"),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5))
+    results = tmp_path / "test_results"
+    expected = {f"{kind}/{i:03d}" for kind in ("good", "scratch") for i in range(4)}
+    for folder, suffix, others in ((results, ".png", {"metrics/metrics_heatmap", "scratch/mine"}), (results / "maps", ".npy", set())):
+        assert {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{suffix}")} == expected | others
+    rows = list(csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8")))
+    called = {f"{number:05d}_{Path(row['image']).stem}.jpg" for number, row in enumerate(rows, 1) if row["label"] == "defective"}
+    assert {path.name for path in (tmp_path / "classification_results" / "overlays").iterdir()} == called | {"mine.jpg"}
+    assert all(path.exists() for path in kept)
+
+
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
