@@ -850,7 +850,7 @@ def make_demo(root: str | Path = "data/demo_textures") -> Path:
         raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
     photographs = _demo_photographs()
     rng = np.random.default_rng(DEMO_VERSION)
-    _write_bytes(root / "demo.json", json.dumps({**marker, "unfinished": True}).encode())
+    write_bytes(root / "demo.json", json.dumps({**marker, "unfinished": True}).encode())
     for folder, count in DEMO_COUNTS.items():
         for i in range(count):
             crop = _demo_crop(photographs[i % len(photographs)], folder.startswith("train"), rng)

@@ -148,7 +148,7 @@ def remove_earlier(out: Path) -> None:
         if len(image.parts) < 3 or ".." in image.parts:  # not our table
             continue
         category, below = image.parts[1], Path(*image.parts[2:]).as_posix()
-        for name in (image.stem, below):
+        for name in (data_loader.short_stem(image.stem), below):
             (out / category / f"{name}.png").unlink(missing_ok=True)
             (out / "maps" / category / f"{name}.npy").unlink(missing_ok=True)
 

@@ -733,7 +733,7 @@ def test_the_longest_file_names_are_written_too(tmp_path):
     dl.write_png(tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8))
     report = prepare(tmp_path / "raw", tmp_path / "out")
     assert len(report["kept"]) == 5 and not report["skipped"]
-    assert dl.MVTecFolder(tmp_path / "out").test[0].mask_path
+    assert dl.MVTecFolder(tmp_path / "out").test[0].mask_paths
 
 
 def test_preprocess_writes_the_layout(tmp_path):
