@@ -305,11 +305,16 @@ def fit_mask(mask: np.ndarray, image_size: int, resize: str) -> np.ndarray:
 
 def unfit_map(defect_map: np.ndarray, original_hw: tuple[int, int], resize: str) -> np.ndarray:
     """A float map as ``fit_image`` sizes the image -> float32 of the original height and width, bars cut off."""
+    inside = defect_map[picture_window(original_hw, defect_map.shape[0], resize)]
+    return _resample(np.ascontiguousarray(inside, dtype=np.float32), *original_hw)
+
+
+def picture_window(original_hw: tuple[int, int], image_size: int, resize: str) -> tuple[slice, slice]:
+    """Rows and columns that the image itself takes of what ``fit_image`` makes of it: all but grey bars."""
     if resize == "tile":
-        return _resample(np.ascontiguousarray(defect_map, dtype=np.float32), *original_hw)
-    top, left, height, width = _fit_box(*original_hw, defect_map.shape[0], resize)
-    inside = np.ascontiguousarray(defect_map[top : top + height, left : left + width], dtype=np.float32)
-    return _resample(inside, *original_hw)
+        return slice(None), slice(None)
+    top, left, height, width = _fit_box(*original_hw, image_size, resize)
+    return slice(top, top + height), slice(left, left + width)
 
 
 def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:

@@ -19,6 +19,7 @@ PEAK_LEVELS = 10  # a defect whose strongest pixel moved by less is drawn again
 CONTRAST_LEVELS = (12.0, 110.0)  # log-uniform: median about 36 levels, few strong ones
 ATTEMPTS = 6
 AREA_FRAC = (0.0002, 0.02)
+SMALLEST_SIDE_PX = 16
 SMALLEST_PX = 16.0
 """Area below which nothing is aimed at: on small images a smaller defect could not be told from noise."""
 
@@ -38,7 +39,7 @@ def draw_defect(
     """Draw one defect (now and then a group of two or three) anywhere on a copy of the image.
 
     Args:
-        image: uint8 H x W x 3 RGB, sides of 16 px or more; left untouched.
+        image: uint8 H x W x 3 RGB, sides of SMALLEST_SIDE_PX or more; left untouched.
         rng: the only source of chance, so that equal generators give equal defects.
         donors: other uint8 H x W x 3 images from which patches may be cut; without any they come from ``image``.
         area_frac: smallest and largest area aimed at, as a share of the image, log-uniform between them; at least SMALLEST_PX.
@@ -65,8 +66,8 @@ def draw_defect(
 
 
 def _check(image: np.ndarray, area_frac: tuple[float, float]) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
-        raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 H x W x 3 with sides of 16 px or more.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < SMALLEST_SIDE_PX:
+        raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 H x W x 3 with sides of {SMALLEST_SIDE_PX} px or more.")
     if not 0 < area_frac[0] <= area_frac[1] <= 0.5:
         raise ValueError(f"area_frac is {area_frac}; expected 0 < smallest <= largest <= 0.5.")
 

@@ -24,7 +24,7 @@ import defect_maps
 import engine
 import evaluation
 import plots
-from drawn_defects import AREA_FRAC, draw_defect
+from drawn_defects import AREA_FRAC, SMALLEST_SIDE_PX, draw_defect
 from tiles import tile_corners, window
 
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
@@ -78,26 +78,30 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
                 mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn)
+                inside = data_loader.picture_window(batch.original_sizes[index], detector.image_size, detector.resize)
                 results.items.append(item)
-                results.masks.append(mask)
+                results.masks.append(None if mask is None else mask[inside])
                 if item.category == "good":
-                    measure_good(results, detector, images[index : index + 1], detection, rng)
+                    measure_good(results, detector, images[index : index + 1], detection, inside, rng)
                 write_image(out, names[item.path], detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
-                results.detections.append(detection._replace(reconstruction=None))
+                results.detections.append(detection._replace(reconstruction=None, defect_map=detection.defect_map[inside]))
             bar.update(len(batch.paths) + len(batch.errors))
     if not results.items:
         raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
     return results
 
 
-def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, detection: defect_maps.Detection, rng: np.random.Generator) -> None:
-    """Reconstruction quality of one good image (1, 3, H, W) already judged, how much of drawn defects survives in it, and where they are seen."""
+def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, detection: defect_maps.Detection, inside: tuple[slice, slice], rng: np.random.Generator) -> None:
+    """Reconstruction quality of one good image (1, 3, H, W) already judged, how much of drawn defects survives in it, and where they are seen.
+
+    Drawn they are inside its bars.
+    """
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     share = detector.tile_share(*pixels.shape[:2])  # as large as in training
-    drawn = [draw_defect(pixels, rng, area_frac=tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
+    drawn = [drawn_inside(pixels, inside, rng, tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
     damaged = data_loader.to_tensor([each for each, _ in drawn]).to(image.device)
     found = detector.detect(damaged)
-    results.drawn += [(each._replace(reconstruction=None), mask) for each, (_, mask) in zip(found, drawn, strict=True)]
+    results.drawn += [(each._replace(reconstruction=None, defect_map=each.defect_map[inside]), mask[inside]) for each, (_, mask) in zip(found, drawn, strict=True)]
     images = torch.cat([image, damaged])
     reconstruction = torch.from_numpy(np.stack([each.reconstruction for each in (detection, *found)])).to(image.device)
     drawn_tiles, tiles = (cut_tiles(each, detector.image_size) for each in (reconstruction[:1], image))
@@ -107,6 +111,15 @@ def measure_good(results: Results, detector: defect_maps.Detector, image: torch.
     pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, (_, mask) in enumerate(drawn, 1))
     leaks = [evaluation.surviving_contrast(reconstruction[pair], images[pair], mask) for pair, mask in pairs]
     results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
+
+
+def drawn_inside(pixels: np.ndarray, inside: tuple[slice, slice], rng: np.random.Generator, area_frac: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """What ``draw_defect`` makes of that part of an image (of all, where that is a mere strip), the rest as it is; both of the size of the whole."""
+    if min(pixels[inside].shape[:2]) < SMALLEST_SIDE_PX:
+        inside = slice(None), slice(None)
+    damaged, mask = pixels.copy(), np.zeros(pixels.shape[:2], bool)
+    damaged[inside], mask[inside] = draw_defect(pixels[inside], rng, area_frac=area_frac)
+    return damaged, mask
 
 
 def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:

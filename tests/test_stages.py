@@ -267,6 +267,21 @@ def test_what_an_earlier_run_wrote_goes_and_nothing_else(data, trained, tmp_path
     assert all(path.exists() for path in kept)
 
 
+def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch):
+    """Wide photographs, letterboxed: figures of pixels are of what is inside the bars, and there defects are drawn."""
+    wide = tmp_path / "wide"
+    for path in data.rglob("*.png"):
+        (wide / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(wide / path.relative_to(data)), cv2.imread(str(path))[:32])
+    model = str(train(wide, tmp_path, epochs=1, resize="letterbox"))
+    judged, report_of = [], test_stage.figures
+    monkeypatch.setattr(test_stage, "figures", lambda categories, detections, masks, *rest: (judged.extend(zip(detections, masks, strict=True)), report_of(categories, detections, masks, *rest))[1])
+    test_stage.main(config.DetailTestSettings(data_dir=str(wide), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0))
+    assert {(each.defect_map.shape, mask.shape) for each, mask in judged} == {((32, 64), (32, 64))} and len(judged) > 20
+    assert np.load(tmp_path / "test_results" / "maps" / "good" / "000.npy").shape == (64, 64)
+    assert all(mask.any() for _, mask in judged[12:])  # 8 tested, then 4 good ones with those drawn on them
+
+
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
