@@ -355,6 +355,10 @@ class TrainingRun(Protocol):
     best_epoch: int
 
     @property
+    def epochs(self) -> int:
+        """How many there are in all."""
+
+    @property
     def sources(self) -> dict:
         """Plain values that tell one training set from another."""
 
@@ -394,11 +398,14 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
     """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
 
     Raises:
-        InputError: there is none, or it was made with other data, or other settings than those that may differ.
+        InputError: there is none, it has more epochs behind it than there are in all, or it was made with other data, or other settings than those that may differ.
     """
     state = load_checkpoint(path, f"{kind}_training")
     require_same(path, {key: value for key, value in as_dict(run.settings).items() if key not in may_differ}, state["settings"], "give the same settings to resume.")
     require_same(path, run.sources, state.get("sources", run.sources), "expected the data of then to resume.")
+    done = len(state["history"])
+    if done > run.epochs:
+        raise InputError(f"{path} has {done} epochs behind it; expected --epochs of {done} or more to resume, not {run.epochs}.")
     load_weights(run.model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

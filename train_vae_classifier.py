@@ -230,6 +230,10 @@ class Run:
         return Path(self.settings.output_dir)
 
     @property
+    def epochs(self) -> int:
+        return self.settings.epochs
+
+    @property
     def classes(self) -> list[str]:
         return self.data.folder.classes
 

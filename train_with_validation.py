@@ -198,8 +198,6 @@ def train(run: Run) -> list[dict]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
-        if len(run.history) > run.epochs:
-            raise config.InputError(f"{run.out / LAST} has {len(run.history)} epochs behind it; expected --epochs of {len(run.history)} or more to resume, not {run.epochs}.")
     else:
         save_last(run, optimizer, scheduler)
     config.save(s.replace(resume=False), run.out / "models" / "config.yaml")

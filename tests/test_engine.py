@@ -233,15 +233,17 @@ def test_on_cpu_the_scaler_does_nothing_and_images_are_laid_out_for_convolutions
     assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_run_may_be_resumed_where_losses_are_scaled(tmp_path):
+def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1, sources={})
+    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1, epochs=2, sources={})
     engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
     scaled = SimpleNamespace(**{**vars(plain), "runtime": engine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu")), "history": [], "best": 9.0})
     engine.resume_training(scaled, optimizer, scheduler, tmp_path / "last.pth", "line", set())
     assert scaled.history == plain.history and scaled.best == 2.0 and scaled.runtime.scaler.get_scale() > 1
+    with pytest.raises(InputError, match=r"last\.pth has 1 epochs behind it; expected --epochs of 1 or more to resume, not 0"):
+        engine.resume_training(SimpleNamespace(**{**vars(plain), "epochs": 0}), optimizer, scheduler, tmp_path / "last.pth", "line", set())
 
 
 @pytest.fixture
