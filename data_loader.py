@@ -101,13 +101,13 @@ def _mask_values(image) -> np.ndarray:
     return colours.max(axis=2)
 
 
-def read_defects(mask_paths: Sequence[Path], image_path: Path) -> np.ndarray:
-    """All masks of an image in one, bool of the image's own height and width.
+def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tuple[int, int] | None = None) -> np.ndarray:
+    """All masks of an image in one, bool of the image's own height and width, ``original_hw`` where they are known.
 
     Raises:
         ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark nothing.
     """
-    original_hw = read_image(image_path).shape[:2]
+    original_hw = original_hw or read_image(image_path).shape[:2]
     united = np.zeros(original_hw, bool)
     for path in mask_paths:
         mask = read_mask(path)
@@ -610,17 +610,17 @@ def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tu
     return None, 0
 
 
-def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None]) -> np.ndarray | None:
+def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None], original_hw: tuple[int, int] | None = None) -> np.ndarray | None:
     """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
 
-    Masks that ``read_defects`` refuses are none either; ``warn`` is told so.
+    Masks that ``read_defects`` refuses are none either; ``warn`` is told so. The image is read for its own height and width where they are not given.
     """
     if item.category == "good":
         return np.zeros(map_hw, bool)
     if not item.mask_paths:
         return None
     try:
-        return fit_mask(read_defects(item.mask_paths, item.path), image_size, resize)
+        return fit_mask(read_defects(item.mask_paths, item.path, original_hw), image_size, resize)
     except ImageError as error:
         warn(f"{error} Its image is left out of pixel metrics.")
         return None

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import pandas
 
 DATA_NAMES = ("data", "value")
-TIME_NAMES = ("time", "timestamp", "unixtime", "epoch", "date", "datetime", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "elapsed", "unix", "unnamed", "zeit", "uhrzeit", "datum", "")
+TIME_NAMES = ("epoch", "date", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "zeit", "uhrzeit", "datum", "")
 TIME_ROOTS = ("time", "unixtime", "unix", "elapsed", "unnamed")
-"""Names of time whatever follows them; after the others only a word of ``TIME_UNITS`` may."""
+"""Names of time whatever follows them; after those of ``TIME_NAMES`` only words of ``TIME_UNITS`` may."""
 TIME_UNITS = ("s", "sec", "seconds", "ms", "us", "ns", "h", "hours", "days", "utc", "stamp", "time", "index", "id", "no", "number")
 MISSING = ("", "na", "n/a", "null", "none", "-")
 SAMPLE_CHARACTERS = 65_536
@@ -284,7 +284,7 @@ def _choose_column(path: str | Path, table: pandas.DataFrame, layout: _Layout) -
 def _is_time(name: str) -> bool:
     """Whether a name in lower case is one of time, as ``time (s)``, ``t_s``, ``timestamp_ms`` or ``unnamed: 0`` are."""
     first, *rest = re.split(r"[\s_.:-]+", re.sub(r"\s*[\[(].*", "", name))
-    return first.startswith(("timestamp", "datetime")) or (first in TIME_NAMES and (first in TIME_ROOTS or all(word in TIME_UNITS for word in rest)))
+    return first in TIME_ROOTS or first.startswith(("timestamp", "datetime")) or (first in TIME_NAMES and all(word in TIME_UNITS for word in rest))
 
 
 def _columns(layout: _Layout) -> str:

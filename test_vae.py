@@ -77,8 +77,9 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
             images = detector.runtime.put(batch.images)
             for index, detection in enumerate(detector.detect(images) if len(images) else []):
                 item = by_path[batch.paths[index]]
-                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn)
-                inside = data_loader.picture_window(batch.original_sizes[index], detector.image_size, detector.resize)
+                original_hw = batch.original_sizes[index]
+                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw)
+                inside = data_loader.picture_window(original_hw, detector.image_size, detector.resize)
                 results.items.append(item)
                 results.masks.append(None if mask is None else mask[inside])
                 if item.category == "good":
