@@ -50,6 +50,8 @@ OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
 """Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see, there is little to outline."""
+DISC_PLACES = 16
+"""Diameter of the outline's disc, in blocks of pixels, from which on blocks are taken for pixels."""
 LINK_STRIDE, N_DIRECTIONS = 4, 8
 """Pixels a place, and directions, of the lines along which what is fainter is linked."""
 
@@ -492,9 +494,18 @@ def outline(probability: np.ndarray, diameter: int) -> np.ndarray:
     Both have OUTLINE_FLOOR added, so that it is near 1 where the head sees nothing at all. So a place that the head takes for a defect,
     rightly or not, gains nothing against another place; it is only told from its own surroundings.
     """
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter | 1, diameter | 1))
-    largest = np.stack([cv2.dilate(each, disc) for each in probability])
+    largest = np.stack([_largest_within(each, diameter) for each in probability])
     return (probability + OUTLINE_FLOOR) / (largest + OUTLINE_FLOOR)
+
+
+def _largest_within(values: np.ndarray, diameter: int) -> np.ndarray:
+    """The largest of a map (H, W) within a disc around each pixel; of a wide disc in blocks of pixels, which at 448 px takes a twelfth of the time."""
+    side = max(1, diameter // DISC_PLACES)
+    height, width = values.shape
+    padded = cv2.copyMakeBorder(values, 0, -height % side, 0, -width % side, cv2.BORDER_REPLICATE)
+    blocks = np.maximum.reduce([padded[down::side, across::side] for down in range(side) for across in range(side)])
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter // side | 1, diameter // side | 1))
+    return cv2.resize(cv2.dilate(blocks, disc), padded.shape[::-1], interpolation=cv2.INTER_NEAREST)[:height, :width]
 
 
 def linked(logs: np.ndarray, length_px: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from config import InputError, Settings, UsageError, as_dict
 from streams import ahead
 
-FORMAT = 9
+FORMAT = 10
 """Format number written into every checkpoint; a reader refuses any other."""
 
 DAMAGED_FILE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error, zipfile.BadZipFile)

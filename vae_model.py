@@ -170,7 +170,7 @@ class ImageSkip(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM, affine=False)
         self.gate = nn.Sequential(
-            conv_norm(3 * channels + 1, 2 * channels), nn.SiLU(), ResidualBlock(2 * channels), nn.Conv2d(2 * channels, 4, 3, padding=1), nn.PixelShuffle(2)
+            conv_norm(3 * channels + 1, channels), nn.SiLU(), ResidualBlock(channels), nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)
         )
 
     def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
@@ -193,27 +193,29 @@ class DefectHead(nn.Module):
     def __init__(self, n_taps: int, width: int):
         super().__init__()
         self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv_norm(4 * 9, width), nn.SiLU(), ResidualBlock(width))
-        self.down4, self.down8 = Down(width, 3 * width // 2), Down(3 * width // 2, 2 * width)
-        self.join = nn.Sequential(conv_norm(2 * width + n_taps, 2 * width), nn.SiLU(), ResidualBlock(2 * width))
-        self.up4, self.up2 = Up(2 * width, 3 * width // 2), Up(3 * width // 2, width)
+        self.down4, self.down8 = Down(width, 3 * width), Down(3 * width, 4 * width)
+        self.join = nn.Sequential(conv_norm(4 * width + n_taps, 4 * width), nn.SiLU(), ResidualBlock(4 * width))
+        self.up4, self.up2 = Up(4 * width, 3 * width), Up(3 * width, width)
         self.leave = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, images: Tensor, painting: Painting, taps: Tensor) -> Tensor:
         """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and ``tap_deviations`` (B, n_taps, H/8, W/8)."""
         residual = painting.reconstruction - images
         likely = ((painting.painted - images) * torch.exp(-0.5 * painting.logvar)).clamp(-10, 10)
-        x2 = self.enter(torch.cat([images - 0.5, 10 * residual, likely], 1))
+        x2 = self.enter(side_by_side(images - 0.5, 10 * residual, likely))
         x4 = self.down4(x2)
         x = self.join(side_by_side(self.down8(x4), taps.clamp_min(0.01).log()))
         return self.leave(self.up2(self.up4(x) + x4) + x2).float()
 
 
 def side_by_side(*maps: Tensor) -> Tensor:
-    """Maps (B, C_i, H, W) as one (B, sum of C_i, H, W) in the type of the first, its channels last in memory.
+    """Maps (B, C_i, H, W) as one (B, sum of C_i, H, W) in the type that convolutions work in, its channels last in memory.
 
     ``torch.cat`` widens mixed types, and lays all out anew beside a map of one channel; the convolutions after that took twice the time.
     """
-    return torch.cat([each.to(maps[0].dtype).permute(0, 2, 3, 1) for each in maps], -1).permute(0, 3, 1, 2)
+    device = maps[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps[0].dtype
+    return torch.cat([each.to(dtype).permute(0, 2, 3, 1) for each in maps], -1).permute(0, 3, 1, 2)
 
 
 def ceiling(surprise: Tensor) -> Tensor:
@@ -248,7 +250,7 @@ class DetailVAE(nn.Module):
         self._hold_backbone(settings.backbone, vgg16_weights)
         self._build_encoder()
         self._build_decoder()
-        self.defect_head = DefectHead(len(self.tap_channels), 2 * width) if settings.segmentation else None
+        self.defect_head = DefectHead(len(self.tap_channels), width) if settings.segmentation else None
 
     def _hold_backbone(self, name: str, vgg16_weights: str) -> None:
         backbone = None if name == "none" else load_backbone(name, vgg16_weights)
@@ -417,9 +419,9 @@ class DetailVAE(nn.Module):
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
         """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
-        told = output.features, output.feature_mu, output.feature_logvar
-        painting = self.decode_pixels(output.trunk, images, feature_surprise(*told, output.trunk))
-        defect_logits = self.defect_head and self.defect_head(images, painting, tap_deviations(*told, self.tap_channels, output.trunk))
+        taps = tap_deviations(output.features, output.feature_mu, output.feature_logvar, self.tap_channels, output.trunk)
+        painting = self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels))
+        defect_logits = self.defect_head and self.defect_head(images, painting, taps)
         return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
 
     def forward(self, images: Tensor) -> VAEOutput:
@@ -488,12 +490,10 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, torch.eye(len(matrix), dtype=matrix.dtype), upper=False)
 
 
-def feature_surprise(features: Tensor | None, feature_mu: Tensor | None, feature_logvar: Tensor | None, like: Tensor) -> Tensor:
-    """log(1 + mean squared error over predicted variance) at every place, (B, 1, H/8, W/8), no gradient."""
-    if features is None:
-        return torch.zeros_like(like[:, :1])
-    with torch.no_grad():
-        return torch.log1p((deviations(features, feature_mu, feature_logvar) ** 2).mean(1, keepdim=True))
+def feature_surprise(taps: Tensor, tap_channels: Sequence[int]) -> Tensor:
+    """log(1 + mean squared error over predicted variance) at every place, (B, 1, h, w) of ``tap_deviations`` (B, n_taps, h, w); 0 where there are no taps."""
+    shares = torch.tensor([n / sum(tap_channels) for n in tap_channels], device=taps.device).view(1, -1, 1, 1)
+    return torch.log1p((shares * taps**2).sum(1, keepdim=True))
 
 
 @torch.no_grad()
@@ -617,11 +617,11 @@ class DetailLoss:
             windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
             trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
             images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
-        painting = model.decode_pixels(trunk, corrupted, feature_surprise(*told, trunk))
+        taps = tap_deviations(*told, model.tap_channels, trunk)
+        painting = model.decode_pixels(trunk, corrupted, feature_surprise(taps, model.tap_channels))
         weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
         terms = self._painted_terms(painting, images, weight)
         if defect_mask is not None and model.defect_head is not None:
-            taps = tap_deviations(*told, model.tap_channels, trunk)
             logits = model.defect_head(corrupted, Painting(*(each.detach() for each in painting)), taps)
             terms["segmentation"] = F.binary_cross_entropy_with_logits(logits, defect_mask)
         return terms

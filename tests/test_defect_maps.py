@@ -275,6 +275,17 @@ def test_an_outline_compares_a_place_with_its_surroundings_alone():
     np.testing.assert_array_equal(defect_maps.outline(probability, 0), 1.0)
 
 
+@pytest.mark.parametrize("shape", [(96, 128), (97, 131)])
+def test_a_wide_disc_reaches_as_far_in_blocks_as_in_pixels(shape):
+    probability = np.zeros((1, *shape), np.float32)
+    probability[0, 40, 60] = 1.0
+    low = defect_maps.outline(probability, 45)[0] < 0.5  # within reach of the one that is sure; itself is not
+    rows, columns = np.indices(shape)
+    away = np.hypot(rows - 40, columns - 60)
+    assert low[(away > 2) & (away < 19)].all() and not low[away > 26].any()
+    assert low.shape == shape and not low[40, 60]
+
+
 def test_faint_dots_in_a_row_stand_above_one_that_lies_alone():
     logs = np.zeros((2, 96, 96), np.float32)
     dot, plain = np.ones((4, 4), np.float32), np.s_[:, 80:84, 80:84]
@@ -501,7 +512,7 @@ def test_detection_leaves_no_training_mode_behind(make_model):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def trained(model, n_steps=12):
+def trained(model, n_steps=40):
     images = good_images(4, seed=3)
     model.fit_feature_scale([images])
     loss = vae_model.DetailLoss(LossSettings(perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0), None)

@@ -293,12 +293,24 @@ def test_images_of_another_range_are_refused_without_a_backbone_too(make_model):
         make_model("none").eval()(255 * smooth_images(1))
 
 
-def test_maps_side_by_side_keep_type_and_memory_layout_of_the_first():
+def test_maps_side_by_side_have_the_type_that_convolutions_work_in_and_channels_last():
     first = torch.rand(2, 16, 4, 6).bfloat16().to(memory_format=torch.channels_last)
     wide = torch.rand(2, 1, 4, 6)
-    found = vae_model.side_by_side(first, wide)
-    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(found, torch.cat([first, wide.bfloat16()], 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = [vae_model.side_by_side(first, wide), vae_model.side_by_side(wide, first).roll(-1, 1)]
+    for found in narrow:
+        assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found, torch.cat([first, wide.bfloat16()], 1))
+    assert vae_model.side_by_side(wide, wide).dtype == torch.float32
+
+
+def test_the_surprise_is_the_logarithm_of_one_and_the_mean_squared_deviation():
+    torch.manual_seed(0)
+    features, predicted, logvar = torch.randn(3, 2, 5, 4, 6)
+    taps = vae_model.tap_deviations(features, predicted, logvar, (1, 4), features)
+    expected = torch.log(1 + ((features - predicted) ** 2 / torch.exp(logvar)).mean(1, keepdim=True))
+    torch.testing.assert_close(vae_model.feature_surprise(taps, (1, 4)), expected)
+    assert torch.equal(vae_model.feature_surprise(features[:, :0], ()), torch.zeros(2, 1, 4, 6))
 
 
 def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
@@ -595,7 +607,8 @@ def test_the_terms_are_those_of_the_clean_image_not_of_the_damaged_one(make_mode
     assert terms["l1"].item() == pytest.approx((out.reconstruction - images).abs().mean().item(), rel=1e-5)
     assert terms["feature"].item() == pytest.approx(((clean - told.feature_mu) ** 2).mean().item(), rel=1e-5)
     assert terms["kl"].item() == pytest.approx(kl_divergence(out.mu, out.logvar).item(), rel=1e-5)
-    surprise = vae_model.feature_surprise(told.features, told.feature_mu, told.feature_logvar, told.features)
+    taps = vae_model.tap_deviations(told.features, told.feature_mu, told.feature_logvar, model.tap_channels, told.trunk)
+    surprise = vae_model.feature_surprise(taps, model.tap_channels)
     off = model.decode_pixels(model.decode_trunk(out.mu, out.detail_mu), damaged, surprise).painted - images
     assert terms["painted"].item() == pytest.approx((off**2).mean().item() + off.abs().mean().item(), rel=1e-5)
     squared = (off**2).mean(1, keepdim=True)
