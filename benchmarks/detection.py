@@ -193,19 +193,24 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
-    folder, paths, found = data_loader.MVTecFolder(settings.data_dir), [], []
+    folder, paths, sizes, found = data_loader.MVTecFolder(settings.data_dir), [], [], []
     for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
-        paths += batch.paths
+        paths, sizes = paths + batch.paths, sizes + batch.original_sizes
     speed = {"training_s": trained - started, "images_per_s": len(paths) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
-    by_path, warn = {item.path: item for item in folder.test}, lambda sentence: train_with_validation.warn([sentence])
+    by_path = {item.path: item for item in folder.test}
+    pictures = [data_loader.picture_window(size, settings.image_size, settings.fitting) for size in sizes]  # grey bars are no pixels
+    truths = [
+        data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
+        for path, size, each in zip(paths, sizes, found, strict=True)
+    ]
     report = evaluation.detection_report(
         [by_path[path].category for path in paths],
         [each.score for each in found],
         [each.label == "defective" for each in found],
-        [each.defect_map for each in found],
-        [data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, warn) for path, each in zip(paths, found, strict=True)],
+        [each.defect_map[picture] for picture, each in zip(pictures, found, strict=True)],
+        [None if truth is None else truth[picture] for picture, truth in zip(pictures, truths, strict=True)],
         detector.calibration.pixel_threshold,
         N_RESAMPLES,
         settings.seed,

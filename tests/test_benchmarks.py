@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
     assert [row["method"] for row in rows] == ["detailvae", "padim"]
     assert all(0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows)
     assert sum(line.startswith(("detailvae", "padim")) for line in capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
+    wide, mask = np.full((32, 64, 3), 90, np.uint8), np.zeros((32, 64), np.uint8)
+    mask[8:16, 20:30] = 255
+    wides = [f"{folder}/{n:03d}" for folder, n in (("train/good", 0), ("train/good", 1), ("train/good", 2), ("test/good", 0), ("test/cut", 0))]
+    for name, picture in [*((name, wide) for name in wides), ("ground_truth/cut/000_mask", mask)]:
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), picture)
+    calibration = defect_maps.Calibration.of({}, [1.0, 2.0], np.zeros(4), 0.05, 0.01)
+    row = np.arange(64.0)[:, None] * np.ones((1, 64))  # a map that says in which row of the square a pixel lies
+    stub = type("Stub", (), {"calibration": calibration, "detect": lambda self, images: [calibration.judge(1.0)._replace(defect_map=row) for _ in images]})()
+    judged = []
+    monkeypatch.setattr(detection, "train_baseline", lambda *args: stub)
+    monkeypatch.setattr(detection.evaluation, "detection_report", lambda *args: judged.append(args) or {})
+    detection.measure("padim", config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox"))
+    maps, masks = judged[0][3:5]
+    assert all(np.array_equal(each, row[16:48]) for each in maps)
+    assert [int(each.sum()) for each in masks] == [80, 0] and masks[0][8:16, 20:30].all()
 
 
 def test_the_detection_benchmark_trains_every_method_itself(tmp_path):
