@@ -79,7 +79,7 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_mask(path: str | Path) -> np.ndarray:
     """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is above 0.
 
-    Of a mask in one colour alone the alpha channel counts.
+    Of a mask in one colour alone the alpha channel counts; what is fully transparent beside what is not, is not marked.
 
     Raises:
         ImageError: empty, damaged or no image.
@@ -94,11 +94,11 @@ def _mask_values(image) -> np.ndarray:
     if image.mode == "F":
         return np.asarray(image) > 0
     colours = np.asarray(image.convert("RGB"))
-    if _has_alpha(image) and (colours == colours[0, 0]).all():
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        if alpha.min() < alpha.max():
-            return alpha
-    return colours.max(axis=2)
+    brightest = colours.max(axis=2)
+    alpha = np.asarray(image.convert("RGBA"))[..., 3] if _has_alpha(image) else None
+    if alpha is None or alpha.min() == alpha.max():
+        return brightest
+    return alpha if (colours == colours[0, 0]).all() else brightest * (alpha > 0)
 
 
 def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tuple[int, int] | None = None) -> np.ndarray:

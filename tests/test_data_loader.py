@@ -541,6 +541,18 @@ def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
     assert not dl.read_mask(save(tmp_path / "black.png", opaque * np.array([0, 0, 0, 1], np.uint8))).any()
 
 
+def test_what_is_transparent_is_not_marked_whatever_its_colour(tmp_path):
+    marked = np.zeros((32, 32), bool)
+    marked[8:16, 8:24] = True
+    grey, alpha = np.where(marked, 200 + np.arange(32) % 56, 255).astype(np.uint8), np.where(marked, 255, 0).astype(np.uint8)
+    for name, pixels in (("rgba", np.dstack([grey] * 3 + [alpha])), ("la", np.dstack([grey, alpha])), ("label", np.dstack([np.where(marked, 3, 255).astype(np.uint8)] * 3 + [alpha]))):
+        assert np.array_equal(dl.read_mask(save(tmp_path / f"{name}.png", pixels)), marked), name
+    palette = Image.fromarray(marked.astype(np.uint8))
+    palette.putpalette([255, 255, 255, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert np.array_equal(dl.read_mask(tmp_path / "palette.png"), marked)
+
+
 def test_a_mask_that_marks_nothing_is_none(tmp_path):
     make_set(tmp_path / "raw")
     save(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", np.zeros((48, 64), np.uint8))
