@@ -361,6 +361,10 @@ class ImageBatch(NamedTuple):
     original_sizes: list[tuple[int, int]]  # height, width; ``read_image(path)`` gives the pixels again
     errors: list[tuple[Path, str]]
 
+    def windows(self, resize: str) -> list[tuple[slice, slice]]:
+        """``picture_window`` of every image, made with that ``resize``."""
+        return [picture_window(size, self.images.shape[-1], resize) for size in self.original_sizes]
+
 
 def _read_fitted(path: Path, image_size: int, resize: str) -> tuple[np.ndarray, tuple[int, int]] | ImageError:
     try:
@@ -389,20 +393,28 @@ def _empty_tensor(image_size: int) -> torch.Tensor:
 
 
 def load_images(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
+    """``load_batch`` without the original sizes."""
+    batch = load_batch(paths, image_size, resize, n_tiles)
+    return LoadedImages(batch.images, batch.paths, batch.errors)
+
+
+def load_batch(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> ImageBatch:
     """Every readable image as one tensor, in order, with the list of those skipped; of one path, a folder or a glob what ``find_images`` finds.
 
-    For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path is repeated.
+    For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path and size are repeated.
     """
-    images, kept, errors = [], [], []
+    images, kept, sizes, errors = [], [], [], []
     for path, result in _read_all(find_images(paths) if isinstance(paths, (str, Path)) else paths, image_size, resize):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
         else:
-            corners = tile_corners(*result[0].shape[:2], image_size)
-            tiles = [np.ascontiguousarray(result[0][window(*corners[row], image_size)]) for row in evenly(len(corners), n_tiles)]
+            image, size = result
+            corners = tile_corners(*image.shape[:2], image_size)
+            tiles = [np.ascontiguousarray(image[window(*corners[row], image_size)]) for row in evenly(len(corners), n_tiles)]
             images += tiles
             kept += [path] * len(tiles)
-    return LoadedImages(to_tensor(images) if images else _empty_tensor(image_size), kept, errors)
+            sizes += [size] * len(tiles)
+    return ImageBatch(to_tensor(images) if images else _empty_tensor(image_size), kept, sizes, errors)
 
 
 def iter_image_batches(

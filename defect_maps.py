@@ -9,6 +9,7 @@ from any seen on training images. It says how unusual an image is, the fused map
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -456,14 +457,27 @@ class Detector:
         return whole, reconstruction
 
 
-def calibrate(detector: Detector, batches: Iterable[Tensor]) -> Calibration:
-    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch."""
+def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[tuple[slice, slice]] | None = None) -> Calibration:
+    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch.
+
+    Args:
+        windows: of each image, in order, the rows and columns that its picture takes (see ``data_loader.picture_window``). Scales and the
+            pixel threshold come from there, scores from whole images; None: from whole images, too.
+    """
     names = detector.needed
     found = [detector.all_maps(images, names) for images in batches]
-    scales = {name: _scale(np.concatenate([maps[name].ravel() for maps in found])) for name in names}
+    scales = {name: _scale(pixels_within([maps[name] for maps in found], windows)) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
-    fused = np.concatenate([detector.defect_maps(maps, scales).ravel() for maps in found])
+    fused = pixels_within([detector.defect_maps(maps, scales) for maps in found], windows)
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
+
+
+def pixels_within(batches: Iterable[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> np.ndarray:
+    """All values, in one row, of batches of maps (B, H, W) within the window of each map, or of whole maps."""
+    if windows is None:
+        return np.concatenate([maps.ravel() for maps in batches])
+    every = itertools.chain.from_iterable(batches)
+    return np.concatenate([each[window].ravel() for each, window in zip(every, windows, strict=True)])
 
 
 def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:

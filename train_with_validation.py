@@ -55,6 +55,7 @@ class Run:
     training: data_loader.GoodImages
     held_paths: list[Path]
     held_out: list[tuple[Tensor, Tensor | None]]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
+    held_windows: list[tuple[slice, slice]] | None  # what of each of them is picture and no grey bar; None where all is
     reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
     model: DetailVAE
     loss: DetailLoss
@@ -122,7 +123,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     folder = data_loader.MVTecFolder(settings.data_dir)
     train_paths, held_paths = data_loader.split_holdout(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
-    held = data_loader.load_images(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
+    held = data_loader.load_batch(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
     if not len(held.images):
         raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
@@ -138,11 +139,12 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
         model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
+    held_windows = held.windows(settings.fitting) if settings.fitting == "letterbox" else None
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, held_paths, held_out, reference, model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(settings, runtime, folder, training, held_paths, held_out, held_windows, reference, model, DetailLoss(settings, perceptual), features, epochs)
 
 
 def recalibrate(settings: config.TrainSettings) -> Run:
@@ -286,7 +288,7 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime)
-        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run))
+        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run), run.held_windows)
         run.calibrated = epoch, detector
     return run.calibrated[1]
 

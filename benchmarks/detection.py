@@ -125,15 +125,16 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     folder = data_loader.MVTecFolder(settings.data_dir)
     good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
     paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
-    training, held = (data_loader.load_images(each, settings.image_size, settings.resize).images for each in paths)
+    training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
     backbone = load_backbone(settings.backbone, settings.vgg16_weights)
     method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
     with torch.inference_mode():
-        method.fit(torch.cat([backbone.grid(batch) for batch in training.split(BATCH_SIZE)]))
+        method.fit(torch.cat([backbone.grid(batch) for batch in training.images.split(BATCH_SIZE)]))
     baseline = Baseline(method, backbone, settings.smoothing_frac)
-    scores, maps = zip(*(baseline.maps(batch) for batch in held.split(BATCH_SIZE)), strict=True)
+    scores, maps = zip(*(baseline.maps(batch) for batch in held.images.split(BATCH_SIZE)), strict=True)
     all_scores = itertools.chain.from_iterable(scores)
-    baseline.calibration = defect_maps.Calibration.of({}, all_scores, np.concatenate(maps), settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac)
+    pixels = defect_maps.pixels_within(maps, held.windows(settings.resize))
+    baseline.calibration = defect_maps.Calibration.of({}, all_scores, pixels, settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac)
     return baseline
 
 
@@ -193,14 +194,13 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
-    folder, paths, sizes, found = data_loader.MVTecFolder(settings.data_dir), [], [], []
+    folder, paths, sizes, pictures, found = data_loader.MVTecFolder(settings.data_dir), [], [], [], []
     for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
-        paths, sizes = paths + batch.paths, sizes + batch.original_sizes
+        paths, sizes, pictures = paths + batch.paths, sizes + batch.original_sizes, pictures + batch.windows(settings.fitting)  # grey bars are no pixels
     speed = {"training_s": trained - started, "images_per_s": len(paths) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
     by_path = {item.path: item for item in folder.test}
-    pictures = [data_loader.picture_window(size, settings.image_size, settings.fitting) for size in sizes]  # grey bars are no pixels
     truths = [
         data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
         for path, size, each in zip(paths, sizes, found, strict=True)

@@ -88,6 +88,18 @@ def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
     assert [int(each.sum()) for each in masks] == [80, 0] and masks[0][8:16, 20:30].all()
 
 
+def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_backbone):
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        data_loader.write_png(tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8))
+    settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu")
+    monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
+    baseline = detection.train_baseline("padim", settings)
+    held = data_loader.split_holdout(data_loader.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
+    _, maps = baseline.maps(data_loader.load_images(held, 64, "letterbox").images)
+    assert (maps[:, 20:44] > baseline.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=1e-3)
+
+
 def test_the_detection_benchmark_trains_every_method_itself(tmp_path):
     with pytest.raises(config.UsageError, match="expected no --weights"):
         detection.main(config.DetectionBenchmarkSettings(data_dir=str(tmp_path), weights="models/best_model.pth"))

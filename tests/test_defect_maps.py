@@ -413,6 +413,20 @@ def test_one_pixel_in_so_many_of_good_images_lies_above_the_pixel_threshold(make
     assert above.mean() == pytest.approx(0.02, abs=2e-4)
 
 
+def test_scales_and_the_pixel_threshold_come_from_the_windows_that_pictures_take(make_model):
+    detector, images = detector_of(make_model(), PIXELS.replace(pixel_false_positives=0.02)), good_images(12, seed=5)
+    for index, image in enumerate(images):  # grey bars above and below, or at both sides
+        (image.mT if index % 2 else image)[:, :20] = (image.mT if index % 2 else image)[:, 44:] = 128 / 255
+    inside, whole = slice(20, 44), slice(None)
+    windows = [(whole, inside) if index % 2 else (inside, whole) for index in range(12)]
+    detector.calibration = calibrate(detector, images.split(5), windows)
+    within = np.stack([each.defect_map[window] if window[1] == whole else each.defect_map[window].T for each, window in zip(detector.detect(images), windows, strict=True)])
+    assert (within > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-4)
+    pixel = np.concatenate([each[window].ravel() for each, window in zip(maps_of(detector, images)["pixel"], windows, strict=True)])
+    assert detector.calibration.scales["pixel"] == pytest.approx(np.quantile(pixel, (0.5, 0.999)), rel=1e-4)
+    assert calibrate(detector, images.split(5), [(slice(0, 64), slice(0, 64))] * 12) == calibrate(detector, images.split(5))
+
+
 def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     maps = PIXELS.replace(map_likelihood=1.0)
     model, images = make_model("efficientnet_lite0"), good_images(3, seed=4)

@@ -282,6 +282,22 @@ def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch):
     assert all(mask.any() for _, mask in judged[12:])  # 8 tested, then 4 good ones with those drawn on them
 
 
+def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path):
+    """Wide photographs and high ones, one of them broken: so many pixels of the pictures alone lie above the threshold."""
+    for index, path in enumerate(sorted((data / "train" / "good").iterdir())):
+        image = cv2.imread(str(path))
+        data_loader.write_png(tmp_path / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
+    settings = config.from_dict(config.TrainSettings, {**TINY, "resize": "letterbox", "pixel_false_positives": 0.02, "data_dir": str(tmp_path), "output_dir": str(tmp_path)})
+    held = data_loader.split_holdout(data_loader.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
+    held[0].write_bytes(b"broken")
+    run = train_stage.prepare(settings)
+    detector = train_stage.calibrated_detector(run)
+    batch = next(data_loader.iter_image_batches(held, 64, "letterbox", 12))
+    maps = [each.defect_map[window] for each, window in zip(detector.detect(batch.images), batch.windows("letterbox"), strict=True)]
+    assert {each.shape for each in maps} == {(24, 64), (64, 40)}
+    assert (np.concatenate([each.ravel() for each in maps]) > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-3)
+
+
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
