@@ -129,12 +129,14 @@ def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
-    """What a picture and a map are called below their category's folder: the stem; where two images share it, the path there, with its ending."""
-    def name(item: data_loader.MVTecItem) -> tuple[str, str]:
-        return item.category, item.path.stem.lower()  # case does not tell files apart everywhere
+    """What a picture and a map are called below their category's folder: the stem; where another image has that stem, or that name with its ending, the path there, with its ending."""
+    below = {item.path: item.path.relative_to(folder.root / "test" / item.category) for item in folder.test}
 
-    counts = Counter(map(name, folder.test))
-    named = {item.path: Path(item.path.stem) if counts[name(item)] == 1 else item.path.relative_to(folder.root / "test" / item.category) for item in folder.test}
+    def claimed(item: data_loader.MVTecItem, name: str) -> tuple[str, str]:
+        return item.category, name.lower()  # case does not tell files apart everywhere
+
+    claims = Counter(claimed(item, name) for item in folder.test for name in (item.path.stem, below[item.path].as_posix()))
+    named = {item.path: Path(item.path.stem) if claims[claimed(item, item.path.stem)] == 1 else below[item.path] for item in folder.test}
     return {path: found.with_name(data_loader.short_stem(found.name)).as_posix() for path, found in named.items()}
 
 

@@ -328,6 +328,16 @@ def test_every_image_has_its_own_picture_map_and_row_whatever_its_name(data, tra
             assert sorted(Path(row[column]).name for row in csv.DictReader(file)) == sorted(Path(name).name for name in names)
 
 
+def test_a_stem_that_is_the_name_of_another_image_is_no_output_name(tmp_path):
+    for name in ("000.png", "000.jpg", "000.png.png", "001.png", "001.PNG.bmp", "002.tif", "side/002.PNG", "side/002.png"):
+        (tmp_path / "test" / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / "cut" / name).touch()
+    named = test_stage.output_names(data_loader.MVTecFolder(tmp_path, require_train=False))
+    found = {path.relative_to(tmp_path / "test" / "cut").as_posix(): name for path, name in named.items()}
+    assert found.pop("001.png") == "001"
+    assert all(path == name for path, name in found.items()) and len(found) == 7
+
+
 def test_result_does_not_depend_on_batch_size(data, trained):
     detector = classify_images.load_detector(trained / "models" / "best_model.pth")
     one, many = (classify_images.classify_folder(data / "test", detector, batch_size=size) for size in (1, 5))
