@@ -101,8 +101,10 @@ def _mask_values(image) -> np.ndarray:
     return alpha if (colours == colours[0, 0]).all() else brightest * (alpha > 0)
 
 
-def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tuple[int, int] | None = None) -> np.ndarray:
+def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tuple[int, int] | None = None, warn: Callable[[str], None] = lambda sentence: None) -> np.ndarray:
     """All masks of an image in one, bool of the image's own height and width, ``original_hw`` where they are known.
+
+    ``warn`` is told of a mask of another aspect ratio, which is stretched over the image.
 
     Raises:
         ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark nothing.
@@ -113,10 +115,17 @@ def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tupl
         mask = read_mask(path)
         if mask.shape == original_hw[::-1] != original_hw:
             mask = _turned_as(image_path, path, mask)
+        if not _same_aspect(mask.shape, original_hw):
+            warn(f"{path} is {mask.shape[1]} x {mask.shape[0]} px and its image {image_path} {original_hw[1]} x {original_hw[0]} px; expected the same aspect ratio. The mask is stretched over the image.")
         united |= mask if mask.shape == original_hw else _resample_mask(mask, *original_hw)
     if not united.any():
         raise ImageError(mask_paths[0], "marks no pixel as defective")
     return united
+
+
+def _same_aspect(one_hw: tuple[int, int], other_hw: tuple[int, int]) -> bool:
+    """Whether one size can be the other, scaled, with each side off by less than a pixel."""
+    return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) < max(sum(one_hw), sum(other_hw))
 
 
 def _turned_as(image_path: Path, path: Path, mask: np.ndarray) -> np.ndarray:
@@ -625,14 +634,14 @@ def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tu
 def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None], original_hw: tuple[int, int] | None = None) -> np.ndarray | None:
     """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
 
-    Masks that ``read_defects`` refuses are none either; ``warn`` is told so. The image is read for its own height and width where they are not given.
+    Masks that ``read_defects`` refuses are none either; ``warn`` is told so, and what that warns of. The image is read for its own height and width where they are not given.
     """
     if item.category == "good":
         return np.zeros(map_hw, bool)
     if not item.mask_paths:
         return None
     try:
-        return fit_mask(read_defects(item.mask_paths, item.path, original_hw), image_size, resize)
+        return fit_mask(read_defects(item.mask_paths, item.path, original_hw, warn), image_size, resize)
     except ImageError as error:
         warn(f"{error} Its image is left out of pixel metrics.")
         return None
@@ -972,6 +981,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
         done = ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
         for n_done, (_, result) in enumerate(progress(done, len(jobs)), 1):
             report["skipped" if "reason" in result else "kept"].append(result)
+            report["warnings"] += result.get("warnings", [])
             if n_done % SAVE_REPORT_EVERY == 0:
                 _save_report(out, report, valid)
     finally:
@@ -1064,13 +1074,13 @@ def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
 
 def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: dict) -> dict:
     """Write one output unless it is still right; the row for the report."""
-    row = {"source": str(job.sources[0]), "output": job.output}
+    row, warnings = {"source": str(job.sources[0]), "output": job.output}, []
     try:
         signature = job.signature()
         if valid.get(job.output, {}).get("signature") == signature and (out / job.output).is_file():
             return valid[job.output]
         if job.image:
-            pixels = fit_mask(read_defects(job.sources, job.image), settings.image_size, settings.resize).astype(np.uint8) * 255
+            pixels = fit_mask(read_defects(job.sources, job.image, warn=warnings.append), settings.image_size, settings.resize).astype(np.uint8) * 255
         else:
             pixels = fit_image(read_image(job.sources[0]), settings.image_size, settings.resize)
     except ImageError as error:
@@ -1080,7 +1090,7 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
     except FileNotFoundError:
         return {**row, "reason": "is gone"}
     write_png(out / job.output, pixels)
-    return {**row, "signature": signature}
+    return {**row, "signature": signature, **({"warnings": warnings} if warnings else {})}
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -284,6 +284,25 @@ def test_mask_of_another_size_is_laid_over_its_image(tmp_path):
         assert np.array_equal(truth_of(image, [path], resize)[0], dl.fit_mask(large, 64, resize))
 
 
+def test_a_mask_of_another_shape_is_used_and_named(tmp_path):
+    image, square = save(tmp_path / "0.png", picture(64, 128)), save_mask(tmp_path / "0_mask.png", (64, 64))
+    found, warnings = truth_of(image, [square], "stretch")
+    assert found[16:32, 16:32].all() and found.sum() == 256
+    assert warnings == [f"{square} is 64 x 64 px and its image {image} 128 x 64 px; expected the same aspect ratio. The mask is stretched over the image."]
+    odd = save(tmp_path / "1.png", picture(67, 101))
+    for shape in ((67, 101), (33, 50), (34, 51), (20, 30), (201, 303)):  # as sides are rounded
+        assert not truth_of(odd, [save_mask(tmp_path / "1_mask.png", shape)])[1], shape
+    assert truth_of(odd, [save_mask(tmp_path / "1_mask.png", (67, 98))])[1]
+
+
+def test_preprocessing_warns_of_a_mask_of_another_shape_each_time(tmp_path):
+    make_set(tmp_path / "raw")
+    save_mask(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", (64, 64))
+    for _ in range(2):
+        report = prepare(tmp_path / "raw", tmp_path / "out")
+        assert len(report["warnings"]) == 1 and "000_mask.png is 64 x 64 px and its image" in report["warnings"][0] and not report["skipped"]
+
+
 @pytest.mark.parametrize(("orientation", "turn"), [(5, lambda m: m.T), (6, lambda m: np.rot90(m, -1)), (7, lambda m: np.rot90(m, 2).T), (8, np.rot90)])
 def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientation, turn):
     exif, mask = Image.Exif(), np.zeros((48, 64), bool)
