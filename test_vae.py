@@ -137,7 +137,12 @@ def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
 
     claims = Counter(claimed(item, name) for item in folder.test for name in (item.path.stem, below[item.path].as_posix()))
     named = {item.path: Path(item.path.stem) if claims[claimed(item, item.path.stem)] == 1 else below[item.path] for item in folder.test}
-    return {path: found.with_name(data_loader.short_stem(found.name)).as_posix() for path, found in named.items()}
+    return {path: shortened(found) for path, found in named.items()}
+
+
+def shortened(name: Path) -> str:
+    """A name or path of a picture as the file system takes it, still without the picture's ending."""
+    return name.with_name(data_loader.short_stem(name.name)).as_posix()
 
 
 def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
@@ -163,8 +168,8 @@ def remove_earlier(out: Path) -> None:
     for image in tested:
         if len(image.parts) < 3 or ".." in image.parts:  # not our table
             continue
-        category, below = image.parts[1], Path(*image.parts[2:]).as_posix()
-        for name in (data_loader.short_stem(image.stem), below):
+        category, below = image.parts[1], Path(*image.parts[2:])
+        for name in map(shortened, (Path(image.stem), below)):
             (out / category / f"{name}.png").unlink(missing_ok=True)
             (out / "maps" / category / f"{name}.npy").unlink(missing_ok=True)
 
