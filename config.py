@@ -79,7 +79,7 @@ class Settings:
     """Base of all settings classes: checks every value against its field when an instance is made."""
 
     given = frozenset()
-    """Names that flags or the file gave a value, also where it is the default; set by ``parse``."""
+    """Names of fields that flags or the file gave a value, also where it is the default; set by ``parse``."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -568,7 +568,7 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     config_file = given.pop("config", None)
     values = {**(read_yaml(config_file) if config_file else {}), **given}
     settings = from_dict(settings_class, values)
-    object.__setattr__(settings, "given", frozenset(values))
+    object.__setattr__(settings, "given", frozenset(values.keys() & as_dict(settings).keys()))
     return settings
 
 

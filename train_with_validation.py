@@ -202,7 +202,8 @@ def train(run: Run) -> list[dict]:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
-    config.save(s.replace(resume=False), run.out / "models" / "config.yaml")
+    run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
+    config.save(run.settings, run.out / "models" / "config.yaml")
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
         for epoch in range(len(run.history) + 1, run.epochs + 1):
             loader.sampler.set_epoch(epoch)

@@ -147,7 +147,8 @@ def test_yaml_keys_may_have_dashes_and_numbers_may_be_written_1e_3(tmp_path):
 
 def test_a_file_may_serve_several_stages(tmp_path):
     path = write_yaml(tmp_path, "epochs: 5\nbatch_size: 3\n")
-    assert parse(config.DetailTestSettings, "--config", path).batch_size == 3
+    settings = parse(config.DetailTestSettings, "--config", path)
+    assert settings.batch_size == 3 and settings.given == {"batch_size"}
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

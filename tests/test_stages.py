@@ -436,10 +436,14 @@ def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_p
     assert "threshold" not in capsys.readouterr().out
 
 
-def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path):
+def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path, capsys):
     train(data, tmp_path, epochs=1)
     train(data, tmp_path, epochs=2, resume=True)
     assert config.read_yaml(tmp_path / "models" / "config.yaml")["resume"] is False
+    file = tmp_path / "all.yaml"
+    file.write_text((tmp_path / "models" / "config.yaml").read_text() + "bootstrap: 200\n")  # of another stage
+    arguments = ["--config", str(file), "--weights", str(tmp_path / "models" / "best_model.pth"), "--output-dir", str(tmp_path / "again")]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
 
 
 def test_a_vgg16_backbone_takes_the_users_file_as_long_as_it_is_there(data, tmp_path, monkeypatch, tiny_backbone):
