@@ -175,12 +175,13 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
     if not model.n_features:
         raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
 
-    def batches() -> Iterator[data_loader.ImageBatch]:
-        every = data_loader.iter_image_batches(paths, settings.image_size, settings.resize, settings.batch_size)
-        return (batch for batch in every if len(batch.images))
+    def batches(size: int) -> Iterator[data_loader.ImageBatch]:
+        return data_loader.iter_image_batches(paths, settings.image_size, settings.resize, size)
 
-    model.fit_feature_scale(runtime.put(batch.images) for batch in batches())
-    read, features = zip(*((batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu()) for batch in batches()), strict=True)
+    if len(next(batches(2)).paths) < 2:
+        return paths  # GoodImages says that too few can be read
+    model.fit_feature_scale(runtime.put(batch.images) for batch in batches(settings.batch_size))
+    read, features = zip(*((batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu()) for batch in batches(settings.batch_size)), strict=True)
     read, found = list(itertools.chain.from_iterable(read)), unlikeness(torch.cat(features))
     left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
     warn([f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others." for path in sorted(left_out)])

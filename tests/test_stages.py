@@ -152,6 +152,18 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
         odd.unlink()
 
 
+@pytest.mark.parametrize("n_readable", [0, 1])
+def test_too_few_readable_images_to_trim_are_said_in_a_sentence(tmp_path, tiny_backbone, n_readable):
+    good = tmp_path / "train" / "good"
+    good.mkdir(parents=True)
+    for index in range(5):
+        picture = cv2.imencode(".png", photograph(np.random.default_rng(index))[0])[1].tobytes() if index < n_readable else b""
+        (good / f"{index}.png").write_bytes(picture)
+    settings = config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(tmp_path), "output_dir": str(tmp_path), "trim_frac": 0.1})
+    with pytest.raises(config.InputError, match=r"training images can be read, expected 2 or more; .*\.png is empty"):
+        train_stage.prepare(settings)
+
+
 def test_a_held_out_image_far_from_the_others_is_named(tmp_path, capsys):
     data = make_data(tmp_path / "data")
     _, held = data_loader.split_holdout(sorted((data / "train" / "good").iterdir()), 0.75, 0)
