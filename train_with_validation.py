@@ -206,7 +206,8 @@ def train(run: Run) -> list[dict]:
     run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
     config.save(run.settings, run.out / "models" / "config.yaml")
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
-        for epoch in range(len(run.history) + 1, run.epochs + 1):
+        while not has_ended(run):
+            epoch = len(run.history) + 1
             loader.sampler.set_epoch(epoch)
             kl_scale = min(1.0, epoch / s.kl_warmup_epochs) if s.kl_warmup_epochs else 1.0
             trained = engine.train_epoch(run.model, ticking(loader, bar), training_terms(run, kl_scale), optimizer, scheduler, runtime, s.gradient_clip)
@@ -216,12 +217,9 @@ def train(run: Run) -> list[dict]:
                 line += check_in(run, epoch, optimizer, scheduler)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth", epoch)
-            is_last = epoch == run.epochs or 0 < s.patience <= validations_in_vain(run)
-            if epoch % s.picture_every == 0 or is_last:
+            if epoch % s.picture_every == 0 or has_ended(run):
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
-            if is_last:
-                break
     if not run.best_epoch:
         raise engine.DivergedError("No validation loss was a finite number; no model is kept (try a lower --learning-rate).")
     return run.history
@@ -232,9 +230,10 @@ def validate_every(run: Run) -> int:
     return run.settings.validate_every or max(1, round(300 / len(run.training)))
 
 
-def validations_in_vain(run: Run) -> int:
-    """How many validations there were since the best one."""
-    return sum("val/total" in row for row in run.history[run.best_epoch :])
+def has_ended(run: Run) -> bool:
+    """Whether all epochs are done, or there were so many validations since the best one that patience is at an end."""
+    in_vain = sum("val/total" in row for row in run.history[run.best_epoch :])
+    return len(run.history) == run.epochs or 0 < run.settings.patience <= in_vain
 
 
 def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) -> str:

@@ -411,13 +411,19 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
 
 
 def test_patience_counts_validations(data, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 4.0, 5.0, 1.0])
+    losses = iter([3.0, 2.0, 4.0, 5.0, 1.0, 6.0])
     monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
-    train(data, tmp_path, epochs=12, validate_every=2, patience=2, picture_every=20)
-    history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
-    assert history["best_epoch"] == 4 and [row["epoch"] for row in history["epochs"]] == list(range(1, 9))
-    assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == 4
-    assert [path.name for path in (tmp_path / "reconstructions" / "train").iterdir()] == ["epoch_8.png"]
+    changes = {"epochs": 12, "validate_every": 2, "picture_every": 20}
+    pictures, curves = tmp_path / "reconstructions" / "train", tmp_path / "metrics" / "training_curves.png"
+    for resume in (False, True):  # what has ended has ended
+        train(data, tmp_path, patience=2, resume=resume, **changes)
+        history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
+        assert history["best_epoch"] == 4 and [row["epoch"] for row in history["epochs"]] == list(range(1, 9))
+        assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == 4
+        assert [path.name for path in pictures.iterdir()] == ["epoch_8.png"]
+        curves.unlink()
+    train(data, tmp_path, patience=3, resume=True, **changes)
+    assert json.loads((tmp_path / "metrics" / "training_history.json").read_text())["best_epoch"] == 10
 
 
 def test_fewer_epochs_than_done_are_refused_and_nothing_is_written(data, tmp_path):
