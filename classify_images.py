@@ -50,9 +50,7 @@ def main(settings: config.ClassifySettings) -> None:
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    for path in (out / "overlays").glob("*.jpg"):
-        if OVERLAY_NAME.fullmatch(path.name):  # of an earlier table
-            path.unlink()
+    data_loader.remove_written(out, {"overlays": OVERLAY_NAME})
     with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])

@@ -12,6 +12,7 @@ import glob
 import io
 import json
 import os
+import re
 import struct
 import sys
 import zlib
@@ -1116,6 +1117,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_written(out: Path, names: dict[str, re.Pattern]) -> None:
+    """Remove, in each folder below ``out``, the files of such names: what an earlier run left there."""
+    for folder, pattern in names.items():
+        for path in list((out / folder).glob("*")):
+            if pattern.fullmatch(path.name):
+                path.unlink()
 
 
 def read_json(path: Path) -> dict:

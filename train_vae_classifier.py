@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ import vae_classifier
 from vae_classifier import KIND, ClassifierLoss, VAEClassifier
 
 BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
+WRITTEN = {
+    "vae_models": re.compile(r"(best|last)_vae_classifier\.pth"),
+    "results": re.compile(r"vae_classifier_((history|results)\.json|(curves|confusion)\.png)"),
+    "reconstructions": re.compile(r"vae_classifier_epoch_\d+\.png"),
+}
+"""Names, in each output folder, of what a run writes in its course; one from the start removes those of an earlier run."""
 N_PICTURED = 8
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
@@ -310,6 +317,8 @@ def train(run: Run) -> list[dict]:
     optimizer, scheduler = make_optimizer(run, s.epochs * len(loader))
     if s.resume:
         resume(run, optimizer, scheduler)
+    else:
+        data_loader.remove_written(run.out, WRITTEN)
     config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
         for epoch in range(len(run.history) + 1, s.epochs + 1):

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,6 +33,13 @@ from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
+WRITTEN = {
+    "models": re.compile(r"best_model\.pth|epoch_\d{4,}\.pth"),
+    "metrics": re.compile(r"training_curves\.png"),
+    "reconstructions/train": re.compile(r"epoch_\d+\.png"),
+    "reconstructions/validation": re.compile(r".+_epoch_\d+\.png", re.DOTALL),
+}
+"""Names, in each output folder, of what a run writes in its course; one from the start removes those of an earlier run."""
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
@@ -203,6 +211,7 @@ def train(run: Run) -> list[dict]:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
+        data_loader.remove_written(run.out, WRITTEN)
     run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
     config.save(run.settings, run.out / "models" / "config.yaml")
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:

@@ -201,6 +201,23 @@ def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained
         training.main(settings_for(trained[0], tmp_path, epochs=3, resume=True))
 
 
+def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(trained, tmp_path, monkeypatch):
+    for folder in ("vae_models", "results", "reconstructions"):
+        shutil.copytree(trained[1] / folder, tmp_path / folder)
+    mine = {"vae_models/mine.pth", "results/mine.json", "reconstructions/mine.png"}
+    for name in mine:
+        (tmp_path / name).write_text("")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(settings_for(trained[0], tmp_path))
+    found = {path.relative_to(tmp_path).as_posix() for folder in ("vae_models", "results", "reconstructions") for path in (tmp_path / folder).iterdir()}
+    assert found == mine | {"vae_models/config.yaml"}
+
+
 def test_the_average_forgets_its_start_and_follows_statistics():
     model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     average = training.WeightAverage(model, averaged, 0.5)

@@ -454,6 +454,32 @@ def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_p
     assert "threshold" not in capsys.readouterr().out
 
 
+def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(data, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    mine = {"models/mine.pth", "reconstructions/train/mine.png", "reconstructions/validation/mine.png", "metrics/mine.png"}
+    for name in {*mine, "models/epoch_0050.pth"}:
+        (tmp_path / name).write_text("")
+    found = lambda: {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}  # noqa: E731
+    before, model = found(), tmp_path / "models" / "best_model.pth"
+    assert config.run_script(config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path)]) == 0
+    with pytest.raises(config.InputError, match="batch_size"):
+        train(data, tmp_path, batch_size=3, resume=True)
+    with pytest.raises(config.InputError, match="expected a folder"):
+        train(data / "none", tmp_path)
+    assert found() == before
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_stage, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path, epochs=3, resume=True)
+    assert found() == before
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path)
+    assert found() == mine | {"models/last.pth", "models/config.yaml", "metrics/training_history.json"}
+
+
 def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path, capsys):
     train(data, tmp_path, epochs=1)
     train(data, tmp_path, epochs=2, resume=True)
