@@ -1136,10 +1136,10 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def preprocessed_by(root: str | Path) -> str:
-    """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", as its report has it; empty where there is none."""
+def preprocessed_by(root: str | Path) -> tuple[str, int]:
+    """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
     made_with = read_json(Path(root) / REPORT_NAME).get("made_with")
-    return made_with.get("resize", "") if isinstance(made_with, dict) else ""
+    return (made_with.get("resize", ""), made_with.get("image_size", 0)) if isinstance(made_with, dict) else ("", 0)
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:

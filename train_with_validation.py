@@ -112,8 +112,15 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
 
 
 def fitted_as_on_disk(settings: config.TrainSettings, given: bool) -> config.TrainSettings:
-    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were seen; a ``resize`` that was given stays."""
-    done = data_loader.preprocessed_by(settings.data_dir)
+    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were seen; a ``resize`` that was given stays.
+
+    It warns where the images were made smaller than they are wanted.
+    """
+    done, side = data_loader.preprocessed_by(settings.data_dir)
+    if done and (settings.tile or settings.image_size > side):
+        asked = "tile" if settings.tile else f"image_size {settings.image_size}"
+        expected = "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
+        warn([f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images to be judged will be sharper; expected {expected}."])
     if settings.tile or done in ("", settings.resize):
         return settings
     if given:

@@ -445,6 +445,16 @@ def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tm
     assert config.read_yaml(tmp_path / "models" / "config.yaml")["resize"] == ("stretch" if given else "letterbox")
 
 
+@pytest.mark.parametrize(("changes", "words"), [({"image_size": 96}, "made 64 px square, and image_size 96 is asked for"), ({"tile": True}, "made 64 px square, and tile is asked for"), ({"image_size": 64}, "")])
+def test_images_made_smaller_than_they_are_wanted_are_told(data, tmp_path, capsys, changes, words):
+    data_loader.preprocess(config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64))
+    settings = config.TrainSettings(data_dir=str(tmp_path / "set"), **{"image_size": 64, **changes})
+    assert train_stage.fitted_as_on_disk(settings, given=False) == settings
+    said = capsys.readouterr().err
+    assert said.startswith("warning: ") and words in said and "expected" in said if words else not said
+    assert train_stage.fitted_as_on_disk(settings.replace(data_dir=str(data)), given=False) and not capsys.readouterr().err
+
+
 def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_path, monkeypatch, capsys):
     train(data, tmp_path, epochs=1)
     capsys.readouterr()
