@@ -197,6 +197,16 @@ def test_a_row_of_maps_takes_no_weights_of_an_earlier_run(tmp_path, monkeypatch,
         ablation.main(settings.replace(seeds=(1,)))
 
 
+@pytest.mark.parametrize("given", [(), ("--resize", "stretch")])
+def test_rows_of_preprocessed_images_are_fitted_as_these_were(tmp_path, monkeypatch, capsys, given):
+    data_loader.preprocess(config.PreprocessSettings(source=(str(make_parts(tmp_path / "parts")),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+    fitted = []
+    monkeypatch.setattr(ablation, "measure", lambda name, settings, out: fitted.append(settings.resize) or {"row": name, "seed": 0, "minutes": 1.0, **dict.fromkeys(ablation.COLUMNS)})
+    arguments = ["--data-dir", str(tmp_path / "set"), "--output-dir", str(tmp_path), "--image-size", "64", "--rows", "no skips", "--seeds", "0", *given]
+    assert config.run_script(config.AblationSettings, "", ablation.main, arguments) == 0
+    assert fitted == ["stretch" if given else "letterbox"] * 2 and ("warning: " in capsys.readouterr().err) == bool(given)
+
+
 def test_mean_and_spread_stand_in_a_row_of_the_ablation():
     rows = [{**dict.fromkeys(ablation.COLUMNS), "pixel AP": value, "minutes": 2.0} for value in (0.25, 0.5)]
     assert ablation.line("x", rows).split(" | ")[3] == "0.375 (0.250)" and ablation.line("x", rows).split(" | ")[1] == "-"
