@@ -1139,7 +1139,8 @@ def read_json(path: Path) -> dict:
 def preprocessed_by(root: str | Path) -> tuple[str, int]:
     """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
     made_with = read_json(Path(root) / REPORT_NAME).get("made_with")
-    return (made_with.get("resize", ""), made_with.get("image_size", 0)) if isinstance(made_with, dict) else ("", 0)
+    resize, side = (made_with.get("resize"), made_with.get("image_size")) if isinstance(made_with, dict) else (None, None)
+    return (resize, side) if isinstance(resize, str) and isinstance(side, int) else ("", 0)
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:

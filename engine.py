@@ -418,7 +418,7 @@ def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, schedule
 
 @contextlib.contextmanager
 def telling_what_is_kept(run: TrainingRun, best: Path) -> Iterator[None]:
-    """Within it, a run that diverges says which epoch's checkpoint is kept, where there is one.
+    """Within it, a run that diverges says which epoch's checkpoint is kept, or that the one there is of an earlier run.
 
     Raises:
         DivergedError: it did.
@@ -426,9 +426,10 @@ def telling_what_is_kept(run: TrainingRun, best: Path) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        if not run.best_epoch:
+        if not run.best_epoch and not best.exists():
             raise
-        raise DivergedError(f"{str(error).rstrip('.')}; {best} of epoch {run.best_epoch} is kept.") from None
+        kept = f"of epoch {run.best_epoch} is kept" if run.best_epoch else "is of an earlier run"
+        raise DivergedError(f"{str(error).rstrip('.')}; {best} {kept}.") from None
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

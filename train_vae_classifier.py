@@ -40,11 +40,10 @@ from vae_classifier import KIND, ClassifierLoss, VAEClassifier
 
 BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
 WRITTEN = {
-    "vae_models": re.compile(r"(best|last)_vae_classifier\.pth"),
     "results": re.compile(r"vae_classifier_((history|results)\.json|(curves|confusion)\.png)"),
     "reconstructions": re.compile(r"vae_classifier_epoch_\d+\.png"),
 }
-"""Names, in each output folder, of what a run writes in its course; one from the start removes those of an earlier run."""
+"""Names, in each folder, of the reports and pictures that a run makes in its course; one from the start removes those of an earlier run, but no model."""
 N_PICTURED = 8
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""

@@ -34,12 +34,11 @@ from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, un
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 WRITTEN = {
-    "models": re.compile(r"best_model\.pth|epoch_\d{4,}\.pth"),
     "metrics": re.compile(r"training_curves\.png"),
     "reconstructions/train": re.compile(r"epoch_\d+\.png"),
     "reconstructions/validation": re.compile(r".+_epoch_\d+\.png", re.DOTALL),
 }
-"""Names, in each output folder, of what a run writes in its course; one from the start removes those of an earlier run."""
+"""Names, in each folder, of the pictures that a run makes in its course; one from the start removes those of an earlier run, but no model."""
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
@@ -237,7 +236,7 @@ def train(run: Run) -> list[dict]:
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
     if not run.best_epoch:
-        raise engine.DivergedError("No validation loss was a finite number; no model is kept (try a lower --learning-rate).")
+        raise engine.DivergedError("No validation loss was a finite number, so no model is written (try a lower --learning-rate).")
     return run.history
 
 

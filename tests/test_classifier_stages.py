@@ -201,7 +201,7 @@ def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained
         training.main(settings_for(trained[0], tmp_path, epochs=3, resume=True))
 
 
-def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(trained, tmp_path, monkeypatch):
+def test_a_fresh_run_leaves_no_report_of_an_earlier_one_but_its_models(trained, tmp_path, monkeypatch):
     for folder in ("vae_models", "results", "reconstructions"):
         shutil.copytree(trained[1] / folder, tmp_path / folder)
     mine = {"vae_models/mine.pth", "results/mine.json", "reconstructions/mine.png"}
@@ -215,7 +215,7 @@ def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(trained, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         training.main(settings_for(trained[0], tmp_path))
     found = {path.relative_to(tmp_path).as_posix() for folder in ("vae_models", "results", "reconstructions") for path in (tmp_path / folder).iterdir()}
-    assert found == mine | {"vae_models/config.yaml"}
+    assert found == mine | {"vae_models/config.yaml", "vae_models/best_vae_classifier.pth", "vae_models/last_vae_classifier.pth"}
 
 
 def test_the_average_forgets_its_start_and_follows_statistics():

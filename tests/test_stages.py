@@ -464,7 +464,7 @@ def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_p
     assert "threshold" not in capsys.readouterr().out
 
 
-def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(data, trained, tmp_path, monkeypatch):
+def test_a_fresh_run_leaves_no_picture_of_an_earlier_one_but_its_models(data, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     mine = {"models/mine.pth", "reconstructions/train/mine.png", "reconstructions/validation/mine.png", "metrics/mine.png"}
     for name in {*mine, "models/epoch_0050.pth"}:
@@ -487,7 +487,8 @@ def test_a_fresh_run_leaves_nothing_of_an_earlier_one_beside_it(data, trained, t
     assert found() == before
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path)
-    assert found() == mine | {"models/last.pth", "models/config.yaml", "metrics/training_history.json"}
+    models = {path for path in before if path.endswith(".pth")}  # never lost before there is a better one
+    assert found() == mine | models | {"models/config.yaml", "metrics/training_history.json"}
 
 
 def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path, capsys):
@@ -557,6 +558,8 @@ def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypat
     monkeypatch.setattr(train_stage.DetailLoss, "_weigh", lambda self, terms, scale: terms["mse"] * float("nan"))
     with pytest.raises(config.InputError, match=r"nan.*; .*best_model\.pth of epoch 1 is kept\.$"):
         train(data, tmp_path, epochs=2, resume=True)
+    with pytest.raises(config.InputError, match=r"nan.*; .*best_model\.pth is of an earlier run\.$"):
+        train(data, tmp_path, epochs=2)
     assert (tmp_path / "models" / "best_model.pth").read_bytes() == before
     with pytest.raises(config.InputError, match="nan") as caught:
         train(data, tmp_path / "new", epochs=2)
