@@ -403,7 +403,7 @@ def _empty_tensor(image_size: int) -> torch.Tensor:
 
 
 def load_images(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
-    """``load_batch`` without the original sizes."""
+    """Images (N, 3, S, S) in [0, 1], their paths and what was skipped, as ``load_batch`` reads them."""
     batch = load_batch(paths, image_size, resize, n_tiles)
     return LoadedImages(batch.images, batch.paths, batch.errors)
 
@@ -1138,9 +1138,10 @@ def read_json(path: Path) -> dict:
 
 def preprocessed_by(root: str | Path) -> tuple[str, int]:
     """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
-    made_with = read_json(Path(root) / REPORT_NAME).get("made_with")
-    resize, side = (made_with.get("resize"), made_with.get("image_size")) if isinstance(made_with, dict) else (None, None)
-    return (resize, side) if isinstance(resize, str) and isinstance(side, int) else ("", 0)
+    match read_json(Path(root) / REPORT_NAME).get("made_with"):
+        case {"resize": str(resize), "image_size": int(side)}:
+            return resize, side
+    return "", 0
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:

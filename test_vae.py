@@ -75,11 +75,10 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
             for path, reason in batch.errors:
                 warn(f"{path} is skipped: {reason}")
             images = detector.runtime.put(batch.images)
-            for index, detection in enumerate(detector.detect(images) if len(images) else []):
-                item = by_path[batch.paths[index]]
-                original_hw = batch.original_sizes[index]
+            detections, windows = detector.detect(images) if len(images) else [], batch.windows(detector.resize)
+            for index, (path, original_hw, inside, detection) in enumerate(zip(batch.paths, batch.original_sizes, windows, detections, strict=True)):
+                item = by_path[path]
                 mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw)
-                inside = data_loader.picture_window(original_hw, detector.image_size, detector.resize)
                 results.items.append(item)
                 results.masks.append(None if mask is None else mask[inside])
                 if item.category == "good":

@@ -492,8 +492,8 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
 
 def feature_surprise(taps: Tensor, tap_channels: Sequence[int]) -> Tensor:
     """log(1 + mean squared error over predicted variance) at every place, (B, 1, h, w) of ``tap_deviations`` (B, n_taps, h, w); 0 where there are no taps."""
-    shares = torch.tensor([n / sum(tap_channels) for n in tap_channels], device=taps.device).view(1, -1, 1, 1)
-    return torch.log1p((shares * taps**2).sum(1, keepdim=True))
+    weighted = (n / sum(tap_channels) * tap**2 for n, tap in zip(tap_channels, taps.unbind(1), strict=True))
+    return torch.log1p(sum(weighted, start=taps[:, :0].sum(1))).unsqueeze(1)
 
 
 @torch.no_grad()

@@ -194,23 +194,23 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
-    folder, paths, sizes, pictures, found = data_loader.MVTecFolder(settings.data_dir), [], [], [], []
+    folder, found = data_loader.MVTecFolder(settings.data_dir), []
     for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
-        found += [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
-        paths, sizes, pictures = paths + batch.paths, sizes + batch.original_sizes, pictures + batch.windows(settings.fitting)  # grey bars are no pixels
-    speed = {"training_s": trained - started, "images_per_s": len(paths) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
-    by_path = {item.path: item for item in folder.test}
-    truths = [
-        data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
-        for path, size, each in zip(paths, sizes, found, strict=True)
-    ]
+        detections = [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
+        found += zip(batch.paths, batch.original_sizes, batch.windows(settings.fitting), detections, strict=True)
+    speed = {"training_s": trained - started, "images_per_s": len(found) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
+    by_path, maps, truths = {item.path: item for item in folder.test}, [], []
+    for path, size, inside, each in found:  # grey bars are no pixels
+        truth = data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
+        maps.append(each.defect_map[inside])
+        truths.append(None if truth is None else truth[inside])
     report = evaluation.detection_report(
-        [by_path[path].category for path in paths],
-        [each.score for each in found],
-        [each.label == "defective" for each in found],
-        [each.defect_map[picture] for picture, each in zip(pictures, found, strict=True)],
-        [None if truth is None else truth[picture] for picture, truth in zip(pictures, truths, strict=True)],
+        [by_path[path].category for path, *_ in found],
+        [each.score for *_, each in found],
+        [each.label == "defective" for *_, each in found],
+        maps,
+        truths,
         detector.calibration.pixel_threshold,
         N_RESAMPLES,
         settings.seed,
