@@ -88,11 +88,14 @@ class Settings:
     def with_preset(self, preset: dict):
         """A copy with the preset's values where nothing was given and the value is the default."""
         ours = {key: value for key, value in preset.items() if key not in self.given and getattr(self, key) == getattr(type(self), key)}
-        return from_dict(type(self), {**as_dict(self), **ours})
+        read = from_dict(type(self), ours)
+        return self.replace(**{key: getattr(read, key) for key in ours})
 
     def replace(self, **changes):
-        """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, checked again; what was given stays known."""
+        copy = dataclasses.replace(self, **changes)
+        object.__setattr__(copy, "given", self.given)
+        return copy
 
 
 def _check_value(field: dataclasses.Field, value) -> None:

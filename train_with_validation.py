@@ -88,7 +88,7 @@ def main(settings: config.TrainSettings) -> None:
         run = recalibrate(settings)
         print(f"weights of {settings.weights}, calibrated anew: {run.out / BEST}")
     else:
-        run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings), "resize" in settings.given))
+        run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings)))
         started = time.perf_counter()
         with engine.telling_what_is_kept(run, run.out / BEST):
             train(run)
@@ -110,7 +110,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     return settings.with_preset(preset).replace(data_dir=str(root))
 
 
-def fitted_as_on_disk(settings: config.TrainSettings, given: bool) -> config.TrainSettings:
+def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
     """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were seen; a ``resize`` that was given stays.
 
     It warns where the images were made smaller than they are wanted.
@@ -122,7 +122,7 @@ def fitted_as_on_disk(settings: config.TrainSettings, given: bool) -> config.Tra
         warn([f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images to be judged will be sharper; expected {expected}."])
     if settings.tile or done in ("", settings.resize):
         return settings
-    if given:
+    if "resize" in settings.given:
         warn([f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw images to be judged will look unlike them."])
         return settings
     print(f"The images in {settings.data_dir} were made square by {done}: so will be those to be judged.", file=sys.stderr)

@@ -85,10 +85,9 @@ def main(settings: config.AblationSettings) -> None:
     if settings.weights or settings.resume:
         raise config.UsageError("Every row is trained from the start or takes the weights of the first; expected no --weights and no --resume.")
     rows = chosen_rows(settings.rows)
-    given = "resize" in settings.given
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
-    settings = train_with_validation.fitted_as_on_disk(settings, given)  # the rows' files give every setting
+    settings = train_with_validation.fitted_as_on_disk(settings)  # the rows' files give every setting
     data_loader.MVTecFolder(settings.data_dir).require_test()
     out, measured = Path(settings.output_dir) / "benchmark_results" / "ablation", []
     print(" | ".join(["row", *COLUMNS, "minutes"]))

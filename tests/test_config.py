@@ -359,3 +359,4 @@ def test_a_preset_fills_in_only_what_nobody_gave_also_where_the_default_was_give
     settings = config.parse(config.TrainSettings, "", ["--image-size", str(default), "--config", str(tmp_path / "a.yaml")])
     filled = settings.with_preset({"image_size": 128, "batch_size": 16, "learning_rate": 0.5})
     assert (filled.image_size, filled.batch_size, filled.learning_rate) == (default, 2, 0.5)
+    assert filled.given == filled.replace(epochs=3).given == {"image_size", "batch_size"}
