@@ -45,6 +45,10 @@ SIDE_MULTIPLE_PX = 32
 """Sides that the model takes: it halves them five times."""
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
+RING_PX, N_RINGS, RING_QUANTILE = 8, 4, 0.99
+"""Pixels and number of the rings along the border of an image in which a map may be larger than further in, and the quantile that says by how much."""
+LEAST_INTERIOR = 0.1
+"""Share of the pixels that must lie further in than all rings."""
 N_FENCED = 8
 """Held-out images that it takes to say which of them is far from the others."""
 OUTLINE_FLOOR = 0.02
@@ -166,6 +170,56 @@ def image_score(defect_map: np.ndarray, top_frac: float) -> float:
 # ----------------------------------------------------------------------------------------- calibration
 
 
+class MapScale(NamedTuple):
+    """How the values of a refined map read: which become 0 and 1, and how many times as large they are along the border of an image.
+
+    What lies beyond the border no network sees: its features there are less like any that are known, on good images, too.
+    """
+
+    zero: float
+    one: float
+    border: tuple[float, ...] = ()  # of each ring of RING_PX pixels, the outermost first, falling to 1
+
+    def read(self, maps: np.ndarray) -> np.ndarray:
+        """Maps (B, H, W) on this scale."""
+        return (self.level(maps) - self.zero) / (self.one - self.zero)
+
+    def level(self, maps: np.ndarray) -> np.ndarray:
+        """Maps (B, H, W) with their borders brought to the level further in."""
+        if not self.border:
+            return maps
+        middles, factors = RING_PX * (np.arange(N_RINGS + 1) + 0.5), (*self.border, 1.0)
+        down, across = (np.interp(_from_border(side) + 0.5, middles, factors) for side in maps.shape[1:])
+        return maps / np.maximum.outer(down, across).astype(np.float32)
+
+    @classmethod
+    def of(cls, batches: Sequence[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> MapScale:
+        """The scale of a map from batches of it (B, H, W) on good images, each within its window."""
+        border = cls(0.0, 1.0, _border_factors(batches, windows))
+        low, high = (float(value) for value in np.quantile(pixels_within([border.level(maps) for maps in batches], windows), SCALE_QUANTILES))
+        return border._replace(zero=low, one=max(high, low + 1e-6))
+
+
+def _from_border(side: int) -> np.ndarray:
+    """Pixels between each of ``side`` pixels in a row and the nearer end of it."""
+    return np.minimum(np.arange(side), np.arange(side)[::-1])
+
+
+def _border_factors(batches: Sequence[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> tuple[float, ...]:
+    """``MapScale.border``; none where hardly a pixel lies further in than all rings."""
+    def rings(maps: np.ndarray) -> np.ndarray:
+        down, across = (np.minimum(_from_border(side) // RING_PX, N_RINGS).astype(np.uint8) for side in maps.shape[1:])
+        return np.broadcast_to(np.minimum.outer(down, across), maps.shape)
+
+    values, ring = pixels_within(batches, windows), pixels_within([rings(maps) for maps in batches], windows)
+    interior = values[ring == N_RINGS]
+    if len(interior) < LEAST_INTERIOR * len(values):
+        return ()
+    usual = max(float(np.quantile(interior, RING_QUANTILE)), 1e-6)
+    largest = [float(np.quantile(values[ring == each], RING_QUANTILE)) if (ring == each).any() else 0.0 for each in range(N_RINGS)]
+    return tuple(np.maximum.accumulate([1.0, *(each / usual for each in reversed(largest))])[:0:-1].tolist())
+
+
 class ConformalThreshold(NamedTuple):
     """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores allow only 1/(n+1)."""
 
@@ -202,7 +256,7 @@ class Calibration:
     """What held-out good images say: the scale of each map, their scores and the threshold.
 
     Attributes:
-        scales: map name -> (value that becomes 0, value that becomes 1).
+        scales: map name -> how its values read.
         good_scores: image scores of the held-out good images, sorted.
         alpha: share of false alarms asked for.
         threshold: an image scoring above is defective.
@@ -211,7 +265,7 @@ class Calibration:
         exchangeable: False where the held-out images were chosen (``trim_frac``), so that no rate can be promised.
     """
 
-    scales: dict[str, tuple[float, float]]
+    scales: dict[str, MapScale]
     good_scores: list[float]
     alpha: float
     threshold: float
@@ -220,14 +274,14 @@ class Calibration:
     exchangeable: bool = True
 
     def as_dict(self) -> dict:
-        return {**self.__dict__, "scales": {name: list(pair) for name, pair in self.scales.items()}}
+        return {**self.__dict__, "scales": {name: [scale.zero, scale.one, *scale.border] for name, scale in self.scales.items()}}
 
     @classmethod
     def from_dict(cls, values: dict) -> Calibration:
-        return cls(**{**values, "scales": {name: tuple(pair) for name, pair in values["scales"].items()}})
+        return cls(**{**values, "scales": {name: MapScale(zero, one, tuple(border)) for name, (zero, one, *border) in values["scales"].items()}})
 
     @classmethod
-    def of(cls, scales: dict[str, tuple[float, float]], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
+    def of(cls, scales: dict[str, MapScale], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
         """Thresholds from the image scores and the maps, of any shape, of held-out good images."""
         scores = sorted(scores)
         threshold, promised = conformal_threshold(np.array(scores), alpha)
@@ -363,12 +417,12 @@ class Detector:
             raw = raw_maps(names, self.model, images, output, self.perceptual)
         return {name: np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
-    def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> list[float]:
+    def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
         judged = fuse(smooth, scales, self.scored, self.maps.residual_ceiling)
         return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
 
-    def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]]) -> np.ndarray:
+    def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> np.ndarray:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
         fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
         if self.gate:
@@ -466,7 +520,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[t
     """
     names = detector.needed
     found = [detector.all_maps(images, names) for images in batches]
-    scales = {name: _scale(pixels_within([maps[name] for maps in found], windows)) for name in names}
+    scales = {name: MapScale.of([maps[name] for maps in found], windows) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
     fused = pixels_within([detector.defect_maps(maps, scales) for maps in found], windows)
     return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
@@ -480,13 +534,13 @@ def pixels_within(batches: Iterable[np.ndarray], windows: Sequence[tuple[slice, 
     return np.concatenate([each[window].ravel() for each, window in zip(every, windows, strict=True)])
 
 
-def fuse(smooth: dict[str, np.ndarray], scales: dict[str, tuple[float, float]], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:
+def fuse(smooth: dict[str, np.ndarray], scales: dict[str, MapScale], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:
     """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
     0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1 + |z|.
     ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which know better; 0 sets none.
     """
-    scaled = {name: (smooth[name] - scales[name][0]) / (scales[name][1] - scales[name][0]) for name in shares}
+    scaled = {name: scales[name].read(smooth[name]) for name in shares}
     if residual_ceiling and "pixel" in scaled and FEATURE_MAPS.intersection(scaled):
         scaled["pixel"] = np.minimum(scaled["pixel"], residual_ceiling)
     return signed_exp(sum(share * signed_log(scaled[name]) for name, share in shares.items()))
@@ -560,11 +614,6 @@ def own_level(logs: np.ndarray) -> np.ndarray:
     A defect changes the latents and so, a little, what is expected everywhere; a photograph that is unusual as a whole deviates everywhere, too.
     """
     return np.sqrt(np.square(np.maximum(logs, 0)).mean((1, 2), keepdims=True))
-
-
-def _scale(maps: np.ndarray) -> tuple[float, float]:
-    low, high = (float(value) for value in np.quantile(maps, SCALE_QUANTILES))
-    return low, max(high, low + 1e-6)
 
 
 def load_detector(path: Path | str, device: torch.device | str = "cpu", precision: str = "auto") -> Detector:

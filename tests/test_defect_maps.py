@@ -16,6 +16,7 @@ from config import InputError, LossSettings, MapSettings, as_dict
 from defect_maps import (
     Calibration,
     Detector,
+    MapScale,
     calibrate,
     conformal_threshold,
     fuse,
@@ -317,12 +318,12 @@ def test_the_defect_map_is_relative_to_what_stands_out_all_over_the_image_up_to_
     detector = detector_of(make_model(segmentation=False), maps)
     calm, restless = np.full((8, 8), -0.2, np.float32), np.full((8, 8), 0.5, np.float32)
     calm[2, 2] = restless[2, 2] = 3.0
-    found = detector.defect_maps({"pixel": np.stack([calm, restless])}, {"pixel": (0.0, 1.0)})
+    found = detector.defect_maps({"pixel": np.stack([calm, restless])}, {"pixel": MapScale(0.0, 1.0)})
     level = math.sqrt(math.log(4) ** 2 / 64)  # of the other 0.43, more than is taken off
     assert found[:, 2, 2] == pytest.approx([4 * math.exp(-level) - 1, 4 * math.exp(-0.3) - 1], rel=1e-5)
     assert found[0, 0, 0] == pytest.approx(1 - 1.2 * math.exp(level), rel=1e-5)
     detector.maps = maps.replace(own_level=0.0)
-    assert detector.defect_maps({"pixel": restless[None]}, {"pixel": (0.0, 1.0)})[0, 2, 2] == pytest.approx(3.0)
+    assert detector.defect_maps({"pixel": restless[None]}, {"pixel": MapScale(0.0, 1.0)})[0, 2, 2] == pytest.approx(3.0)
 
 
 def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclidean_elsewhere():
@@ -344,14 +345,14 @@ def test_maps_with_no_share_are_not_computed(make_model):
 
 def test_what_one_map_shouts_counts_less_than_what_two_maps_say():
     smooth = {"pixel": np.array([[[9.0, 3.0, -0.5]]], np.float32), "bank": np.array([[[0.0, 3.0, -0.5]]], np.float32)}
-    shouted, said, low = fuse(smooth, {"pixel": (0.0, 1.0), "bank": (0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
+    shouted, said, low = fuse(smooth, {"pixel": MapScale(0.0, 1.0), "bank": MapScale(0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
     assert said == pytest.approx(3.0) and shouted == pytest.approx(10**0.5 - 1) and low == pytest.approx(-0.5)
 
 
 def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_features(make_model):
     maps = PIXELS.replace(map_ssim=0.0, map_likelihood=1.0, residual_ceiling=0.5)
     detector = detector_of(make_model("efficientnet_lite0"), maps)
-    scales = {"pixel": (0.0, 1.0), "likelihood": (0.0, 1.0)}
+    scales = {"pixel": MapScale(0.0, 1.0), "likelihood": MapScale(0.0, 1.0)}
     smooth = {"pixel": np.array([[[0.2, 0.5, 80.0]]], np.float32), "likelihood": np.array([[[3.0, 3.0, 3.0]]], np.float32)}
     np.testing.assert_allclose(detector.defect_maps(smooth, scales)[0, 0], [(1.2 * 4) ** 0.5 - 1, 6**0.5 - 1, 6**0.5 - 1], rtol=1e-5)
     detector.maps = maps.replace(residual_ceiling=0.0)
@@ -363,7 +364,7 @@ def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_feature
 def test_the_fused_map_is_the_weighted_geometric_mean_of_one_more_than_the_scaled_maps(make_model):
     detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0))
     smooth = maps_of(detector, good_images(2, seed=1))
-    scales = {"pixel": (0.0, 0.2), "likelihood": (0.0, 2.0)}  # all above 0
+    scales = {"pixel": MapScale(0.0, 0.2), "likelihood": MapScale(0.0, 2.0)}  # all above 0
     expected = (1 + smooth["pixel"] / 0.2) ** 0.75 * (1 + smooth["likelihood"] / 2.0) ** 0.25 - 1
     np.testing.assert_allclose(fuse(smooth, scales, detector.fused), expected, rtol=1e-4, atol=1e-5)
 
@@ -398,7 +399,7 @@ def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     logs = 0.0
     for name, maps in smooth.items():
         low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
-        assert found.scales[name] == pytest.approx((low, high), rel=1e-4)
+        assert found.scales[name][:2] == pytest.approx((low, high), rel=1e-4) and not found.scales[name].border  # 64 px are all border
         z = (maps - low) / (high - low)
         logs = logs + 0.5 * np.sign(z) * np.log(1 + np.abs(z))
     fused = np.exp(logs) - 1  # exact where it is above 0, as the largest are
@@ -423,8 +424,51 @@ def test_scales_and_the_pixel_threshold_come_from_the_windows_that_pictures_take
     within = np.stack([each.defect_map[window] if window[1] == whole else each.defect_map[window].T for each, window in zip(detector.detect(images), windows, strict=True)])
     assert (within > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-4)
     pixel = np.concatenate([each[window].ravel() for each, window in zip(maps_of(detector, images)["pixel"], windows, strict=True)])
-    assert detector.calibration.scales["pixel"] == pytest.approx(np.quantile(pixel, (0.5, 0.999)), rel=1e-4)
+    assert detector.calibration.scales["pixel"][:2] == pytest.approx(np.quantile(pixel, (0.5, 0.999)), rel=1e-4)
     assert calibrate(detector, images.split(5), [(slice(0, 64), slice(0, 64))] * 12) == calibrate(detector, images.split(5))
+
+
+RINGS = np.minimum.outer(*[np.minimum(np.arange(160), np.arange(160)[::-1])] * 2) // 8  # of 8 px, 0 outermost
+
+
+@pytest.mark.parametrize(("along", "expected"), [
+    ((2.0, 1.5, 1.25, 1.1), (2.0, 1.5, 1.25, 1.1)),
+    ((1.2, 1.5, 1.0, 1.1), (1.5, 1.5, 1.1, 1.1)),  # what lies further out is no less
+    ((0.5, 0.5, 0.5, 0.5), (1.0, 1.0, 1.0, 1.0)),  # a plain background along the border stays plain
+])  # fmt: skip
+def test_a_map_reads_alike_along_the_border_and_further_in(along, expected):
+    maps = np.random.default_rng(0).uniform(1, 2, (24, 160, 160)).astype(np.float32)
+    maps *= np.array([*along, *[1.0] * 16], np.float32)[RINGS]
+    scale = MapScale.of([maps[:10], maps[10:]], None)
+    assert scale.border == pytest.approx(expected, rel=0.02)
+    level = scale.level(maps)
+    if along == expected:
+        assert all(np.quantile(level[:, ring == RINGS], 0.99) == pytest.approx(1.99, rel=0.12) for ring in range(5))  # factors are interpolated within rings
+        assert scale.zero == pytest.approx(1.5, rel=0.02)
+    assert np.array_equal(level[:, RINGS > 4], maps[:, RINGS > 4]) and np.all(level <= maps)
+    np.testing.assert_allclose(scale.read(maps), (level - scale.zero) / (scale.one - scale.zero), rtol=1e-6)
+
+
+def test_the_border_is_that_of_the_image_within_its_window():
+    maps = np.random.default_rng(0).uniform(1, 2, (24, 160, 160)).astype(np.float32)
+    maps[:, :8], maps[:, -8:], maps[:, :, :8], maps[:, :, -8:] = 50.0, 50.0, 4.0, 4.0  # bars above and below
+    assert MapScale.of([maps], [(slice(8, 152), slice(None))] * 24).border[0] == pytest.approx(2.0, rel=0.03)
+    assert MapScale.of([maps], [(slice(40, 120), slice(40, 120))] * 24).border == (1.0, 1.0, 1.0, 1.0)
+    assert MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border  # too small an interior
+
+
+def test_where_good_images_are_stranger_along_their_border_a_defect_further_in_is_found(make_model, monkeypatch):
+    """A defect of half the height that every good image has in its corners; nothing but the border tells them apart."""
+    detector = detector_of(make_model("none", segmentation=False), PIXELS.replace(map_ssim=0.0, top_frac=0.0001, smoothing_frac=0.0, closing_frac=0.0))
+    rng = np.random.default_rng(0)
+    good = rng.uniform(0.1, 0.2, (20, 160, 160)).astype(np.float32) * np.where(RINGS == 0, 4, 1).astype(np.float32)
+    defective = good.copy()
+    defective[:, 80:84, 80:84] = 0.4
+    monkeypatch.setattr(Detector, "all_maps", lambda self, images, names: {"pixel": images[:, 0].numpy()})
+    calibration = calibrate(detector, [torch.from_numpy(good[:, None])])
+    judged = detector.scores({"pixel": defective}, calibration.scales)
+    assert sum(each > calibration.threshold for each in judged) == 20
+    assert Calibration.from_dict(calibration.as_dict()) == calibration
 
 
 def test_the_image_score_comes_from_the_map_that_is_named(make_model):
@@ -438,7 +482,7 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     for found in of_fused.detect(images):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
     for name, detector in zip(("deviation", "likelihood", "nearest", "bank"), of_one, strict=True):
-        low, high = detector.calibration.scales[name]
+        low, high, _ = detector.calibration.scales[name]
         judged = (maps_of(detector, images)[name] - low) / (high - low)
         assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
     without = detector_of(make_model("none"), maps)  # no backbone, no likelihood
@@ -464,7 +508,7 @@ def test_a_calibration_survives_a_checkpoint(make_model, tmp_path):
 
 def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
     scores = [float(score) for score in range(1, 51)]
-    calibration = Calibration({"pixel": (0.0, 1.0)}, scores, 0.05, 49.0, True, 1.0)
+    calibration = Calibration({"pixel": MapScale(0.0, 1.0)}, scores, 0.05, 49.0, True, 1.0)
     alphas = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     moved = [calibration.at(alpha) for alpha in alphas]
     thresholds = [each.threshold for each in moved]

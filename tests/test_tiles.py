@@ -14,6 +14,7 @@ from test_stages import TINY
 import classify_images
 import config
 import data_loader
+import defect_maps
 import test_vae as test_stage
 import train_with_validation as train_stage
 from tiles import OVERLAP, Blend, tile_corners
@@ -126,7 +127,7 @@ def test_a_defect_scores_alike_on_a_photo_of_one_tile_and_of_many(tiled):
     blob[0, 20:24, 30:34] = 1.0
     wide = np.zeros((1, 300, 500), np.float32)
     wide[0, 100:104, 200:204] = 1.0
-    (one,), (many,) = (detector.scores(dict.fromkeys(detector.scored, each), dict.fromkeys(detector.scored, (0.0, 1.0))) for each in (blob, wide))
+    (one,), (many,) = (detector.scores(dict.fromkeys(detector.scored, each), dict.fromkeys(detector.scored, defect_maps.MapScale(0.0, 1.0))) for each in (blob, wide))
     assert many == pytest.approx(one)
 
 
