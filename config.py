@@ -269,7 +269,8 @@ class AblationSettings(TrainSettings):
 
 @dataclass(frozen=True)
 class DrawnSetsSettings(RunSettings):
-    out: str = setting("data/drawn_sets", "Folder that receives both sets.")
+    out: str = setting("data/drawn_sets", "Folder that receives the sets.")
+    photos: tuple[str, ...] = setting((), "Photographs of even textures, 1,000 px or so, each made into a set of its own, named after the file: pieces of its left part to train, of its right part to test.")
 
 
 @dataclass(frozen=True)

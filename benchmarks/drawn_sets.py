@@ -1,6 +1,7 @@
-"""Two data sets drawn by code, in the MVTec layout: varied metal surfaces, and a part that always lies the same way.
+"""Data sets for measuring how general a method is, in the MVTec layout, where no photographs may be shared.
 
-For measuring how general a method is where no photographs may be shared. The defects have nothing to do with those that training draws.
+Varied metal surfaces and a part that always lies the same way, both drawn by code, and pieces of the user's own photographs of textures. The
+defects are drawn and have nothing to do with those that training draws.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.DrawnSetsSettings, __doc__)
 
+import math
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 
-from data_loader import write_png
+from data_loader import read_image, write_png
 
 SIDE = 512
 BACKGROUND = (70, 66, 62)
 N_HOLES, N_SCREWS, N_RIBS = 12, 4, 24
+TRAINING_PART, PIECE_FRAC, LEAST_PIECE_PX = 0.6, 0.35, 128
+"""Share of a photograph, from the left, that training images are pieces of; the side of a piece as a share of the photograph's shorter one, and at least."""
 
 Drawn = tuple[np.ndarray, np.ndarray]
 """A float image (side, side, 3), BGR, about 0 to 255, and the mask (side, side) of its defect."""
@@ -133,6 +137,48 @@ SURFACE_DEFECTS: dict[str, Callable[[np.random.Generator, np.ndarray, int], Draw
     "patch": roughened,
 }
 """The last argument is 1 for what is lighter, -1 for what is darker, where it may be either."""
+
+
+# ---------------------------------------------------------------------------------- pieces of a photograph
+
+
+def piece(rng: np.random.Generator, photo: np.ndarray, side_px: int, side: int = SIDE) -> np.ndarray:
+    """A random square of ``side_px`` pixels of a photograph (H, W, 3), lit unevenly, with the grain of a camera."""
+    top, left = (rng.integers(0, length - side_px + 1) for length in photo.shape[:2])
+    cut = cv2.resize(photo[top : top + side_px, left : left + side_px].astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+    return cut * light(rng, side, rng.uniform(0, 0.2))[..., None].astype(np.float32) * rng.uniform(0.92, 1.08) + rng.normal(0, 2, cut.shape)
+
+
+def slit(rng: np.random.Generator, image: np.ndarray) -> Drawn:
+    """A dark cut with a lit edge."""
+    side = len(image)
+    cover = line(side, path(rng, side, rng.integers(6, 16), 12, 0.08), rng.uniform(2, 4.5))
+    edge = np.roll(cover, (2, 2), (0, 1)) * (1 - cover)
+    return image * (1 - 0.6 * cover[..., None]) + 25 * edge[..., None], cover > 0.3
+
+
+def threaded(rng: np.random.Generator, image: np.ndarray) -> Drawn:
+    side = len(image)
+    cover = line(side, path(rng, side, rng.integers(15, 40), 6, 0.3), rng.uniform(1.5, 3))
+    return image * (1 - cover[..., None]) + rng.uniform(20, 235, 3) * cover[..., None], cover > 0.3
+
+
+def tinted(rng: np.random.Generator, image: np.ndarray) -> Drawn:
+    cover = blob(rng, len(image), rng.uniform(15, 45))
+    return image * (1 - cover[..., None] * (1 - rng.uniform(0.6, 1.15, 3))), cover > 0.5
+
+
+def pierced(rng: np.random.Generator, image: np.ndarray) -> Drawn:
+    cover = blob(rng, len(image), rng.uniform(7, 22))
+    return image * (1 - 0.75 * cover[..., None]), cover > 0.5
+
+
+def smeared(rng: np.random.Generator, image: np.ndarray) -> Drawn:
+    cover = blob(rng, len(image), rng.uniform(18, 45))
+    return image + cover[..., None] * (cv2.GaussianBlur(image, (0, 0), rng.uniform(3, 5)) - image), cover > 0.5
+
+
+PIECE_DEFECTS = {"slit": slit, "thread": threaded, "tint": tinted, "hole": pierced, "smear": smeared}
 
 
 # --------------------------------------------------------------------------------------- an aligned part
@@ -286,9 +332,42 @@ def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, 
             write(root, f"test/{kind}", number, *photographed(rng, *draw(rng, cap(rng, side=side))))
 
 
+def write_pieces(root: Path, photo: np.ndarray, seed: int = 0, n_train: int = 200, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
+    """Pieces of a photograph (H, W, 3), BGR: of its left part to train, of its right part to test, defective ones of each kind.
+
+    Raises:
+        ValueError: the photograph is too small, or its right part narrower than a piece.
+    """
+    rng, side_px = np.random.default_rng(2 * seed + 7), int(PIECE_FRAC * min(photo.shape[:2]))
+    training, test = np.split(photo, [int(TRAINING_PART * photo.shape[1])], axis=1)
+    if side_px < LEAST_PIECE_PX or test.shape[1] < side_px:
+        least = math.ceil(LEAST_PIECE_PX / PIECE_FRAC)
+        raise ValueError(f"the photograph is {photo.shape[0]} x {photo.shape[1]} px; expected a shorter side of {least} px or more, and about the same height as width.")
+    for folder, part, n in (("train/good", training, n_train), ("test/good", test, n_good)):
+        for number in range(n):
+            write(root, folder, number, piece(rng, part, side_px, side))
+    for kind, draw in PIECE_DEFECTS.items():
+        for number in range(n_each):
+            write(root, f"test/{kind}", number, *draw(rng, piece(rng, test, side_px, side)))
+
+
 def main(settings: config.DrawnSetsSettings) -> None:
-    """Write both sets; the same images every time with the same seed."""
-    out = Path(settings.output_dir) / settings.out
+    """Write the sets; the same images every time with the same seed.
+
+    Raises:
+        UsageError: two sets would have one name.
+        InputError: a photograph cannot be read or is too small.
+    """
+    out, photos = Path(settings.output_dir) / settings.out, [Path(path) for path in settings.photos]
+    names = [path.stem for path in photos] + ["surfaces", "cap"]
+    if len(set(names)) < len(names):
+        raise config.UsageError(f"The sets would be named {', '.join(names)}; expected photographs of different names.")
+    for path in photos:
+        try:
+            write_pieces(out / path.stem, read_image(path)[:, :, ::-1], settings.seed)
+        except ValueError as error:
+            raise config.InputError(f"{path} makes no set: {error}") from None
+        print(f"pieces of {path}: {out / path.stem}")
     write_surfaces(out / "surfaces", settings.seed)
     write_caps(out / "cap", settings.seed)
     print(f"metal surfaces: {out / 'surfaces'}   an aligned part: {out / 'cap'}")

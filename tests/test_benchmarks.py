@@ -244,8 +244,11 @@ def test_a_frozen_encoder_learns_nothing_from_labels():
 # ------------------------------------------------------------------------------------------------ drawn sets
 
 
+PHOTO = np.random.default_rng(3).integers(40, 200, (40, 50, 3), np.uint8).repeat(10, 0).repeat(10, 1)  # patches of 10 px
+
+
 def drawings():
-    """(name, image before, image after, mask) of every kind of defect of both sets, three of each, 256 px."""
+    """(name, image before, image after, mask) of every kind of defect of all sets, three of each, 256 px."""
     rng = np.random.default_rng(0)
     for _ in range(3):
         for name, draw in drawn_sets.SURFACE_DEFECTS.items():
@@ -255,6 +258,9 @@ def drawings():
             if name != "missing":  # drawn on a cap of its own
                 image = drawn_sets.cap(rng, side=256)
                 yield name, image, *draw(rng, image)
+        for name, draw in drawn_sets.PIECE_DEFECTS.items():
+            image = drawn_sets.piece(rng, PHOTO, 140, 256)
+            yield name, image, *draw(rng, image)
 
 
 def test_a_drawn_sets_masks_cover_what_was_changed():
@@ -272,8 +278,33 @@ def test_a_cap_lacks_what_is_missing_and_nothing_else(missing):
     assert np.ptp(changed, axis=0).max() < 50
 
 
-def test_both_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
-    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps)):
+def test_a_piece_to_test_is_of_no_part_of_the_photo_that_was_trained_on(tmp_path):
+    photo = np.full((400, 400, 3), 80, np.uint8)
+    photo[:, 240:] = 160
+    drawn_sets.write_pieces(tmp_path, photo, 0, 4, 4, 0, side=64)
+    train, test = (np.mean([data_loader.read_image(path).mean() for path in (tmp_path / part / "good").iterdir()]) for part in ("train", "test"))
+    assert train == pytest.approx(80, rel=0.15) and test == pytest.approx(160, rel=0.15)
+
+
+@pytest.mark.parametrize(("shape", "words"), [((300, 300), "300 x 300 px; expected a shorter side of 366 px"), ((800, 500), "800 x 500 px"), (None, "cannot be read (No such file")])
+def test_a_photo_that_makes_no_set_is_named(tmp_path, monkeypatch, capsys, shape, words):
+    monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: None)
+    monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: None)
+    monkeypatch.setattr(drawn_sets, "PIECE_FRAC", 0.35 if shape != (800, 500) else 0.45)
+    path = tmp_path / "wall.png"
+    if shape:
+        data_loader.write_png(path, np.zeros((*shape, 3), np.uint8))
+    arguments = ["--photos", str(path), "--output-dir", str(tmp_path)]
+    assert config.run_script(config.DrawnSetsSettings, "", drawn_sets.main, arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "wall.png" in said and words in said
+
+
+def test_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
+    def pieces(root, *args, side):
+        drawn_sets.write_pieces(root, PHOTO, *args, side=side)
+
+    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps), ("pieces", pieces)):
         for run in ("first", "second"):
             write(tmp_path / run / name, 3, 3, 2, 1, side=128)
         write(tmp_path / "other" / name, 4, 1, 0, 0, side=128)
@@ -295,5 +326,9 @@ def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: written.append((root, seed)))
-    drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4))
-    assert written == [(tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4)]
+    monkeypatch.setattr(drawn_sets, "write_pieces", lambda root, photo, seed: written.append((root, photo[0, 0].tolist(), seed)))
+    data_loader.write_png(tmp_path / "a wall.png", np.full((8, 8, 3), (1, 2, 3), np.uint8))
+    drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4, photos=(str(tmp_path / "a wall.png"),)))
+    assert written == [(tmp_path / "sets" / "a wall", [3, 2, 1], 4), (tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4)]
+    with pytest.raises(config.UsageError, match="expected photographs of different names"):
+        drawn_sets.main(config.DrawnSetsSettings(photos=("here/cap.jpg",)))
