@@ -12,7 +12,7 @@ import io
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +31,9 @@ TIME_ROOTS = ("time", "unixtime", "unix", "elapsed", "unnamed")
 TIME_UNITS = ("s", "sec", "seconds", "ms", "us", "ns", "h", "hours", "days", "utc", "stamp", "time", "index", "id", "no", "number")
 MISSING = ("", "na", "n/a", "null", "none", "-")
 SAMPLE_CHARACTERS = 65_536
+THOUSANDS_APART = re.compile("(?<=\\d)['\u2019\\xa0\u2009\u202f](?=\\d{3}(?!\\d))")
+"""Apostrophes and spaces that do not break, which are never decimal marks."""
+ONES = str.maketrans("023456789", "111111111")
 MAX_ABSOLUTE = 1e100  # beyond it the axis limits overflow
 DECIMATE_ABOVE = 20_000  # rows; far more than the plot has pixel columns
 DECIMATE_BINS = 3_200  # about five to a pixel column
@@ -59,8 +62,6 @@ class Series(NamedTuple):
 class _Layout(NamedTuple):
     encoding: str
     separator: str
-    decimal: str
-    thousands: str  # what sets them apart, or nothing
     header: bool
     names: list[str]  # as written, or empty strings without header
     skip_rows: int  # lines before the first row below the header
@@ -71,7 +72,7 @@ def read_series(path: str | Path) -> Series:
 
     With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates, a
     name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or down). Comma, semicolon or tab; decimal commas where the
-    separator allows them; thousands set apart, where that is no decimal mark for sure; UTF-8 with or without BOM, UTF-16,
+    separator allows them; thousands set apart, where that is no decimal mark for sure in the column; UTF-8 with or without BOM, UTF-16,
     Latin-1. Comments and other lines above the header are left out. Rows without a number are dropped and counted.
     In a file without header, ``1,5`` is two numbers.
 
@@ -80,8 +81,9 @@ def read_series(path: str | Path) -> Series:
     """
     layout = _sniff(path)
     table = _read_table(path, layout)
-    column = _choose_column(path, table, layout)
-    numbers = _to_numbers(table.iloc[:, column], layout)
+    numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i]))
+    column = _choose_column(path, table, numbers_of, layout)
+    numbers = numbers_of(column)
     values = numbers[~np.isnan(numbers)]
     name = layout.names[column] or f"column {column + 1}"
     _check_values(path, values, name)
@@ -100,7 +102,7 @@ def _sniff(path: str | Path) -> _Layout:
     text = head.decode(encoding, errors="ignore").lstrip("\ufeff")
     if "\x00" in text:
         raise SeriesError(path, "is not a text file; expected a CSV")
-    lines = [(number, line) for number, line in enumerate(text.splitlines()) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|\r|\n", text)) if line.strip()]
     lines = _without_comments(lines[:-1] if len(head) == SAMPLE_CHARACTERS and len(lines) > 1 else lines)
     if not lines:
         raise SeriesError(path, "is empty; expected a column of numbers")
@@ -146,11 +148,10 @@ def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layou
     skip_rows = numbers[0] if at is None else numbers[at] + 1
     if separator == "," and len(names) == 1 and '"' not in "".join(lines[1:]) and _splits_numbers(body):
         separator, body = "\t", [[",".join(row)] for row in body]  # one column, its commas are within numbers
-    if names and body and all(len(row) == len(names) + 1 for row in body):
+    if names and body and all(len(row) == len(names) + 1 for row in body) and any(row[-1].strip() for row in body):
         names = ["", *names]  # R does not name the column of row names
     width = max(map(len, [names, *body]))
-    decimal, thousands = _marks([[row[i].strip() for row in body if i < len(row)] for i in range(width)])
-    return _Layout(encoding, separator, decimal, thousands, at is not None, names + [""] * (width - len(names)), skip_rows)
+    return _Layout(encoding, separator, at is not None, names + [""] * (width - len(names)), skip_rows)
 
 
 def _header_row(rows: list[list[str]]) -> int | None:
@@ -163,6 +164,10 @@ def _header_row(rows: list[list[str]]) -> int | None:
     heading = [i for i in range(above, start) if _is_header(rows[i]) and len(set(rows[i])) == len(rows[i]) in (width, width - 1)]
     if above and heading:
         return _naming_row(rows, heading, width)
+    written = [{field.strip().lower() for field in row} for row in rows]
+    named = [i for i, row in enumerate(rows) if len(row) == width and _is_header(row) and written[i].intersection(DATA_NAMES) and written[i].isdisjoint(MISSING)]
+    if named:
+        return named[0]
     if not n_text:
         counted = rows[0] == [str(i) for i in range(len(rows[0]))]  # as pandas names columns without a name
         return 0 if counted and len(rows) > 1 and not any(re.fullmatch(r"[+-]?\d*", field.strip()) for row in rows[1:] for field in row[-1:]) else None
@@ -182,24 +187,36 @@ def _kind(field: str) -> str:
 
 
 def _splits_numbers(body: list[list[str]]) -> bool:
-    """Whether rows of several fields are numbers cut at their commas."""
+    """Whether all rows of several fields are numbers cut at their commas."""
     several = [row for row in body if len(row) > 1]
-    return bool(several) and all(re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", ",".join(row), re.IGNORECASE) for row in several)
+    return all(re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", _plain(",".join(row)), re.IGNORECASE) for row in several)
 
 
-def _marks(columns: list[list[str]]) -> tuple[str, str]:
-    """(decimal mark, what sets thousands apart or nothing) of columns of fields."""
-    for decimal, thousands in ((".", ","), (",", ".")):
-        grouped = re.compile(rf"[+-]?[1-9]\d{{0,2}}({re.escape(thousands)}\d{{3}})+({re.escape(decimal)}\d*)?")
-        holding = [[field for field in column if thousands in field and re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", field, re.IGNORECASE)] for column in columns]
-        fields = [field for column in holding for field in column]
-        sure = any(field.count(thousands) > 1 or decimal in field for field in fields) or (
-            thousands == "," and any(each and any(re.fullmatch(r"[+-]?\d{1,3}", field) for field in column) for each, column in zip(holding, columns, strict=True))
+def _thousands(text: str, shapes: set[str]) -> str:
+    """The comma or point that sets thousands apart in a column; nothing where it may be a decimal mark, or is one of three points as in an address.
+
+    Args:
+        text: its fields, one a line.
+        shapes: the different ones, with 1 for every digit.
+    """
+    for mark, decimal in ((",", "."), (".", ",")):
+        holding = [shape for shape in shapes if mark in shape and re.fullmatch(r"[+-]?[1.,]+(e[+-]?1+)?", shape, re.IGNORECASE)]
+        sure = any(decimal in shape or (shape.count(mark) > 1 and shape.count(".") != 3) for shape in holding) or (
+            mark == "," and holding and any(re.fullmatch(r"[+-]?1{1,3}", shape) for shape in shapes)
         )
-        if sure and all(grouped.fullmatch(field) for field in fields):
-            return decimal, thousands
-    comma = any(re.fullmatch(r"[+-]?\d*,\d+(e[+-]?\d+)?", field, re.IGNORECASE) for column in columns for field in column)
-    return "," if comma else ".", ""
+        grouped = re.compile(rf"[+-]?1{{1,3}}({re.escape(mark)}111)+({re.escape(decimal)}1*)?")
+        if sure and all(map(grouped.fullmatch, holding)) and not re.search(rf"(?m)^[+-]?0\d*{re.escape(mark)}[\d.,]*$", text):
+            return mark
+    return ""
+
+
+def _plain(text: str) -> str:
+    """Text with an ASCII minus and without what is never a decimal mark in a number.
+
+    >>> _plain("\u221212'345.6")
+    '-12345.6'
+    """
+    return text if text.isascii() and "'" not in text else THOUSANDS_APART.sub("", text.replace("\u2212", "-"))
 
 
 def _separator(lines: list[str]) -> str:
@@ -213,7 +230,7 @@ def _separator(lines: list[str]) -> str:
 
 def _is_number(field: str, decimal: str = ".") -> bool:
     try:
-        float(field.replace(",", ".") if decimal == "," else field)
+        float(_plain(field).replace(",", ".") if decimal == "," else _plain(field))
     except ValueError:
         return False
     return True
@@ -227,14 +244,13 @@ def _is_header(row: list[str]) -> bool:
 
 
 def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
+    """Columns of numbers where all fields are, with decimal points and no mark of thousands, else of text as it is written."""
     import pandas
 
     try:
         return pandas.read_csv(
             path,
             sep=layout.separator,
-            decimal=layout.decimal,
-            thousands=layout.thousands or None,
             header=None,
             names=range(len(layout.names)),
             index_col=False,
@@ -242,6 +258,7 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
             encoding=layout.encoding,
             encoding_errors="replace",
             skipinitialspace=True,
+            low_memory=False,  # else the type may change within a column
         )
     except pandas.errors.EmptyDataError:
         raise SeriesError(path, "holds a header and no rows; expected a column of numbers") from None
@@ -249,35 +266,38 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
         raise SeriesError(path, f"is no table ({' '.join(str(error).split()).rstrip('.')})") from None
 
 
-def _to_numbers(column: pandas.Series, layout: _Layout) -> np.ndarray:
+def _to_numbers(column: pandas.Series) -> np.ndarray:
     """float64, NaN where there is no number."""
     import pandas
 
     if pandas.api.types.is_bool_dtype(column):
         return np.full(len(column), np.nan)
     if not pandas.api.types.is_numeric_dtype(column):
-        text = column.astype(str).str.strip()
-        text = text.str.replace(layout.thousands, "", regex=False) if layout.thousands else text
-        column = pandas.to_numeric(text.str.replace(",", ".", regex=False), errors="coerce")
+        text = _plain("\n".join([str(field).strip().replace("\n", " ") for field in column.fillna("").tolist()]))
+        shapes = set(text.translate(ONES).split("\n"))
+        thousands = _thousands(text, shapes)
+        if thousands:
+            text, shapes = text.replace(thousands, ""), {shape.replace(thousands, "") for shape in shapes}
+        if not any(_is_number(shape, ",") for shape in shapes):
+            return np.full(len(column), np.nan)
+        column = pandas.to_numeric(pandas.Series(text.replace(",", ".").split("\n"), dtype=object), errors="coerce")
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _choose_column(path: str | Path, table: pandas.DataFrame, layout: _Layout) -> int:
+def _choose_column(path: str | Path, table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], layout: _Layout) -> int:
     if not len(table):
         raise SeriesError(path, "holds a header and no rows; expected a column of numbers")
     names = [name.lower() for name in layout.names]
     named = [i for wanted in DATA_NAMES for i, name in enumerate(names) if name == wanted]
-    candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i], layout)]
+    candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i], numbers_of(i))]
     candidates = candidates or [i for i in range(table.shape[1]) if table.iloc[:, i].isna().all()]
     if not candidates:
         raise SeriesError(path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers")
     if named or len(candidates) == 1:
         return candidates[0]
     others = [i for i in candidates if not (layout.header and _is_time(names[i]))] or candidates
-    if others[0] == 0 and len(others) > 1:
-        first = _to_numbers(table.iloc[:, 0], layout)
-        if _rises(first) or (not names[0] and _ticks(first)):
-            return others[1]
+    if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
+        return others[1]
     return others[0]
 
 
@@ -292,10 +312,10 @@ def _columns(layout: _Layout) -> str:
     return "columns: " + ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
 
-def _looks_numeric(column: pandas.Series, layout: _Layout) -> bool:
+def _looks_numeric(column: pandas.Series, numbers: np.ndarray) -> bool:
     """At least half of the filled fields are numbers."""
     filled = column.notna().sum()
-    return filled > 0 and np.count_nonzero(~np.isnan(_to_numbers(column, layout))) * 2 >= filled
+    return filled > 0 and np.count_nonzero(~np.isnan(numbers)) * 2 >= filled
 
 
 def _rises(values: np.ndarray) -> bool:

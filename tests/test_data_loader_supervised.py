@@ -76,6 +76,9 @@ GOOD = {
     "as R writes a table": '"reading","data"\n' + "".join(f'"{i + 1}",{i * i - 5},{v}\n' for i, v in enumerate(NUMBERS)),
     "as R writes one column": '"Flow"\n' + "".join(f'"{i + 1}",{v}\n' for i, v in enumerate(NUMBERS)),
     "as pandas writes a column without a name": "0\n" + LINES,
+    "a separator behind every row": "temp,humidity\n" + "".join(f"{v},{50 + i},\n" for i, v in enumerate(NUMBERS)),
+    "other marks than line ends in a name": "reading\x85\x0b\u2028,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "a typographer's minus": "".join(f"{v}\n".replace("-", "\u2212") for v in NUMBERS),
 }
 
 
@@ -112,6 +115,20 @@ def test_lines_above_the_header_are_no_rows_even_with_a_number(tmp_path, kind):
     assert (series.column, series.n_dropped) == ("data", int("units" in kind))
 
 
+@pytest.mark.parametrize("names", ["value", "reading,data"])
+def test_a_row_with_the_name_of_the_data_is_the_header_also_below_numbers(tmp_path, names):
+    rows = "".join(f"{i * i - 5},{v}\n" if "," in names else f"{v}\n" for i, v in enumerate(NUMBERS))
+    above = "Logger 5,100\n2024,7\n" if "," in names else "Logger 5\n2024\n"
+    series = series_plots.read_series(write(tmp_path, f"{above}{names}\n{rows}"))
+    np.testing.assert_array_equal(series.values, NUMBERS)
+    assert (series.column, series.n_dropped) == (names.split(",")[-1], 0)
+
+
+def test_a_field_with_the_name_of_the_data_is_no_header(tmp_path):
+    series = series_plots.read_series(write(tmp_path, "name,reading\na,1.5\ndata,\nb,-2.25\n"))
+    assert (series.column, series.values.tolist(), series.n_dropped) == ("reading", [1.5, -2.25], 1)
+
+
 CLOCKS = {
     "t_s,y": lambda i: i // 2,
     "Time_s,temp": lambda i: i // 2,
@@ -145,6 +162,12 @@ GROUPED = {
     "American, one column without quotes": "value\n" + "".join(f"{v:,.0f}\n" for v in THOUSANDS),
     "German": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)),
     "German with a gap": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)) + "5;-\n",
+    "German beside dates": "Datum;Wert\n" + "".join(f"0{i + 1}.01.2024;{v:_.1f}\n".replace(".0\n", ",0\n").replace("_", ".") for i, v in enumerate(THOUSANDS)),
+    "Swiss": "value\n" + "".join(f"{v:_.2f}\n".replace("_", "'") for v in THOUSANDS),
+    "typographer's Swiss": "t;wert\n" + "".join(f"{i};{v:_.2f}\n".replace("_", "\u2019") for i, v in enumerate(THOUSANDS)),
+    "French": "t;valeur\n" + "".join(f"{i};{v:_.2f}\n".replace("_", "\u202f").replace(".", ",") for i, v in enumerate(THOUSANDS)),
+    "French, one column, no semicolon": "valeur\n" + "".join(f"{v:_.1f}\n".replace("_", "\xa0").replace(".", ",") for v in THOUSANDS),
+    "no-break spaces, no header": "".join(f"{v:_.0f}\n".replace("_", "\xa0") for v in THOUSANDS),
 }
 
 
@@ -155,7 +178,31 @@ def test_thousands_set_apart_are_one_number(tmp_path, kind):
     assert series.n_dropped == kind.endswith("gap")
 
 
+COUNTED = {
+    "American": "t;count\n" + "".join(f"{i};{800 + i:,}\n" for i in range(400)),
+    "American, one column": "count\n" + "".join(f"{800 + i:,}\n" for i in range(400)),
+    "German": "t;wert\n" + "".join(f"{i};{800 + i:_},0\n".replace("_", ".") for i in range(400)),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_thousands_are_known_wherever_they_begin(tmp_path, kind):
+    series = series_plots.read_series(write(tmp_path, COUNTED[kind]))
+    np.testing.assert_array_equal(series.values, 800 + np.arange(400))
+    assert series.n_dropped == 0
+
+
+def test_a_word_far_below_in_a_long_column_changes_no_number(tmp_path):
+    values = np.random.default_rng(0).uniform(-5000, 5000, 300_000).round(1)
+    rows = [f"{i};{v:_.1f}\n".replace(".", ",").replace("_", ".") for i, v in enumerate(values)]
+    rows[-1] = "Fehler;Fehler\n"
+    series = series_plots.read_series(write(tmp_path, "Zeit;Wert\n" + "".join(rows)))
+    np.testing.assert_array_equal(series.values, values[:-1])
+    assert series.n_dropped == 1
+
+
 NOT_GROUPED = {
+    "addresses alone": ("host,reading\n192.168.100.200,1.5\n192.168.100.199,2.5\n", [1.5, 2.5]),
     "three decimals": ("value\n1,007\n0,992\n1,038\n", [1.007, 0.992, 1.038]),
     "three decimals beside an index": ("time;x\n0;1,007\n1;2,992\n2;1,038\n", [1.007, 2.992, 1.038]),
     "three decimals after a point": ("value\n1.007\n992\n1.038\n", [1.007, 992, 1.038]),
