@@ -430,11 +430,13 @@ def four_flips(images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, progress: Progress = lambda items, total: items) -> dict:
-    """Draw every CSV under ``source`` to a PNG in the same folder under ``out``; finished ones are left alone.
+    """Draw every CSV under ``source`` to a PNG in the same folder under ``out``.
+
+    Plots of a CSV that has not changed since are left alone; those of one that is gone, or that is drawn elsewhere now, are removed.
 
     Returns:
-        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder: n}},
-        also written to ``out/render_report.json``.
+        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder: n},
+        "outputs": {plot: {"source", "size", "mtime_ns"}}}, also written to ``out/render_report.json``.
 
     Raises:
         InputError: no such folder, or no CSV in it.
@@ -446,23 +448,45 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     if not files:
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(files, source, out))
-    todo = [job for job in jobs if not _is_finished(*job)]
+    marks = {target.relative_to(out).as_posix(): _source_mark(path) for path, target in jobs}
+    before = data_loader.read_json(out / RENDER_REPORT)
+    dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
+    outputs = _without_stale(outputs, marks, out)
+    todo = [job for job, (name, mark) in zip(jobs, marks.items(), strict=True) if outputs.get(name) != mark or not job[1].exists()]
     kept = {path.relative_to(source).as_posix() for path in set(files).difference(path for path, _ in todo)}
-    before = data_loader.read_json(out / RENDER_REPORT).get("dropped_rows")
-    dropped = {name: n for name, n in before.items() if name in kept} if isinstance(before, dict) else {}
-    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}}
-    for (path, target), (reason, n_dropped) in zip(todo, progress(_in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
-        name = path.relative_to(source).as_posix()
-        if reason:
-            target.unlink(missing_ok=True)
-            report["skipped"].append({"source": name, "reason": reason})
-        else:
-            report["rendered"] += 1
-        if n_dropped:
-            report["dropped_rows"][name] = n_dropped
-    report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
-    _write_json(out / RENDER_REPORT, report)
+    dropped = {name: n for name, n in dropped.items() if name in kept}
+    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}, "outputs": outputs}
+    try:
+        for (path, target), (reason, n_dropped) in zip(todo, progress(in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
+            name, output = path.relative_to(source).as_posix(), target.relative_to(out).as_posix()
+            if reason:
+                target.unlink(missing_ok=True)
+                outputs.pop(output, None)
+                report["skipped"].append({"source": name, "reason": reason})
+            else:
+                outputs[output] = marks[output]
+                report["rendered"] += 1
+            if n_dropped:
+                report["dropped_rows"][name] = n_dropped
+    finally:
+        report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
+        _write_json(out / RENDER_REPORT, report)
     return report
+
+
+def _source_mark(path: Path) -> dict:
+    """What must be unchanged for a plot to be still right."""
+    size, mtime_ns = _mark(path)
+    return {"source": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns}  # noqa: PTH100 (links stay)
+
+
+def _without_stale(outputs: dict[str, dict], marks: dict[str, dict], out: Path) -> dict[str, dict]:
+    """The recorded plots that have a source; those that nothing is drawn to now, and whose source is gone or drawn elsewhere, are removed."""
+    sources = {mark["source"] for mark in marks.values()}
+    stale = {name for name, mark in outputs.items() if name not in marks and (mark["source"] in sources or not Path(mark["source"]).exists())}
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+    return {name: mark for name, mark in outputs.items() if name not in stale}
 
 
 def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:
@@ -473,10 +497,6 @@ def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[P
             target = target.with_name(f"{data_loader.short_stem(path.name)}.png")
         taken.add(target)
         yield path, target
-
-
-def _is_finished(path: Path, target: Path) -> bool:
-    return target.exists() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns
 
 
 def _render_one(job: tuple[Path, Path]) -> tuple[str, int]:
@@ -494,7 +514,7 @@ def _write_json(path: Path, values: dict) -> None:
     data_loader.write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def _in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
+def in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
     """Results in order, from processes of their own (matplotlib and betise hold the interpreter's lock)."""
     n_workers = min((os.cpu_count() or 1) if num_workers < 0 else num_workers, len(jobs) // 8)
     if n_workers < 1:
@@ -534,7 +554,7 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
         if before.get(name, value) != value:
             raise config.InputError(f"{out} holds series generated with {name} {before[name]}, not {value}; expected another folder (--out) or the same arguments.")
     jobs = [_generate_job(out, kind, index, seed, home_share) for kind in series_generator.KINDS for index in range(per_class)]
-    made = list(progress(_in_processes(_generate_one, jobs, num_workers), len(jobs)))
+    made = list(progress(in_processes(_generate_one, jobs, num_workers), len(jobs)))
     series = [
         {"csv": job.csv.relative_to(out.parent).as_posix(), "plot": job.png.relative_to(out.parent).as_posix(), "kind": job.kind, "seed": list(job.seed), "parameters": parameters}
         for job, parameters in zip(jobs, made, strict=True)

@@ -138,7 +138,7 @@ def generated_plots(settings: config.TrainClassifierSettings, style: str, per_cl
     images = read_array(file)
     if images is None or images.shape != (len(labels), side, side, 3):
         jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
-        made = plot_loader._in_processes(draw_generated, jobs, -1)
+        made = plot_loader.in_processes(draw_generated, jobs, -1)
         images = np.empty((len(jobs), side, side, 3), np.uint8)
         for i, image in enumerate(bar(f"{style} series")(made, len(jobs))):
             images[i] = image

@@ -270,7 +270,7 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
         calls.append(jobs)
         return map(fake_plots, jobs)
 
-    monkeypatch.setattr(plot_loader, "_in_processes", serial)
+    monkeypatch.setattr(plot_loader, "in_processes", serial)
     settings = config.TrainClassifierSettings(image_size=32, generated_home=2, generated_present=1, fresh_per_class=1)
     mixed_in, fresh = training.make_generated(settings, list(series_generator.KINDS), tmp_path)
     assert [len(each.labels) for each in mixed_in] == [18, 9] and len(fresh.labels) == 9

@@ -560,6 +560,40 @@ def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
     assert (again["rendered"], again["kept"]) == (1, 2) and again["dropped_rows"] == report["dropped_rows"]
 
 
+def test_a_plot_is_of_the_source_there_is_now(tmp_path):
+    source, out, values = tmp_path / "csv", tmp_path / "plots", np.random.default_rng(0).normal(size=(3, 30))
+    first, second, third = (series_plots.render_series(each) for each in values)
+    text = ["data\n" + "\n".join(map(repr, each.tolist())) for each in values]
+    for name, each in (("a/x.csv", text[0]), ("a/x.tsv", text[1]), ("a/y.csv", text[0])):
+        write(source, each, name)
+    loader.render_folder(source, out, num_workers=0)
+    (source / "a" / "x.csv").unlink()
+    write(source, text[2], "a/y.csv")
+    os.utime(source / "a" / "y.csv", ns=(10**9, 10**9))
+    report = loader.render_folder(source, out, num_workers=0)
+    assert sorted(path.name for path in (out / "a").iterdir()) == ["x.png", "y.png"] and report["classes"] == {"a": 2}
+    for name, plot in (("x", second), ("y", third)):
+        assert np.abs(data_loader.read_image(out / "a" / f"{name}.png").astype(int) - plot).mean() < 2 < np.abs(first.astype(int) - plot).mean()
+    assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
+    loader.render_folder(write(tmp_path / "more", text[0], "b/z.csv").parent.parent, out, num_workers=0)
+    assert sorted(path.name for path in out.glob("*/*.png")) == ["x.png", "y.png", "z.png"]  # of sources that are still there
+    assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
+
+
+def test_what_an_interrupted_rendering_has_drawn_is_kept(tmp_path, monkeypatch):
+    for name in ("a/1.csv", "a/2.csv"):
+        write(tmp_path / "csv", "data\n" + LINES, name)
+
+    def interrupted(items, total):
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loader.render_folder(tmp_path / "csv", tmp_path / "plots", num_workers=0, progress=interrupted)
+    again = loader.render_folder(tmp_path / "csv", tmp_path / "plots", num_workers=0)
+    assert (again["rendered"], again["kept"]) == (1, 1)
+
+
 def test_wrong_commands_end_with_2_and_name_the_right_ones(capsys):
     assert loader.run([]) == 2
     assert loader.run(["draw"]) == 2
