@@ -467,7 +467,12 @@ def _images_under(folder: Path, deep: bool = True) -> list[Path]:
         if real not in seen:
             found += [Path(where, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         seen.add(real)
-    return sorted(found, key=lambda path: path.as_posix())
+    return sorted(filter(is_readable_kind, found), key=lambda path: path.as_posix())
+
+
+def is_readable_kind(path: Path) -> bool:
+    """Whether it is a file or a broken link, of which its reader says what is wrong; not so a named pipe, on which it would wait for ever."""
+    return path.is_file() or not path.exists()
 
 
 def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:

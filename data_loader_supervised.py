@@ -149,8 +149,8 @@ def _expand(given: str | Path) -> list[Path]:
         return [path]
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
-    matches = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207 (absolute patterns)
-    return [file for match in matches for file in (_expand(match) if Path(match).is_dir() else [Path(match)])]
+    matches = map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207 (absolute patterns)
+    return [file for match in matches for file in (_expand(match) if match.is_dir() else filter(data_loader.is_readable_kind, [match]))]
 
 
 def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -159,7 +159,7 @@ def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-    return sorted(found, key=lambda path: path.as_posix())
+    return sorted(filter(data_loader.is_readable_kind, found), key=lambda path: path.as_posix())
 
 
 def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0) -> Iterator[PlotBatch]:
@@ -211,8 +211,7 @@ class ClassFolder:
         self.classes = [folder.name for folder in folders]
         self.train = self._items(folders)
         self.test: list[tuple[Path, int]] = []
-        if (self.root / "test").is_dir():
-            tests = class_folders(self.root / "test")
+        if (self.root / "test").is_dir() and (tests := class_folders(self.root / "test")):
             self._check_same([folder.name for folder in tests])
             self.test = self._items(tests)
 
@@ -548,7 +547,7 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
         InputError: betise is missing, or the folder holds series of other arguments.
     """
     version = series_generator.require_betise()
-    out, given = Path(out), {"seed": seed, "per_class": per_class, "home_share": home_share}
+    out, given = Path(os.path.abspath(out)), {"seed": seed, "per_class": per_class, "home_share": home_share}  # noqa: PTH100 (links stay)
     before = data_loader.read_json(out / MANIFEST)
     for name, value in given.items():
         if before.get(name, value) != value:
@@ -568,7 +567,13 @@ def _generate_job(out: Path, kind: str, index: int, seed: int, home_share: float
     key = (seed, series_generator.KINDS.index(kind), index)
     style = "home" if np.random.default_rng((*key, 1)).random() < home_share else "present"
     name = f"{kind}_{style}_{index:05d}"
-    return _GenerateJob(kind, index, style, key, out.with_name(out.name + "_csv") / kind / f"{name}.csv", out / kind / f"{name}.png")
+    return _GenerateJob(kind, index, style, key, series_folder(out) / kind / f"{name}.csv", out / kind / f"{name}.png")
+
+
+def series_folder(out: Path) -> Path:
+    """Where the CSVs of the plots generated into ``out`` lie: beside it, however it is spelled."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 (links stay)
+    return out.with_name(f"{out.name}_csv")
 
 
 def _generate_one(job: _GenerateJob) -> dict:
@@ -613,7 +618,7 @@ def generate_main(settings: config.GenerateSettings) -> None:
     """The generate command: make series and plots, then say what there is."""
     out = Path(settings.output_dir) / settings.out
     manifest = generate(out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, _bar("generate"))
-    print(f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in {out.with_name(out.name + '_csv')}, parameters in {out / MANIFEST}")
+    print(f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in {series_folder(out)}, parameters in {out / MANIFEST}")
 
 
 COMMANDS = {

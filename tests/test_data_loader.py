@@ -420,6 +420,9 @@ def test_find_images(tmp_path, monkeypatch):
     assert dl.find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"], "a file named outright is kept"
     (tmp_path / "loop").symlink_to(tmp_path)
     assert len(dl.find_images(tmp_path)) == 4
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    assert {path.name for path in dl.find_images(tmp_path)} - {path.name for path in twice} == {"gone.png"}, "a broken link is told, a pipe would be waited on"
 
 
 def test_nothing_found_is_said(tmp_path):

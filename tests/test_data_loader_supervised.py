@@ -382,6 +382,14 @@ def test_bad_class_folders_are_named(root):
         loader.ClassFolder(root / "nowhere")
 
 
+def test_an_empty_test_folder_is_no_test(root):
+    for path in (root / "test").glob("*/*"):
+        path.unlink()
+    for path in (root / "test").iterdir():
+        path.rmdir()
+    assert loader.ClassFolder(root).test == []
+
+
 def test_the_split_keeps_the_share_of_every_class():
     labels = np.array([0] * 40 + [1] * 10 + [2] * 2 + [3])
     training, validation = loader.stratified_split(labels, 0.2, seed=3)
@@ -531,6 +539,15 @@ def test_mixed_inputs_stream_in_order_with_bounded_reading(root, tmp_path, monke
     assert max(ahead) <= 2 * 4 + 4
     assert seen == [path for path in paths if path.name != "y.csv"]
     assert [path.name for path, _ in errors] == ["y.csv"] and "header and no rows" in errors[0][1]
+
+
+def test_a_pipe_in_a_folder_is_no_plot_but_a_broken_link_is_told(root):
+    os.mkfifo(root / "pipe.csv")
+    os.mkfifo(root / "pipe.png")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    for given in (root, root / "*"):
+        assert not any(path.name.startswith("pipe") for path in loader.find_plots(str(given)))
+    assert root / "gone.png" in loader.find_plots(root)
 
 
 def test_inputs_that_are_nothing_are_named(tmp_path):
@@ -708,6 +725,18 @@ def test_series_of_other_arguments_are_not_mixed_in_one_folder(tmp_path, monkeyp
     loader.generate(tmp_path / "a", **given)
     with pytest.raises(config.InputError, match=f"a holds series generated with {words}; expected another folder"):
         loader.generate(tmp_path / "a", **{**given, **changes})
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_series_lie_beside_a_folder_of_plots_however_it_is_spelled(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.setattr(series_generator, "require_betise", lambda: "1")
+    monkeypatch.setattr(loader, "_generate_one", lambda job: {})
+    (tmp_path / "plots" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "plots" / ("sub" if out == ".." else ""))
+    assert loader.run(["generate", "--out", out, "--per-class", "1", "--num-workers", "0"]) == 0
+    row = json.loads((tmp_path / "plots" / "manifest.json").read_text())["series"][0]
+    assert row["csv"].startswith("plots_csv/") and row["plot"].startswith("plots/")
+    assert f"series in {tmp_path / 'plots_csv'}," in capsys.readouterr().out
 
 
 def test_files_shared_by_training_and_test_are_counted(root):
