@@ -50,7 +50,7 @@ def main(settings: config.ClassifySettings) -> None:
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    data_loader.remove_written(out, {"overlays": OVERLAY_NAME})
+    data_loader.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
     with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])

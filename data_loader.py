@@ -980,7 +980,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
     before = read_json(out / REPORT_NAME)
     valid = {row["output"]: row for row in before.get("kept", [])} if before.get("made_with") == made_with else {}
-    _make_folder(out)
+    make_folder(out)
     _remove_stale(out, before, {job.output for job in jobs})
     report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
     try:
@@ -1014,7 +1014,12 @@ def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
     return source, out
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder of output, and those above it, where there is none.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1124,11 +1129,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def remove_written(out: Path, names: dict[str, re.Pattern]) -> None:
-    """Remove, in each folder below ``out``, the files of such names: what an earlier run left there."""
+def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Path] = ()) -> None:
+    """Remove, in each folder below ``out``, the files of such names, what an earlier run left there, but none of the inputs."""
+    kept = set(map(os.path.realpath, inputs))
     for folder, pattern in names.items():
         for path in list((out / folder).glob("*")):
-            if pattern.fullmatch(path.name):
+            if pattern.fullmatch(path.name) and os.path.realpath(path) not in kept:
                 path.unlink()
 
 

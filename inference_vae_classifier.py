@@ -10,6 +10,7 @@ if __name__ == "__main__":
     config.answer_early(config.InferClassifierSettings, __doc__)
 
 import csv
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from vae_classifier import VAEClassifier, load_vae_classifier
 __all__ = ["batch_predict", "load_vae_classifier", "predict", "predict_from_csv", "predict_single_image"]
 
 PREDICTIONS, LATENT = Path("results") / "vae_classifier_predictions", Path("results") / "latent"
+PICTURE_NAME = re.compile(r"\d{5,}_.*\.png", re.DOTALL)
+"""What pictures of predictions are called: the number of the row, and the plot's stem."""
 FEW_FILES = 20
 
 
@@ -61,20 +64,25 @@ class Predicted(NamedTuple):
 # ---------------------------------------------------------------------------------------- for notebooks
 
 
-def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 32, flips_below: float | None = None) -> Iterator[Predicted]:
+def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, batch_size: int = 32, flips_below: float | None = None) -> Iterator[Predicted]:
     """One result a file, image or CSV, in the order of the paths; memory does not grow with their number.
 
     Args:
+        device: where to compute; None for where the model lies.
         flips_below: average over four flips where the class is less sure than this; None does as calibrated.
 
     Raises:
         InputError: the model comes from no file, or has another number of classes than there are names.
     """
     _require_names(model, class_names)
-    runtime = engine.Runtime(engine.resolve_device(device))
+    runtime = _runtime(model, device)
     batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
     for batch, found in runtime.each(lambda batch: (batch, list(_judged(batch, model, class_names, runtime, flips_below))), batches):
         yield from (found[i] for i in np.argsort(batch.places))
+
+
+def _runtime(model: VAEClassifier, device: torch.device | str | None) -> engine.Runtime:
+    return engine.Runtime(next(model.parameters()).device if device is None else engine.resolve_device(device))
 
 
 def _require_names(model: VAEClassifier, class_names: Sequence[str]) -> None:
@@ -96,7 +104,7 @@ def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Seq
         yield Predicted(path, ranked, float(said.p_values[i]), batch.images[i], torch.from_numpy(said.reconstruction[i]), said.mu[i], note=batch.notes[i])
 
 
-def predict_single_image(image_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", save_visualization: str | Path | None = None) -> tuple[str, dict[str, float], Tensor]:
+def predict_single_image(image_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, save_visualization: str | Path | None = None) -> tuple[str, dict[str, float], Tensor]:
     """(class, probabilities by falling size, reconstruction (3, R, R) in [0, 1]) of an image or the plot of a CSV.
 
     Args:
@@ -113,24 +121,24 @@ def predict_single_image(image_path: str | Path, model: VAEClassifier, class_nam
     return found.name, found.probabilities, found.reconstruction
 
 
-def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", output_dir: str | Path | None = None) -> list[tuple[str, str, float]]:
+def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, output_dir: str | Path | None = None) -> list[tuple[str, str, float]]:
     """[(name, class, confidence), ...] for every image and CSV below a folder; unreadable ones as ("...", "error", 0.0).
 
     With ``output_dir``, predictions.csv and a picture of each plot (200 at most) are written there.
 
     Raises:
-        InputError: there is no such folder, or nothing in it.
+        InputError: there is no such folder, or nothing in it, or ``output_dir`` cannot be made.
     """
     paths = plot_loader.find_plots(image_dir, [] if output_dir is None else [Path(output_dir)])
     results = predict(paths, model, class_names, device)
     if output_dir is not None:
         settings = config.InferClassifierSettings()
-        results = recorded(results, model, Path(output_dir), settings.max_pictures, Tally())
+        results = recorded(results, model, class_names, Path(output_dir), settings.max_pictures, Tally())
     base = Path(image_dir) if Path(image_dir).is_dir() else None
     return [(each.path.relative_to(base).as_posix() if base else each.path.name, each.name, each.confidence) for each in results]
 
 
-def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str = "cpu", save_plot: bool = True, output_dir: str | Path = PREDICTIONS) -> tuple[str, dict[str, float]]:
+def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, save_plot: bool = True, output_dir: str | Path = PREDICTIONS) -> tuple[str, dict[str, float]]:
     """(class, probabilities by falling size) of a CSV series; its plot is kept as ``output_dir/<stem>_plot.png``.
 
     Raises:
@@ -140,7 +148,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     plot = series_plots.render_series(series_plots.read_series(csv_path).values)
     image = plot_loader.prepare_image(plot, model.run_settings["image_size"], model.run_settings["crop_axes"])
     batch = plot_loader.PlotBatch(data_loader.to_tensor(image), [Path(csv_path)], [""], [], [0])
-    found = next(_judged(batch, model, class_names, engine.Runtime(engine.resolve_device(device)), None))
+    found = next(_judged(batch, model, class_names, _runtime(model, device), None))
     if save_plot:
         data_loader.write_png(Path(output_dir) / f"{data_loader.short_stem(Path(csv_path).stem)}_plot.png", plot)
     return found.name, found.probabilities
@@ -183,7 +191,8 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
     keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
-    results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, out, settings.max_pictures if settings.pictures else 0, tally)
+    data_loader.remove_written(out, {"": PICTURE_NAME}, paths)
+    results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, names, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
         if each.error or each.note:
             tqdm.write(f"warning: {each.path}{':' if each.note else ''} {each.error or each.note}.", file=sys.stderr)
@@ -197,14 +206,14 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     return kept
 
 
-def recorded(results: Iterator[Predicted], model: VAEClassifier, out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
+def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Sequence[str], out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
     """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
-    out.mkdir(parents=True, exist_ok=True)
+    data_loader.make_folder(out)
     with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "predicted", "confidence", "p_value", *model.class_names, "reason"])
+        writer.writerow(["path", "predicted", "confidence", "p_value", *class_names, "reason"])
         for number, each in enumerate(results, 1):
-            writer.writerow(row(each, model.class_names))
+            writer.writerow(row(each, class_names))
             tally.names[each.name] += 1
             tally.n_unknown += is_unknown(each, model)
             if tally.n_pictures < max_pictures and not each.error:
@@ -262,13 +271,14 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
     """The table, clusters, scatters and interpolation that the flags ask for."""
     out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
     mu, labels, clusters = np.array([each.mu for each in kept]), [folder_class(each, model) for each in kept], None
-    if settings.clusters:
-        clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
-        print(f"{settings.clusters} clusters{agreement(labels, clusters)}")
     if settings.encode or settings.clusters:
         out.mkdir(parents=True, exist_ok=True)
         write_table(kept, clusters, out / "latent.csv")
         print(f"latent means: {out / 'latent.csv'}")
+    if settings.clusters:
+        clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
+        write_table(kept, clusters, out / "latent.csv")
+        print(f"{settings.clusters} clusters{agreement(labels, clusters)}")
     if settings.scatter != "none":
         points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
         groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | ({} if clusters is None else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]})

@@ -434,6 +434,17 @@ def test_the_longest_file_names_cost_nothing(trained, tmp_path):
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
+def test_pictures_of_an_earlier_run_are_removed_unless_they_are_given(trained, tmp_path):
+    data, out = trained
+    folder, flags = tmp_path / "results" / "vae_classifier_predictions", ["--model", out / training.BEST, "--output-dir", tmp_path]
+    assert run_inference(data / "test", *flags) == 0
+    shutil.copy(folder / "00001_0.png", folder / "mine.png")
+    assert run_inference(data / "test" / "jump" / "2.png", *flags) == 0
+    assert {path.name for path in folder.glob("*.png")} == {"00001_2.png", "mine.png"}
+    assert run_inference(folder / "00001_2.png", *flags) == 0
+    assert {path.name for path in folder.glob("*.png")} == {"00001_2.png", "00001_00001_2.png", "mine.png"}
+
+
 def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monkeypatch):
     data, out = trained
     for name in ("plots", "more"):
@@ -485,6 +496,34 @@ def test_a_model_and_its_class_names_belong_together(trained, model, tmp_path):
             call(path, new, CLASSES)
 
 
+def test_the_callers_own_class_names_are_those_of_the_table(trained, model, tmp_path):
+    results = inference.batch_predict(trained[0] / "test", model, ["eben", "Sprung", "Anstieg"], output_dir=tmp_path)
+    rows = read_rows(tmp_path / "predictions.csv")
+    assert [row["predicted"] for row in rows] == [name for _, name, _ in results] and set(rows[0]) == {"path", "predicted", "confidence", "p_value", "eben", "Sprung", "Anstieg", "reason"}
+
+
+def test_a_file_is_no_folder_for_predictions(trained, model, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(config.InputError, match=r"out cannot be made \("):
+        inference.batch_predict(trained[0] / "test", model, CLASSES, output_dir=tmp_path / "out")
+
+
+def test_without_a_device_the_models_own_is_used(trained, model, tmp_path, monkeypatch):
+    class Judged(Exception):
+        pass
+
+    def judge(model, images, flips_below):
+        raise Judged(images.device.type)
+
+    monkeypatch.setattr(vae_classifier, "judge", judge)
+    model.to("meta")
+    for call, path in ((inference.predict_single_image, trained[0] / "test" / "flat" / "0.png"), (inference.batch_predict, trained[0] / "test"), (inference.predict_from_csv, series_csv(tmp_path / "s.csv"))):
+        with pytest.raises(Judged, match="meta"):
+            call(path, model, CLASSES)
+        with pytest.raises(Judged, match="cpu"):
+            call(path, model, CLASSES, torch.device("cpu"))
+
+
 def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):
     said = [inference.predict_from_csv(series_csv(tmp_path / name), model, CLASSES, output_dir=tmp_path) for name in ("series.csv", "series.txt")]
     assert said[0] == said[1] and (tmp_path / "series_plot.png").stat().st_size > 1000
@@ -532,6 +571,14 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
     capsys.readouterr()
     assert run_inference("--generate", "seasonal", *flags) == 1
     assert "no class 'seasonal'; expected one of flat, jump, rise" in one_sentence(capsys)
+
+
+def test_a_plot_that_cannot_be_read_costs_the_clusters_but_not_the_latent_table(trained, tmp_path, capsys):
+    shutil.copytree(trained[0] / "test" / "flat", tmp_path / "plots")
+    (tmp_path / "plots" / "broken.png").write_bytes(b"no image")
+    assert run_inference(tmp_path / "plots", "--encode", "--clusters", N_TEST + 1, "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--no-pictures") == 1
+    assert "clusters" in one_sentence(capsys)
+    assert len(read_rows(tmp_path / "results" / "latent" / "latent.csv")) == N_TEST
 
 
 @pytest.mark.parametrize(

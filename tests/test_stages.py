@@ -245,7 +245,9 @@ def test_overlays_of_an_earlier_run_are_no_images(trained, tmp_path):
     for _ in range(2):
         classify_images.main(config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), target_false_alarms=0.5))
         assert len((tmp_path / "classification_results" / "results.csv").read_text().splitlines()) == 2
-    assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 1
+    (overlay,) = (tmp_path / "classification_results" / "overlays").iterdir()
+    classify_images.main(config.ClassifySettings(images=(str(overlay),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path)))
+    assert overlay.exists(), "what is asked for is not removed"
 
 
 def test_a_model_of_trimmed_images_promises_no_rate_at_another_threshold_either(data, trained, tmp_path, capsys):
