@@ -49,7 +49,7 @@ QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
 MEASURES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
 TRAIN_TAG, FRESH_TAG = 1, 2
-MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap"}
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap", "data_dir"}
 
 
 # --------------------------------------------------------------------------------------------- the data
@@ -382,7 +382,11 @@ def training_terms(run: Run, seen: Seen):
 
 
 def validate(run: Run, group: Plots) -> dict[str, float]:
-    """Mean loss terms and measures on validation plots, seen once each: their four flips would take a tenth of the training time."""
+    """Mean loss terms and measures on validation plots, seen once each: their four flips would take a tenth of the training time.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
     seen, labels = Seen(len(run.classes)), torch.from_numpy(group.labels)
     pairs = zip(batches(group.images, run.settings.batch_size, run.runtime), labels.split(run.settings.batch_size), strict=True)
 
@@ -392,7 +396,11 @@ def validate(run: Run, group: Plots) -> dict[str, float]:
         seen.add(truth, logits)
         return found, len(truth)
 
-    return {**engine.evaluate(run.judged, pairs, terms, run.runtime), **seen.measures()}
+    found = {**engine.evaluate(run.judged, pairs, terms, run.runtime), **seen.measures()}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise engine.DivergedError(f"The {name} of validation became {value}; training stops (try a lower --learning-rate).")
+    return found
 
 
 def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
@@ -424,9 +432,9 @@ def encode(run: Run, model: VAEClassifier, group: Plots, flips: bool = True) -> 
     return vae_classifier.encode_plots(model, batches(group.images, run.settings.batch_size, run.runtime), group.labels, flips)
 
 
-def save_best(run: Run, model: VAEClassifier, per_class: int) -> None:
-    """A checkpoint with all that inference needs."""
-    contents = vae_classifier.checkpoint_contents(model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, run.best_epoch)
+def save_best(run: Run, model: VAEClassifier, per_class: int, epoch: int) -> None:
+    """A checkpoint with all that inference needs, of the model after that epoch."""
+    contents = vae_classifier.checkpoint_contents(model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, epoch)
     engine.save_checkpoint(run.out / BEST, KIND, contents)
 
 
@@ -439,8 +447,8 @@ def keep_if_best(run: Run, macro_f1: float) -> bool:
     """Write the best checkpoint when validation macro F1 is the highest so far."""
     if macro_f1 <= run.best:
         return False
-    run.best, run.best_epoch = macro_f1, len(run.history)
-    save_best(run, run.judged, QUICK_PER_CLASS)
+    save_best(run, run.judged, QUICK_PER_CLASS, len(run.history))
+    run.best, run.best_epoch = macro_f1, len(run.history)  # only of what is saved is it said that it is kept
     return True
 
 
@@ -474,7 +482,7 @@ def write_pictures(run: Run, epoch: int) -> None:
 def finish(run: Run) -> None:
     """Calibrate the best model on all training plots, score it once on the test set, write and print the results."""
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device, fuse=False)
-    save_best(run, model, FULL_PER_CLASS)
+    save_best(run, model, FULL_PER_CLASS, run.best_epoch)
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)
     results = {"best_epoch": run.best_epoch, "epochs": run.settings.epochs, "alpha": run.settings.target_false_alarms}
     groups = {("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()}

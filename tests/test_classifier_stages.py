@@ -162,6 +162,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
     assert confusion[0] == [confusion[1][2], confusion[1][1], confusion[1][0]]
 
 
+def test_a_run_goes_on_where_the_data_folder_is_spelled_in_another_way(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[1], tmp_path / "out")
+    monkeypatch.chdir(trained[0].parent)
+    training.main(settings_for("./data_set/", tmp_path / "out", epochs=3, resume=True))
+    assert len(json.loads((tmp_path / "out" / "results" / "vae_classifier_history.json").read_text())["epochs"]) == 3
+
+
 def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_path, capsys):
     data, out = trained
     shutil.copytree(out / "vae_models", tmp_path / "vae_models")
@@ -199,6 +206,35 @@ def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained
     shutil.copytree(trained[1] / "vae_models", tmp_path / "vae_models", dirs_exist_ok=True)
     with pytest.raises(engine.DivergedError, match=r"best_vae_classifier\.pth of epoch [12] is kept\.$"):
         training.main(settings_for(trained[0], tmp_path, epochs=3, resume=True))
+
+
+@pytest.mark.parametrize("learning_rate", [1e2, 1e6])
+def test_a_run_that_diverges_within_its_last_step_says_so(trained, tmp_path, learning_rate):
+    with pytest.raises(engine.DivergedError, match=r"try a lower --learning-rate"):
+        training.main(settings_for(trained[0], tmp_path, epochs=1, learning_rate=learning_rate, batch_size=64))
+    assert not (tmp_path / training.BEST).exists()
+
+
+def test_a_validation_that_is_not_finite_ends_training_and_keeps_what_was_best(trained, tmp_path, monkeypatch):
+    save_best = training.save_best
+
+    def broken_later(run, *rest):
+        if len(run.history) > 1:
+            raise KeyboardInterrupt
+        save_best(run, *rest)
+
+    monkeypatch.setattr(training, "save_best", broken_later)
+    monkeypatch.setattr(training, "validation_score", lambda row: row["epoch"])
+    runs, prepare = [], training.prepare
+    monkeypatch.setattr(training, "prepare", lambda settings: runs.append(prepare(settings)) or runs[-1])
+    with pytest.raises(KeyboardInterrupt):
+        training.main(settings_for(trained[0], tmp_path))
+    assert (runs[0].best, runs[0].best_epoch) == (1, 1)
+    assert engine.load_checkpoint(tmp_path / training.BEST, vae_classifier.KIND)["epoch"] == 1
+    evaluate = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *rest: {**evaluate(*rest), "total": float("nan")})
+    with pytest.raises(engine.DivergedError, match=r"total of validation became nan; training stops \(try a lower --learning-rate\); .*best_vae_classifier\.pth is of an earlier run\.$"):
+        training.main(settings_for(trained[0], tmp_path))
 
 
 def test_a_fresh_run_leaves_no_report_of_an_earlier_one_but_its_models(trained, tmp_path, monkeypatch):
