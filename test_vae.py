@@ -36,14 +36,14 @@ N_DRAWN = 3
 
 @dataclass
 class Results:
-    """One entry an image in every list, in the order tested."""
+    """One entry an image in the first three lists, in the order tested; a good image adds what is defined of it to the others."""
 
     items: list[data_loader.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
     skip_leak: list[tuple[float, float]] = field(default_factory=list)
-    drawn: list[tuple[defect_maps.Detection, np.ndarray]] = field(default_factory=list)  # of each drawn defect, with its mask
+    drawn: list[tuple[str, defect_maps.Detection, np.ndarray]] = field(default_factory=list)  # "good" or "drawn", and its mask: each good image that is drawn on, and what is drawn
 
 
 def main(settings: config.DetailTestSettings) -> None:
@@ -55,7 +55,6 @@ def main(settings: config.DetailTestSettings) -> None:
     out = Path(settings.output_dir) / "test_results"
     remove_earlier(out)
     results = run_test(detector, folder, settings, out)
-    write_scores(results, folder, out / "scores.csv")
     report = make_report(results, detector.calibration, settings)
     write_report(report, out / "metrics")
     print(table(report))
@@ -63,11 +62,15 @@ def main(settings: config.DetailTestSettings) -> None:
 
 
 def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, settings: config.DetailTestSettings, out: Path) -> Results:
-    """Detect on every readable test image, writing its picture (and map) as soon as it is judged."""
+    """Detect on every readable test image, writing its row of scores.csv and its picture (and map) as soon as it is judged."""
     by_path = {item.path: item for item in folder.test}
     names, results, rng = output_names(folder), Results(), np.random.default_rng(settings.seed)
     batches = data_loader.iter_image_batches(list(by_path), detector.image_size, detector.resize, detector.runtime.batch_size(settings.batch_size))
-    with tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "scores.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar:
+        scores = csv.writer(file)
+        scores.writerow(["image", "category", "score", "p_value", "label"])
+
         def warn(sentence: str) -> None:
             bar.write(f"warning: {sentence}", file=sys.stderr)
 
@@ -83,6 +86,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
                 results.masks.append(None if mask is None else mask[inside])
                 if item.category == "good":
                     measure_good(results, detector, images[index : index + 1], detection, inside, rng)
+                scores.writerow([folder.relative(item.path), item.category, f"{detection.score:.6g}", f"{detection.p_value:.6g}", detection.label])
                 write_image(out, names[item.path], detector.calibration, item, batch.images[index].numpy(), detection, mask, settings)
                 results.detections.append(detection._replace(reconstruction=None, defect_map=detection.defect_map[inside]))
             bar.update(len(batch.paths) + len(batch.errors))
@@ -94,29 +98,32 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
 def measure_good(results: Results, detector: defect_maps.Detector, image: torch.Tensor, detection: defect_maps.Detection, inside: tuple[slice, slice], rng: np.random.Generator) -> None:
     """Reconstruction quality of one good image (1, 3, H, W) already judged, how much of drawn defects survives in it, and where they are seen.
 
-    Drawn they are inside its bars.
+    All within its bars; where that is a mere strip nothing is drawn, where it is thinner than SSIM's window there is no SSIM.
     """
+    plain = torch.from_numpy(detection.reconstruction[None]).to(image.device)
+    painted_tiles, tiles = (cut_tiles(each[(..., *inside)], detector.image_size) for each in (plain, image))
+    results.quality["mse"].append(evaluation.mse(painted_tiles, tiles).mean().item())
+    results.quality["psnr"].append(evaluation.psnr(painted_tiles, tiles, data_range=1.0).mean().item())
+    smallest = min(tiles.shape[2:])
+    results.quality["ssim"].append(evaluation.ssim(painted_tiles, tiles, data_range=1.0).mean().item() if smallest > 2 * evaluation.SSIM_RADIUS_PX else np.nan)
+    if smallest < SMALLEST_SIDE_PX:
+        return
     pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     share = detector.tile_share(*pixels.shape[:2])  # as large as in training
     drawn = [drawn_inside(pixels, inside, rng, tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
     damaged = data_loader.to_tensor([each for each, _ in drawn]).to(image.device)
     found = detector.detect(damaged)
-    results.drawn += [(each._replace(reconstruction=None, defect_map=each.defect_map[inside]), mask[inside]) for each, (_, mask) in zip(found, drawn, strict=True)]
+    for category, each, mask in (("good", detection, np.zeros(pixels.shape[:2], bool)), *(("drawn", each, mask) for each, (_, mask) in zip(found, drawn, strict=True))):
+        results.drawn.append((category, each._replace(reconstruction=None, defect_map=each.defect_map[inside]), mask[inside]))
     images = torch.cat([image, damaged])
-    reconstruction = torch.from_numpy(np.stack([each.reconstruction for each in (detection, *found)])).to(image.device)
-    drawn_tiles, tiles = (cut_tiles(each, detector.image_size) for each in (reconstruction[:1], image))
-    for name, figure in (("mse", evaluation.mse(drawn_tiles, tiles)), ("psnr", evaluation.psnr(drawn_tiles, tiles, data_range=1.0)),
-                         ("ssim", evaluation.ssim(drawn_tiles, tiles, data_range=1.0))):  # fmt: skip
-        results.quality[name].append(figure.mean().item())
+    reconstruction = torch.cat([plain, torch.from_numpy(np.stack([each.reconstruction for each in found])).to(image.device)])
     pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, (_, mask) in enumerate(drawn, 1))
     leaks = [evaluation.surviving_contrast(reconstruction[pair], images[pair], mask) for pair, mask in pairs]
     results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
 
 
 def drawn_inside(pixels: np.ndarray, inside: tuple[slice, slice], rng: np.random.Generator, area_frac: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """What ``draw_defect`` makes of that part of an image (of all, where that is a mere strip), the rest as it is; both of the size of the whole."""
-    if min(pixels[inside].shape[:2]) < SMALLEST_SIDE_PX:
-        inside = slice(None), slice(None)
+    """What ``draw_defect`` makes of that part of an image, the rest as it is; both of the size of the whole."""
     damaged, mask = pixels.copy(), np.zeros(pixels.shape[:2], bool)
     damaged[inside], mask[inside] = draw_defect(pixels[inside], rng, area_frac=area_frac)
     return damaged, mask
@@ -158,7 +165,9 @@ def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item
 
 
 def remove_earlier(out: Path) -> None:
-    """Remove the pictures and maps of the images in the table that an earlier run left, whichever way ``output_names`` called them."""
+    """Remove the figures of an earlier run, and the pictures and maps of the images in its table, whichever way ``output_names`` called them."""
+    for name in ("test_metrics.json", "metrics_heatmap.png"):
+        (out / "metrics" / name).unlink(missing_ok=True)
     table = out / "scores.csv"
     if not table.is_file():
         return
@@ -173,23 +182,12 @@ def remove_earlier(out: Path) -> None:
             (out / "maps" / category / f"{name}.npy").unlink(missing_ok=True)
 
 
-def write_scores(results: Results, folder: data_loader.MVTecFolder, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "category", "score", "p_value", "label"])
-        for item, found in zip(results.items, results.detections, strict=True):
-            writer.writerow([folder.relative(item.path), item.category, f"{found.score:.6g}", f"{found.p_value:.6g}", found.label])
-
-
 def make_report(results: Results, calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
     """test_metrics.json: detection, the same of defects drawn on the good images, reconstruction, skip leak, threshold and promise."""
     report = figures([item.category for item in results.items], results.detections, results.masks, calibration, settings)
     if results.drawn:
-        good = [(each, mask) for item, each, mask in zip(results.items, results.detections, results.masks, strict=True) if item.category == "good"]
-        detections, masks = zip(*good, *results.drawn, strict=True)
         # without intervals: the defects drawn on one image are no independent draws
-        drawn = figures(["good"] * len(good) + ["drawn"] * len(results.drawn), detections, masks, calibration, settings.replace(bootstrap=0))
+        drawn = figures(*zip(*results.drawn, strict=True), calibration, settings.replace(bootstrap=0))
         report["drawn_defects"] = {level: drawn[level] for level in ("image", "pixel")}
     quality = {name: evaluation.summarise(values, settings.bootstrap, settings.seed) for name, values in results.quality.items()}
     leak = evaluation.surviving_share(results.skip_leak, settings.bootstrap, settings.seed)
@@ -197,7 +195,7 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
     return {**report, "threshold": calibration.threshold, "pixel_threshold": calibration.pixel_threshold, "alpha": calibration.alpha, "alpha_promised": calibration.promised}
 
 
-def figures(categories: list[str], detections: Sequence[defect_maps.Detection], masks: Sequence[np.ndarray | None], calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
+def figures(categories: Sequence[str], detections: Sequence[defect_maps.Detection], masks: Sequence[np.ndarray | None], calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
     """``evaluation.detection_report`` of detections."""
     scores, called, maps = zip(*((each.score, each.label == "defective", each.defect_map) for each in detections), strict=True)
     return evaluation.detection_report(categories, scores, called, maps, masks, calibration.pixel_threshold, settings.bootstrap, settings.seed)

@@ -294,7 +294,50 @@ def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch):
     test_stage.main(config.DetailTestSettings(data_dir=str(wide), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0))
     assert {(each.defect_map.shape, mask.shape) for each, mask in judged} == {((32, 64), (32, 64))} and len(judged) > 20
     assert np.load(tmp_path / "test_results" / "maps" / "good" / "000.npy").shape == (64, 64)
-    assert all(mask.any() for _, mask in judged[12:])  # 8 tested, then 4 good ones with those drawn on them
+    assert [mask.any() for _, mask in judged[8:]] == 4 * [False, True, True, True]  # 8 tested, then each good one with those drawn on it
+
+
+def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
+    wide, results = tmp_path / "wide", test_stage.Results()
+    for index in range(3):
+        data_loader.write_png(wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]])
+    batch = data_loader.load_batch(wide, 64, "letterbox")
+    detector = train_stage.calibrated_detector(train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "resize": "letterbox"})))
+    for image, inside, found in zip(batch.images, batch.windows("letterbox"), detector.detect(batch.images), strict=True):
+        spoilt = np.where(np.arange(64)[None, :, None] < inside[0].start, 9.0, found.reconstruction).astype(np.float32)  # a bar reconstructed badly
+        test_stage.measure_good(results, detector, image[None], found._replace(reconstruction=spoilt), inside, np.random.default_rng(0))
+        picture, drawn = (each[:, inside[0]] for each in (image, torch.from_numpy(found.reconstruction)))
+        assert results.quality["mse"][-1] == pytest.approx((picture - drawn).square().mean().item(), rel=1e-4)
+    assert np.isfinite(results.quality["psnr"]).all() and [*np.isfinite(results.quality["ssim"])] == [True, True, False]
+    assert len(results.skip_leak) == 1 and [category for category, *_ in results.drawn] == ["good", *["drawn"] * test_stage.N_DRAWN]
+
+
+def test_strips_too_thin_to_draw_on_are_tested_all_the_same(data, tmp_path):
+    for path in data.rglob("*.png"):
+        data_loader.write_png(tmp_path / "strips" / path.relative_to(data), cv2.resize(cv2.imread(str(path)), (400, 10)))
+    model = str(train(tmp_path / "strips", tmp_path, epochs=1, resize="letterbox"))
+    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "strips"), model=model, output_dir=str(tmp_path), pictures=False, bootstrap=0))
+    report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
+    assert "drawn_defects" not in report and set(report["reconstruction"]) == {"mse", "psnr"} and report["n_images"] == 8
+
+
+def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_figures(data, trained, tmp_path, monkeypatch):
+    settings = config.DetailTestSettings(data_dir=str(data), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), bootstrap=0)
+    test_stage.main(settings)
+    write_image, written = test_stage.write_image, []
+
+    def interrupted(out, name, *args):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(name)
+        write_image(out, name, *args)
+
+    monkeypatch.setattr(test_stage, "write_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        test_stage.main(settings)
+    out = tmp_path / "test_results"
+    assert sorted(path.stem for path in out.rglob("*.png")) == sorted(written) and not list(out.rglob("*.json"))
+    assert len((out / "scores.csv").read_text().splitlines()) == 5
 
 
 def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path):
