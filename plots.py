@@ -118,7 +118,7 @@ def reconstruction_grid(
     map_max: float,
     truth_masks: Sequence[np.ndarray | None] | None = None,
 ) -> Figure:
-    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max.
+    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max (to 1 where that is not above 0).
 
     A truth mask (H x W) is outlined in amber on the original.
     """
@@ -140,7 +140,7 @@ def reconstruction_grid(
         for axis, name in zip(grid[0], ("Original", "Reconstruction", "Defect map"), strict=True):
             axis.set_title(name)
         shown_max = max(float(np.max(defect_map)) for defect_map in defect_maps)
-        _heat_bar(figure, drawn, list(grid[:, 2]), map_max, shown_max, None)
+        _heat_bar(figure, drawn, list(grid[:, 2]), shown_max, None)
         if any(mask is not None and np.any(mask) for mask in masks):
             _outline_legend(figure, predicted=False, truth=True)
     return figure
@@ -159,7 +159,7 @@ def defect_panel(
     """Everything about one image side by side: original with outlines, close-up, reconstruction, map, masks.
 
     The close-up shows the strongest predicted region when it is small; the ground truth is left out when None.
-    A threshold is marked on the colour bar of the map, which runs from 0 to map_max.
+    A threshold is marked on the colour bar of the map, which runs from 0 to map_max (to 1 where that is not above 0).
     """
     window = _close_up_window(defect_map, predicted_mask)
     n_panels = 4 + (window is not None) + (truth_mask is not None)
@@ -175,7 +175,7 @@ def defect_panel(
         _show_photo(next(panels), reconstruction, "Reconstruction")
         axis = next(panels)
         drawn = _show_map(axis, defect_map, map_max, "Defect map")
-        _heat_bar(figure, drawn, [axis], map_max, float(np.max(defect_map)), threshold)
+        _heat_bar(figure, drawn, [axis], float(np.max(defect_map)), threshold)
         _show_mask(next(panels), predicted_mask, "Predicted defect", PREDICTED_COLOUR)
         if truth_mask is not None:
             _show_mask(next(panels), truth_mask, "Ground truth", TRUTH_COLOUR)
@@ -273,7 +273,7 @@ def _show_photo(axis: Axes, image: np.ndarray, title: str) -> Axes:
 
 
 def _show_map(axis: Axes, defect_map: np.ndarray, map_max: float, title: str):
-    drawn = axis.imshow(defect_map, cmap=HEAT, vmin=0.0, vmax=map_max, interpolation="antialiased")
+    drawn = axis.imshow(defect_map, cmap=HEAT, vmin=0.0, vmax=map_max if map_max > 0 else 1.0, interpolation="antialiased")
     _bare(axis, title)
     return drawn
 
@@ -318,9 +318,8 @@ def _outline_legend(figure: Figure, predicted: bool, truth: bool) -> None:
         figure.legend(handles=lines, loc="outside lower left", ncols=2, frameon=False)
 
 
-def _heat_bar(
-    figure: Figure, drawn, axes: list[Axes], map_max: float, shown_max: float, threshold: float | None
-) -> None:
+def _heat_bar(figure: Figure, drawn, axes: list[Axes], shown_max: float, threshold: float | None) -> None:
+    map_max = drawn.norm.vmax
     bar = figure.colorbar(
         drawn,
         ax=axes,

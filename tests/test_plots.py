@@ -296,3 +296,15 @@ def test_photos_of_either_layout_are_the_same_and_others_are_refused(scene):
     assert plots._photo(image * 3).max() == 1.0
     with pytest.raises(AssertionError, match="expected 3 x H x W"):
         plots._photo(image[0])
+
+
+@pytest.mark.parametrize("map_max", [-3.0, 0.0])
+def test_a_map_that_is_nowhere_above_its_threshold_is_drawn_too(map_max):
+    image, low = np.full((3, 32, 32), 0.5, np.float32), np.linspace(-2, -1, 1024, dtype=np.float32).reshape(32, 32)
+    for figure in (
+        plots.reconstruction_grid([image] * 2, [image] * 2, [low] * 2, ["low"] * 2, map_max),
+        plots.defect_panel(image, image, low, low > map_max / 3, None, "low", map_max, map_max / 3),
+    ):
+        assert plots.pixels(figure).any()
+        scales = {(drawn.norm.vmin, drawn.norm.vmax) for axis in figure.axes[2:3] for drawn in axis.images}
+        assert scales == {(0.0, 1.0)}
