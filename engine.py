@@ -116,8 +116,13 @@ def make_runtime(device: str | torch.device, precision: str = "auto") -> Runtime
     """The runtime for a device, as ``resolve_device`` takes it, and a precision: "float32", "bfloat16", or "auto".
 
     That is bfloat16 where the device multiplies it faster than float32, else float32; on older CUDA cards float16 with scaling.
+
+    Raises:
+        InputError: there is no such device, or the precision is another.
     """
     where = resolve_device(device)
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"The precision is {precision!r}; expected auto, float32 or bfloat16.")
     if precision != "auto":
         return Runtime(where, torch.bfloat16 if precision == "bfloat16" else None)
     if where.type == "cpu":
@@ -253,19 +258,38 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
-    """Write a checkpoint of plain values, whole or not at all: temporary file, sync, rename.
+    """Write a checkpoint of plain values, whole or not at all.
 
     Raises:
         InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
     """
-    path = Path(path)
-    content, temporary = io.BytesIO(), None
+    content = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)  # on a full disk it would hide the reason
+    write_whole(Path(path), content.getbuffer())
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write values as indented JSON, whole or not at all, making the folder; a number that is not finite becomes null.
+
+    Raises:
+        InputError: as ``save_checkpoint``.
+    """
+    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    write_whole(path, json.dumps(finite, indent=1).encode())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, whole or not at all, making its folder: temporary file, sync, rename.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
+    """
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read
@@ -333,12 +357,6 @@ def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"The weights in {path} do not fit its own architecture settings; the file is damaged.") from None
     return model
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Write values as indented JSON, making the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- resuming
