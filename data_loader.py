@@ -342,17 +342,18 @@ def assert_images(images: torch.Tensor) -> torch.Tensor:
     """The tensor itself when it is float32 N x 3 x H x W in [0, 1]: the one check at the boundary.
 
     Raises:
-        ValueError: another type, shape or range, or values that are not finite.
+        ValueError: another type, shape or range, values that are not finite, or no image.
     """
     import torch
 
     if not torch.is_tensor(images) or images.dtype != torch.float32 or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
         raise ValueError(f"images are {got}; expected a float32 tensor N x 3 x H x W.")
-    if images.numel():
-        low, high = (float(value) for value in torch.aminmax(images.detach()))
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"images range from {low:g} to {high:g}; expected [0, 1].")
+    if not images.numel():
+        raise ValueError(f"There are no images in a tensor of shape {tuple(images.shape)}; expected one or more.")
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"images range from {low:g} to {high:g}; expected [0, 1].")
     return images
 
 

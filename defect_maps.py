@@ -233,10 +233,15 @@ def conformal_threshold(good_scores: np.ndarray, alpha: float) -> ConformalThres
     For exchangeable good images the chance of a false alarm is then at most alpha (Vovk et al. 2005; Angelopoulos
     & Bates 2023, eq. 1). With n below 1/alpha - 1 no finite threshold promises that; the largest score is taken.
 
+    Raises:
+        ValueError: there is no score.
+
     >>> conformal_threshold(np.arange(1.0, 20.0), 0.05)
     ConformalThreshold(threshold=19.0, promised=True)
     """
     ordered = np.sort(np.asarray(good_scores, float))
+    if not len(ordered):
+        raise ValueError("There are no good scores; expected one or more.")
     rank = math.ceil((len(ordered) + 1) * (1 - alpha) - 1e-9)
     return ConformalThreshold(float(ordered[min(rank, len(ordered)) - 1]), rank <= len(ordered))
 
@@ -445,7 +450,7 @@ class Detector:
                 come from pixels; a good one then takes half the time.
 
         Raises:
-            ValueError: the images are of another type, shape, size or value range.
+            ValueError: the images are of another type, shape, size or value range, or there are none.
         """
         assert_images(images)
         if self.resize == "tile":

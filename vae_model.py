@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import LossSettings, ModelSettings, from_dict
 from data_loader import assert_images
-from engine import load_checkpoint, load_weights, reading_contents
+from engine import load_checkpoint, load_weights, reading_contents, resolve_device
 from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
 
@@ -760,7 +760,10 @@ def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:
 def load_detail_vae(path: Path | str, device: torch.device | str = "cpu") -> DetailVAE:
     """The trained DetailVAE in a checkpoint of train_with_validation.py, in evaluation mode.
 
+    Args:
+        device: as ``engine.resolve_device`` takes it.
+
     Raises:
-        InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
+        InputError: the file cannot be read, is of another kind, its backbone's weights cannot be found, or there is no such device.
     """
-    return detail_vae_from_checkpoint(load_checkpoint(path, KIND, ("settings", "model")), path).to(device)
+    return detail_vae_from_checkpoint(load_checkpoint(path, KIND, ("settings", "model")), path).to(resolve_device(device))

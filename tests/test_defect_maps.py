@@ -41,6 +41,11 @@ def test_the_threshold_is_the_score_of_the_conformal_rank(n, alpha, rank, promis
     assert conformal_threshold(scores, alpha) == (float(rank), promised)
 
 
+def test_a_threshold_needs_a_score():
+    with pytest.raises(ValueError, match="no good scores; expected one or more"):
+        conformal_threshold(np.array([]), 0.05)
+
+
 @pytest.mark.parametrize("n", [4, 9, 19, 22, 50])
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
 def test_false_alarms_stay_below_the_rate_asked_for(n, alpha):

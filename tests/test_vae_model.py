@@ -725,3 +725,17 @@ def test_a_file_with_parts_missing_is_refused_in_a_sentence(make_model, tmp_path
     with pytest.raises(InputError) as caught:
         vae_model.load_detail_vae(save(make_model(), tmp_path / "part.pth", **changes))
     assert str(caught.value).endswith(".")
+
+
+def test_a_model_is_loaded_onto_the_device_of_that_name(make_model, tmp_path, monkeypatch):
+    path = save(make_model(), tmp_path / "a.pth")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vae_model.load_detail_vae(path, "auto").from_global.weight.device.type == "cpu"
+    with pytest.raises(InputError, match="CUDA was asked for but this machine has no usable CUDA device"):
+        vae_model.load_detail_vae(path, "cuda")
+
+
+@pytest.mark.parametrize("backbone", ["none", "efficientnet_lite0"])
+def test_a_batch_without_images_is_refused_in_a_sentence(make_model, backbone):
+    with pytest.raises(ValueError, match=r"no images in a tensor of shape \(0, 3, 64, 64\); expected one or more"):
+        make_model(backbone).eval()(torch.zeros(0, 3, 64, 64))
