@@ -240,10 +240,13 @@ class _Vgg16(Backbone):
         self.tap_channels = tuple(self.convs[str(i - 1)].bias.numel() for i in self.tap_indices)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.smallest_px = 2 ** sum(pool < last for pool in _VGG16_POOLS)
         self.train(False)
 
     def taps(self, images: Tensor) -> list[Tensor]:
         _check_images(images, 1)
+        if min(images.shape[2:]) < self.smallest_px:
+            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]} px; expected sides of {self.smallest_px} px or more, so that every tap sees something.")
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         found = {}
         for index in range(max(self.tap_indices) + 1):

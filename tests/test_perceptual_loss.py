@@ -650,3 +650,13 @@ def test_the_script_says_where_the_weights_lie(offline, tiny, tmp_path, capsys):
     pl.fetch_weights(config.FetchWeightsSettings(vgg16_weights=str(given)))
     assert "not torchvision's numbers" in capsys.readouterr().out.splitlines()[0]
     assert not (offline / pl._OWN_FILE).exists()  # a user's own weights never become the cache
+
+
+@pytest.mark.parametrize(("layers", "smallest"), [(("relu1_2",), 1), (("relu1_2", "relu2_2", "relu3_3"), 4), (("relu5_3",), 16)])
+def test_images_too_small_for_the_deepest_tap_are_refused(tiny, tmp_path, layers, smallest):
+    loss = pl.PerceptualLoss(str(saved(tiny, tmp_path / "t.pth")), layers)
+    assert torch.isfinite(loss(torch.rand(1, 3, smallest, smallest), torch.rand(1, 3, smallest, smallest)))
+    if smallest > 1:
+        small = torch.rand(1, 3, smallest, smallest - 1)
+        with pytest.raises(ValueError, match=f"images are {smallest} x {smallest - 1} px; expected sides of {smallest} px or more"):
+            loss(small, small)
