@@ -1,7 +1,7 @@
 """Every setting, once: its default, unit and meaning; read from flags and YAML files.
 
-A stage owns one frozen dataclass. Its fields give the flags, the ``--help`` text, the keys a YAML file
-may hold and the table in the README. Flags beat the file, the file beats the defaults. Importing this
+A stage owns one frozen dataclass. Its fields give the flags, the ``--help`` text and the keys a YAML file
+may hold. Flags beat the file, the file beats the defaults. Importing this
 module costs milliseconds: no torch, no numpy.
 """
 
@@ -53,12 +53,12 @@ def setting(
 
     Args:
         default: value when neither a flag nor the file gives one; its type is the field's annotation.
-        meaning: one sentence for ``--help`` and the README.
+        meaning: one sentence for ``--help``.
         unit: the unit, for example "px", "degrees", "fraction"; empty for names and switches.
         choices: the only values allowed (strings).
         minimum, maximum: inclusive bounds for numbers (each item of a tuple).
         multiple_of: the number must be a multiple of this.
-        positional: "+" or "*" or "?" to read the field from bare arguments instead of a flag.
+        positional: "+" (at least one, or some in the file) or "*" to read the field from bare arguments instead of a flag.
     """
     return dataclasses.field(
         default=default,
@@ -105,7 +105,7 @@ def _check_value(field: dataclasses.Field, value) -> None:
             raise UsageError(f"{field.name} is {item!r}; expected one of {', '.join(limits['choices'])}.")
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
-        if not math.isfinite(item):
+        if not abs(item) <= sys.float_info.max:
             raise UsageError(f"{field.name} is {item}; expected a finite number.")
         if limits["minimum"] is not None and item < limits["minimum"]:
             raise UsageError(f"{field.name} is {item}; expected at least {limits['minimum']}.")
@@ -199,6 +199,12 @@ class LossSettings(Settings):
     repair_weight: float = setting(10.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("perceptual_crop_px", 4), ("pixel_crop_px", 16)):  # below, a network sees a single place or none
+            if 0 < getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -438,15 +444,6 @@ class GenerateSettings(RunSettings):
 # ---------------------------------------------------------------------------------- reading flags, files
 
 
-def field_table(settings_class: type[Settings]) -> list[tuple[str, str, str, str]]:
-    """(flag, default, unit, meaning) for each field, in the order of the class, for tables and help."""
-    rows = []
-    for field in dataclasses.fields(settings_class):
-        name = field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
-        rows.append((name, str(field.default), field.metadata["unit"], field.metadata["meaning"]))
-    return rows
-
-
 def as_dict(settings: Settings) -> dict:
     """Plain numbers, strings, lists: fit for YAML, JSON and a checkpoint."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()}
@@ -477,11 +474,11 @@ def _coerce(key: str, value, hint):
         if not isinstance(value, (str, list, tuple)):
             raise UsageError(f"{key} is {value!r}; expected a list of {item.__name__}.")
         return tuple(_coerce(key, part, item) for part in ([value] if isinstance(value, str) else value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)
+        except OverflowError:
+            return math.inf  # which no setting may be
         except ValueError:
             pass
     if type(value) is not hint:
@@ -546,7 +543,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -
     about, flag = field.metadata, "--" + field.name.replace("_", "-")
     text = about["meaning"].replace("%", "%%") + (f" [{about['unit']}]" if about["unit"] else "")
     if about["positional"]:
-        parser.add_argument(field.name, nargs=about["positional"], help=text)
+        parser.add_argument(field.name, nargs="*", help=text)
         return
     text += f" (default: {field.default if field.default != '' else 'none'})"
     if hint is bool:
@@ -561,7 +558,7 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     """Settings from flags, then the file of --config, then the defaults.
 
     Raises:
-        UsageError: an unknown flag or key, or a value outside its bounds.
+        UsageError: an unknown flag or key, a value outside its bounds, or a required argument is given nowhere.
     """
     parser = build_parser(settings_class, description, prog)
     found, unknown = parser.parse_known_args(argv)
@@ -572,6 +569,9 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     config_file = given.pop("config", None)
     values = {**(read_yaml(config_file) if config_file else {}), **given}
     settings = from_dict(settings_class, values)
+    missing = [field.name for field in dataclasses.fields(settings_class) if field.metadata["positional"] == "+" and not getattr(settings, field.name)]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     object.__setattr__(settings, "given", frozenset(values.keys() & as_dict(settings).keys()))
     return settings
 

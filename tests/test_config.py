@@ -63,14 +63,6 @@ def test_settings_of_one_name_agree_in_type_wherever_they_stand():
             assert seen.setdefault(name, hint) == hint, f"{cls.__name__}.{name}"
 
 
-def test_the_table_has_a_row_for_each_field_and_marks_bare_arguments():
-    rows = config.field_table(config.ClassifySettings)
-    assert len(rows) == len(dataclasses.fields(config.ClassifySettings))
-    by_flag = {row[0]: row for row in rows}
-    assert by_flag["--batch-size"][1:3] == ("0", "images")
-    assert "images" in by_flag and "--images" not in by_flag
-
-
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_settings_survive_yaml_and_come_back_equal(cls):
     settings = cls()
@@ -110,6 +102,14 @@ def test_saved_settings_are_read_again_by_config(tmp_path):
     assert parse(config.TrainSettings, "--config", str(tmp_path / "models" / "config.yaml")) == settings
 
 
+@pytest.mark.parametrize(("name", "least"), [("perceptual_crop_px", 4), ("pixel_crop_px", 16)])
+def test_a_crop_too_small_to_learn_from_is_refused(name, least):
+    for fits in (0, least):
+        assert getattr(config.LossSettings(**{name: fits}), name) == fits
+    with pytest.raises(config.UsageError, match=f"{name} is {least // 2}; expected 0 or at least {least}"):
+        config.TrainSettings(**{name: least // 2})
+
+
 # ------------------------------------------------------------------------------------------ what beats what
 
 
@@ -124,6 +124,20 @@ def test_a_flag_set_to_the_default_still_beats_the_file(tmp_path):
     default = config.TrainSettings().batch_size
     path = write_yaml(tmp_path, f"batch_size: {default + 1}\n")
     assert parse(config.TrainSettings, "--config", path, "--batch-size", str(default)).batch_size == default
+
+
+def test_bare_arguments_may_stand_in_the_file(tmp_path):
+    path = write_yaml(tmp_path, "images: [a.png, b.png]\n")
+    assert parse(config.ClassifySettings, "--config", path).images == ("a.png", "b.png")
+    assert parse(config.ClassifySettings, "c.png", "--config", path).images == ("c.png",)
+    assert "arguments are required: images. See " in refused(config.ClassifySettings, "--config", write_yaml(tmp_path, "images: []\n"))
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "epochs", "widths"])
+def test_a_number_too_large_to_compute_with_is_refused(tmp_path, key):
+    value = "1" + 400 * "0"
+    path = write_yaml(tmp_path, f"{key}: {f'[{value}]' if key == 'widths' else value}\n")
+    assert "expected a finite number" in refused(config.TrainClassifierSettings, "--config", path)
 
 
 def test_switches_can_be_turned_both_ways(tmp_path):
@@ -348,9 +362,10 @@ def test_ctrl_c_during_imports_is_one_line():
 @pytest.mark.parametrize("cls", LEAVES, ids=lambda cls: cls.__name__)
 def test_help_shows_every_flag_with_its_meaning(cls):
     text = " ".join(config.build_parser(cls, "A stage.", "stage.py").format_help().split())
-    for flag, _, unit, meaning in config.field_table(cls):
-        assert flag in text and meaning.split()[0] in text
-        assert not unit or f"[{unit}]" in text
+    for field in dataclasses.fields(cls):
+        about = field.metadata
+        assert (field.name if about["positional"] else f"--{field.name.replace('_', '-')} ") in text and about["meaning"].split()[0] in text
+        assert not about["unit"] or f"[{about['unit']}]" in text
 
 
 def test_a_preset_fills_in_only_what_nobody_gave_also_where_the_default_was_given(tmp_path):
