@@ -239,11 +239,6 @@ def precision_recall_f1(
     return precision, recall, float(metrics.f1_score(truth, called)) if both else None
 
 
-def f1_at(labels: Sequence[bool], predicted: Sequence[bool]) -> float | None:
-    """F1 of yes/no predictions, 2 TP / (2 TP + FP + FN); None with one class only."""
-    return precision_recall_f1(labels, predicted)[2]
-
-
 def best_f1(labels: Sequence[bool], scores: Sequence[float]) -> tuple[float, float] | None:
     """(largest F1, its threshold t for "score >= t"), chosen on these very labels; None with one class only."""
     if not _both_classes(labels):

@@ -187,7 +187,6 @@ def test_one_class_only_is_none(labels):
     scores = [0.1, 0.9][: len(labels)]
     for function in (evaluation.image_auroc, evaluation.average_precision, evaluation.best_f1):
         assert function(labels, scores) is None
-    assert evaluation.f1_at(labels, [True, False][: len(labels)]) is None
 
 
 # ------------------------------------------------------------------------------ pixels
