@@ -41,6 +41,7 @@ MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a deco
 LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 LETTERBOX_GREY = 128
 KEEP_IN_MEMORY_BYTES = 2 * 1024**3
+_TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284  # tags: bits of each sample, 1 for none, 0 where 0 is white, 2 where colours are apart
 
 
 class ImageError(config.InputError):
@@ -216,8 +217,15 @@ def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray
     try:
         with Image.open(io.BytesIO(data)) as image:
             check(path, image.height, image.width)
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: those that Pillow leaves unheeded
+            deep = max(tags.get(_TIFF_BITS, (0,))) == 16
+            if deep and tags.get(_TIFF_PLANES) == 2 and tags.get(_TIFF_COMPRESSION, 1) == 1:
+                raise ImageError(path, "holds uncompressed 16-bit colours in planes of their own; expected them side by side, or compressed")
             image.load()
-            return convert(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if deep and tags.get(_TIFF_ZERO) == 0 and upright.mode.startswith("I;16"):  # 0 is white
+                upright = Image.fromarray(65535 - np.asarray(upright))
+            return convert(upright)
     except config.InputError:
         raise
     except UnidentifiedImageError:
@@ -541,11 +549,14 @@ class MVTecFolder:
         categories: names of the test folders that hold images, "good" first.
         warnings: sentences on what looks wrong but does not stop the work.
 
+    Args:
+        bad_dir: beside a flat folder of good images, or in it, the one of defective images, which are not missed.
+
     Raises:
         InputError: no such folder, no train/good, or fewer than 3 images in it (``require_train=False``: no test images).
     """
 
-    def __init__(self, root: str | Path, require_train: bool = True):
+    def __init__(self, root: str | Path, require_train: bool = True, bad_dir: str = ""):
         self.root = Path(root)
         self.warnings: list[str] = []
         if not self.root.is_dir():
@@ -554,6 +565,8 @@ class MVTecFolder:
         self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(_images_under(self.root, deep=False))
         self.train_good = _images_under(self.root, deep=False) if self.flat else _images_under(good)
         self.test = [] if self.flat else self._find_test()
+        if self.flat:
+            self._warn_of_deeper(bad_dir)
         self.categories = sorted({item.category for item in self.test}, key=lambda name: (name != "good", name))
         self._check(good, require_train)
 
@@ -574,6 +587,12 @@ class MVTecFolder:
         """
         if not self.test:
             raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
+
+    def _warn_of_deeper(self, bad_dir: str) -> None:
+        bad = {os.path.realpath(path) for path in _images_under(Path(bad_dir))} if bad_dir else set()
+        n_deeper = sum(path.parent != self.root and os.path.realpath(path) not in bad for path in _images_under(self.root))
+        if n_deeper:
+            self.warnings.append(f"{self.root} holds {n_deeper} image(s) in folders below it; they are left out.")
 
     def _find_test(self) -> list[MVTecItem]:
         test = self.root / "test"
@@ -980,9 +999,11 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     jobs, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
     before = read_json(out / REPORT_NAME)
-    valid = {row["output"]: row for row in before.get("kept", [])} if before.get("made_with") == made_with else {}
+    written = {row["output"]: row for row in _kept_rows(before)}
+    valid = written if before.get("made_with") == made_with else {}
     make_folder(out)
-    _remove_stale(out, before, {job.output for job in jobs})
+    for output in written.keys() - {job.output for job in jobs}:
+        (out / output).unlink(missing_ok=True)
     report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
     try:
         done = ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
@@ -1029,7 +1050,7 @@ def make_folder(folder: Path) -> None:
 
 def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[str]]:
     """Which file becomes which: images first, then the masks named after them."""
-    folder = MVTecFolder(source)
+    folder = MVTecFolder(source, bad_dir=settings.bad_dir)
     if settings.bad_dir:
         _check_bad_dir(Path(settings.bad_dir), folder)
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
@@ -1156,17 +1177,17 @@ def preprocessed_by(root: str | Path) -> tuple[str, int]:
     return "", 0
 
 
+def _kept_rows(report: dict) -> list[dict]:
+    """The rows of a report on what was written, without what is no such row."""
+    rows = report.get("kept")
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("output"), str)] if isinstance(rows, list) else []
+
+
 def _save_report(out: Path, report: dict, valid: dict) -> None:
     """Rows of an earlier run that were not reached yet stay known."""
     reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
     write_bytes(out / REPORT_NAME, json.dumps({**report, "kept": report["kept"] + later}, indent=1).encode())
-
-
-def _remove_stale(out: Path, before: dict, planned: set[str]) -> None:
-    for row in before.get("kept", []):
-        if row["output"] not in planned:
-            (out / row["output"]).unlink(missing_ok=True)
 
 
 def _remove_outputs_of_skipped(out: Path, report: dict) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from skimage.transform import downscale_local_mean
@@ -133,6 +134,25 @@ def test_float_tiff_is_read_in_the_unit_range_only(tmp_path):
     Image.fromarray(unit * 1000).save(tmp_path / "wild.tif")
     with pytest.raises(config.InputError, match=r"wild\.tif .*expected 0 to 1"):
         dl.read_image(tmp_path / "wild.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_grey_tiff_whose_zero_is_white_is_read_so(tmp_path, dtype):
+    dark = np.linspace(0, np.iinfo(dtype).max // 4, 48 * 64).reshape(48, 64).astype(dtype)
+    tifffile.imwrite(tmp_path / "dark.tif", np.iinfo(dtype).max - dark, photometric="miniswhite")
+    assert np.abs(dl.read_image(tmp_path / "dark.tif")[..., 0] * (np.iinfo(dtype).max / 255) - dark).max() <= np.iinfo(dtype).max / 255
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_planes_of_a_tiff_are_read_rightly_or_refused(tmp_path, dtype, compression):
+    colour = picture().astype(dtype) * (np.iinfo(dtype).max // 255)
+    tifffile.imwrite(tmp_path / "planes.tif", colour.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", compression=compression)
+    if dtype is np.uint16 and not compression:
+        with pytest.raises(config.InputError, match=r"planes\.tif holds uncompressed 16-bit colours in planes of their own; expected .*\.$"):
+            dl.read_image(tmp_path / "planes.tif")
+    else:
+        assert (dl.read_image(tmp_path / "planes.tif") == picture()).all()
 
 
 def test_cmyk_is_converted(tmp_path):
@@ -527,6 +547,7 @@ def test_flat_folder(tmp_path):
     save(tmp_path / "bad" / "x.png")
     data = dl.MVTecFolder(tmp_path)
     assert data.flat and len(data.train_good) == 4 and data.test == [] and data.categories == []
+    assert data.warnings == [f"{tmp_path} holds 1 image(s) in folders below it; they are left out."]
 
 
 def test_unusable_data_folders(tmp_path):
@@ -843,6 +864,14 @@ def test_same_stems_lose_nothing(tmp_path):
     assert [item.path.stem for item in data.test if item.mask_paths] == ["000"]  # whose mask is that of the two images 001?
 
 
+@pytest.mark.parametrize("kept", [[1], 3, [{}], [{"output": 2}]])
+def test_a_report_with_rows_that_are_none_is_no_report(tmp_path, kept):
+    made_with = prepare(make_set(tmp_path / "raw"), tmp_path / "out")["made_with"]
+    for report in ({"kept": kept}, {"kept": kept, "made_with": made_with}):
+        (tmp_path / "out" / dl.REPORT_NAME).write_text(json.dumps(report))
+        assert prepare(tmp_path / "raw", tmp_path / "out")["counts"]["train/good"] == 6
+
+
 def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
     for i in range(20):
         save(tmp_path / "raw" / f"{i}.png", picture(seed=i))
@@ -865,7 +894,9 @@ def test_defective_images_beside_a_flat_source_are_a_folder_of_their_own(tmp_pat
         with pytest.raises(config.InputError, match="holds the good ones"):
             prepare(flat, tmp_path / "out", bad_dir=str(bad_dir))
     save(flat / "bad" / "0.png")
-    assert prepare(flat, tmp_path / "out", bad_dir=str(flat / "bad"))["counts"]["test/defective"] == 1
+    report = prepare(flat, tmp_path / "out", bad_dir=str(flat / "bad" / ".." / "bad"))
+    assert report["counts"]["test/defective"] == 1 and report["warnings"] == []
+    assert "1 image(s) in folders below it" in prepare(flat, tmp_path / "out")["warnings"][0]
     with pytest.raises(config.UsageError, match="expected a flat one with --bad-dir"):
         prepare(make_set(tmp_path / "raw"), tmp_path / "other", bad_dir=str(flat / "bad"))
 
