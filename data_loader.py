@@ -17,10 +17,11 @@ import struct
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
@@ -380,9 +381,10 @@ class ImageBatch(NamedTuple):
     original_sizes: list[tuple[int, int]]  # height, width; ``read_image(path)`` gives the pixels again
     errors: list[tuple[Path, str]]
 
-    def windows(self, resize: str) -> list[tuple[slice, slice]]:
-        """``picture_window`` of every image, made with that ``resize``."""
-        return [picture_window(size, self.images.shape[-1], resize) for size in self.original_sizes]
+    def windows(self, resize: str, letterboxed: Mapping[Path, tuple[int, int]] = MappingProxyType({})) -> list[tuple[slice, slice]]:
+        """``picture_window`` of every image, made with that ``resize``; of those that ``MVTecFolder.letterboxed`` knows, too, without the bars in the file."""
+        sizes = (letterboxed.get(path, size) for path, size in zip(self.paths, self.original_sizes, strict=True))
+        return [picture_window(size, self.images.shape[-1], resize) for size in sizes]
 
 
 def _read_fitted(path: Path, image_size: int, resize: str) -> tuple[np.ndarray, tuple[int, int]] | ImageError:
@@ -547,6 +549,7 @@ class MVTecFolder:
         train_good: the good training images.
         test: MVTecItem(path, category, mask_paths), sorted by category and path.
         categories: names of the test folders that hold images, "good" first.
+        letterboxed: height and width before ``preprocess`` of images in whose files it drew grey bars.
         warnings: sentences on what looks wrong but does not stop the work.
 
     Args:
@@ -568,6 +571,7 @@ class MVTecFolder:
         if self.flat:
             self._warn_of_deeper(bad_dir)
         self.categories = sorted({item.category for item in self.test}, key=lambda name: (name != "good", name))
+        self.letterboxed = _letterboxed(self.root)
         self._check(good, require_train)
 
     def _check(self, good: Path, require_train: bool) -> None:
@@ -1110,12 +1114,15 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
     row, warnings = {"source": str(job.sources[0]), "output": job.output}, []
     try:
         signature = job.signature()
-        if valid.get(job.output, {}).get("signature") == signature and (out / job.output).is_file():
-            return valid[job.output]
+        before = valid.get(job.output, {})
+        if before.get("signature") == signature and "height" in before and (out / job.output).is_file():
+            return before
         if job.image:
-            pixels = fit_mask(read_defects(job.sources, job.image, warn=warnings.append), settings.image_size, settings.resize).astype(np.uint8) * 255
+            whole = read_defects(job.sources, job.image, warn=warnings.append)
+            pixels = fit_mask(whole, settings.image_size, settings.resize).astype(np.uint8) * 255
         else:
-            pixels = fit_image(read_image(job.sources[0]), settings.image_size, settings.resize)
+            whole = read_image(job.sources[0])
+            pixels = fit_image(whole, settings.image_size, settings.resize)
     except ImageError as error:
         if job.image and Path(error.args[0]) == job.image:
             return {**row, "reason": f"belongs to an image that {error.reason}"}
@@ -1123,7 +1130,7 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
     except FileNotFoundError:
         return {**row, "reason": "is gone"}
     write_png(out / job.output, pixels)
-    return {**row, "signature": signature, **({"warnings": warnings} if warnings else {})}
+    return {**row, "height": whole.shape[0], "width": whole.shape[1], "signature": signature, **({"warnings": warnings} if warnings else {})}
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
@@ -1175,6 +1182,15 @@ def preprocessed_by(root: str | Path) -> tuple[str, int]:
         case {"resize": str(resize), "image_size": int(side)}:
             return resize, side
     return "", 0
+
+
+def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
+    """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an earlier version's."""
+    if preprocessed_by(root)[0] != "letterbox":
+        return {}
+    rows = _kept_rows(read_json(root / REPORT_NAME))
+    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in rows)
+    return {path: size for path, size in sizes if all(isinstance(side, int) and side > 0 for side in size)}
 
 
 def _kept_rows(report: dict) -> list[dict]:

@@ -78,7 +78,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
             for path, reason in batch.errors:
                 warn(f"{path} is skipped: {reason}")
             images = detector.runtime.put(batch.images)
-            detections, windows = detector.detect(images) if len(images) else [], batch.windows(detector.resize)
+            detections, windows = detector.detect(images) if len(images) else [], batch.windows(detector.resize, folder.letterboxed)
             for index, (path, original_hw, inside, detection) in enumerate(zip(batch.paths, batch.original_sizes, windows, detections, strict=True)):
                 item = by_path[path]
                 mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw)

@@ -153,7 +153,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
         model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
     held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
-    held_windows = held.windows(settings.fitting) if settings.fitting == "letterbox" else None
+    held_windows = held.windows(settings.fitting, folder.letterboxed) if settings.fitting == "letterbox" else None
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)

@@ -133,7 +133,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     baseline = Baseline(method, backbone, settings.smoothing_frac)
     scores, maps = zip(*(baseline.maps(batch) for batch in held.images.split(BATCH_SIZE)), strict=True)
     all_scores = itertools.chain.from_iterable(scores)
-    pixels = defect_maps.pixels_within(maps, held.windows(settings.resize))
+    pixels = defect_maps.pixels_within(maps, held.windows(settings.resize, folder.letterboxed))
     baseline.calibration = defect_maps.Calibration.of({}, all_scores, pixels, settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac)
     return baseline
 
@@ -198,7 +198,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         detections = [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
-        found += zip(batch.paths, batch.original_sizes, batch.windows(settings.fitting), detections, strict=True)
+        found += zip(batch.paths, batch.original_sizes, batch.windows(settings.fitting, folder.letterboxed), detections, strict=True)
     speed = {"training_s": trained - started, "images_per_s": len(found) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
     by_path, maps, truths = {item.path: item for item in folder.test}, [], []
     for path, size, inside, each in found:  # grey bars are no pixels

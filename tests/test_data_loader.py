@@ -872,6 +872,26 @@ def test_a_report_with_rows_that_are_none_is_no_report(tmp_path, kept):
         assert prepare(tmp_path / "raw", tmp_path / "out")["counts"]["train/good"] == 6
 
 
+def test_bars_that_preprocessing_drew_are_known(tmp_path):
+    raw = make_set(tmp_path / "raw")
+    save(raw / "train" / "good" / "high.png", picture(80, 40))
+    for resize in ("letterbox", "stretch"):
+        report = prepare(raw, tmp_path / resize, resize=resize)
+        sizes = {row["output"]: (row["height"], row["width"]) for row in report["kept"]}
+        assert sizes["train/good/high.png"] == (80, 40) and sizes["test/scratch/000.png"] == sizes["ground_truth/scratch/000_mask.png"] == (48, 64)
+    folder, stretched = (dl.MVTecFolder(tmp_path / name) for name in ("letterbox", "stretch"))
+    batch = dl.load_batch(folder.train_good[-2:], 64, "letterbox")
+    assert batch.windows("letterbox", folder.letterboxed) == [(slice(8, 56), slice(0, 64)), (slice(0, 64), slice(16, 48))]
+    assert batch.windows("letterbox") == batch.windows("stretch", folder.letterboxed) == [(slice(0, 64), slice(0, 64))] * 2
+    assert stretched.letterboxed == dl.MVTecFolder(raw).letterboxed == {}
+    rows = json.loads((tmp_path / "letterbox" / dl.REPORT_NAME).read_text())
+    rows["kept"] = [{key: value for key, value in row.items() if key not in ("height", "width")} for row in rows["kept"]]
+    (tmp_path / "letterbox" / dl.REPORT_NAME).write_text(json.dumps(rows))  # as an earlier version wrote it
+    assert dl.MVTecFolder(tmp_path / "letterbox").letterboxed == {}
+    prepare(raw, tmp_path / "letterbox", resize="letterbox")
+    assert dl.MVTecFolder(tmp_path / "letterbox").letterboxed == folder.letterboxed
+
+
 def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
     for i in range(20):
         save(tmp_path / "raw" / f"{i}.png", picture(seed=i))

@@ -282,12 +282,16 @@ def test_what_an_earlier_run_wrote_goes_and_nothing_else(data, trained, tmp_path
     assert all(path.exists() for path in kept)
 
 
-def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch):
-    """Wide photographs, letterboxed: figures of pixels are of what is inside the bars, and there defects are drawn."""
+@pytest.mark.parametrize("preprocessed", [False, True])
+def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch, preprocessed):
+    """Wide photographs, letterboxed here or by preprocessing: figures of pixels are of what is inside the bars, and there defects are drawn."""
     wide = tmp_path / "wide"
     for path in data.rglob("*.png"):
         (wide / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(wide / path.relative_to(data)), cv2.imread(str(path))[:32])
+    if preprocessed:
+        data_loader.preprocess(config.PreprocessSettings(source=(str(wide),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+        wide = tmp_path / "set"
     model = str(train(wide, tmp_path, epochs=1, resize="letterbox"))
     judged, report_of = [], test_stage.figures
     monkeypatch.setattr(test_stage, "figures", lambda categories, detections, masks, *rest: (judged.extend(zip(detections, masks, strict=True)), report_of(categories, detections, masks, *rest))[1])
@@ -340,18 +344,23 @@ def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_fi
     assert len((out / "scores.csv").read_text().splitlines()) == 5
 
 
-def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path):
+@pytest.mark.parametrize("preprocessed", [False, True])
+def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
     """Wide photographs and high ones, one of them broken: so many pixels of the pictures alone lie above the threshold."""
+    raw = tmp_path / "raw"
     for index, path in enumerate(sorted((data / "train" / "good").iterdir())):
         image = cv2.imread(str(path))
-        data_loader.write_png(tmp_path / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
-    settings = config.from_dict(config.TrainSettings, {**TINY, "resize": "letterbox", "pixel_false_positives": 0.02, "data_dir": str(tmp_path), "output_dir": str(tmp_path)})
-    held = data_loader.split_holdout(data_loader.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
+        data_loader.write_png(raw / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
+    root = tmp_path / "set" if preprocessed else raw
+    if preprocessed:
+        data_loader.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(root), image_size=64, resize="letterbox"))
+    settings = config.from_dict(config.TrainSettings, {**TINY, "resize": "letterbox", "pixel_false_positives": 0.02, "data_dir": str(root), "output_dir": str(tmp_path)})
+    held = data_loader.split_holdout(data_loader.find_images(root), settings.holdout_frac, settings.seed)[1]
     held[0].write_bytes(b"broken")
     run = train_stage.prepare(settings)
     detector = train_stage.calibrated_detector(run)
     batch = next(data_loader.iter_image_batches(held, 64, "letterbox", 12))
-    maps = [each.defect_map[window] for each, window in zip(detector.detect(batch.images), batch.windows("letterbox"), strict=True)]
+    maps = [each.defect_map[window] for each, window in zip(detector.detect(batch.images), batch.windows("letterbox", run.folder.letterboxed), strict=True)]
     assert {each.shape for each in maps} == {(24, 64), (64, 40)}
     assert (np.concatenate([each.ravel() for each in maps]) > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-3)
 
