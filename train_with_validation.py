@@ -39,7 +39,9 @@ WRITTEN = {
     "reconstructions/validation": re.compile(r".+_epoch_\d+\.png", re.DOTALL),
 }
 """Names, in each folder, of the pictures that a run makes in its course; one from the start removes those of an earlier run, but no model."""
-MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
+PLACES = {"data_dir", "vgg16_weights"}
+"""Settings that say where files lie, which may be elsewhere now; that the data are those of then is told by their files."""
+MAY_DIFFER = PLACES | {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
@@ -164,7 +166,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
 def recalibrate(settings: config.TrainSettings) -> Run:
     """Keep the weights of a checkpoint and make its banks, maps and thresholds anew, from the images it was trained and calibrated on.
 
-    Of the settings of maps those change that a flag or the file gave; all others stay as they were.
+    Of the settings of maps, and of the places of files, those change that a flag or the file gave; all others stay as they were.
 
     Raises:
         InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was given and is otherwise there.
@@ -172,9 +174,10 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
     with engine.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
-    fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS)}
+    fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS - PLACES)}
     engine.require_same(settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights.")
-    run = prepare(trained.replace(**{key: getattr(settings, key) for key in HERE_FIELDS | (MAP_FIELDS & settings.given)}), contents["model"])
+    ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
+    run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
     engine.require_same(settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights.")
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])

@@ -135,6 +135,25 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
     assert twice.fused == {"ssim": 1.0} and twice.calibration.alpha == 0.4  # what is not given stays
 
 
+def test_data_and_weights_files_may_lie_elsewhere_as_long_as_they_are_the_same(data, trained, tmp_path, monkeypatch):
+    weights, moved, other = str(trained / "models" / "best_model.pth"), tmp_path / "moved", tmp_path / "other"
+    for root in (moved, other):
+        shutil.copytree(data, root)
+    data_loader.write_png(other / "train" / "good" / "000.png", np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    anew = lambda *given: train_stage.recalibrate(config.parse(config.TrainSettings, "", ["--weights", weights, "--output-dir", "anew", *given]))  # noqa: E731
+    assert anew("--data-dir", "moved/").settings.data_dir == "moved/"
+    assert anew().settings.data_dir == anew("--data-dir", "").settings.data_dir == str(data)
+    assert anew("--vgg16-weights", "elsewhere.pth").settings.vgg16_weights == "elsewhere.pth"
+    with pytest.raises(config.InputError, match=r"was trained with training_files .*expected the data of then with --weights"):
+        anew("--data-dir", "other")
+    shutil.copytree(trained, tmp_path / "resumed")
+    train("moved/", tmp_path / "resumed", resume=True, epochs=3, vgg16_weights="elsewhere.pth")
+    assert config.read_yaml(tmp_path / "resumed" / "models" / "config.yaml")["data_dir"] == "moved/"
+    with pytest.raises(config.InputError, match=r"was trained with training_files .*expected the data of then to resume"):
+        train("other", tmp_path / "resumed", resume=True, epochs=4)
+
+
 def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny_backbone, capsys):
     odd = data / "train" / "good" / "odd.png"
     cv2.imwrite(str(odd), photograph(np.random.default_rng(8), scratch=True)[0])
