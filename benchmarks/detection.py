@@ -121,11 +121,19 @@ class Baseline:
 
 
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
-    """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them."""
+    """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them.
+
+    Raises:
+        InputError: none of either can be read.
+    """
     folder = data_loader.MVTecFolder(settings.data_dir)
     good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
     paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
+    train_with_validation.warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors])
+    for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
+        if not len(batch.images):
+            raise config.InputError(f"None of the {len(some)} {kind} images of {settings.data_dir} can be read.")
     backbone = load_backbone(settings.backbone, settings.vgg16_weights)
     method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
     with torch.inference_mode():
@@ -190,7 +198,11 @@ def link(source: Path, target: Path) -> None:
 
 
 def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
-    """Train one method, run it over ``test/``; figures with intervals, seconds, images/s with maps, peak memory in MB."""
+    """Train one method, run it over ``test/``; figures with intervals, seconds, images/s with maps, peak memory in MB.
+
+    Raises:
+        InputError: images that it needs cannot be read.
+    """
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
@@ -199,6 +211,8 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         detections = [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
         found += zip(batch.paths, batch.original_sizes, batch.windows(settings.fitting, folder.letterboxed), detections, strict=True)
+    if not found:
+        raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
     speed = {"training_s": trained - started, "images_per_s": len(found) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
     by_path, maps, truths = {item.path: item for item in folder.test}, [], []
     for path, size, inside, each in found:  # grey bars are no pixels
@@ -228,7 +242,11 @@ def peak_memory_mb() -> float | None:
 
 
 def main(settings: config.DetectionBenchmarkSettings) -> None:
-    """Every method with every seed on the CPU, a row printed as soon as it is known."""
+    """Every method with every seed on the CPU, a row printed as soon as it is known; one that fails is left out, with a warning.
+
+    Raises:
+        InputError: no method could be measured.
+    """
     if settings.weights:
         raise config.UsageError("Every method is trained; expected no --weights.")
     if not settings.data_dir:
@@ -246,9 +264,15 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         data_dir = training_set(settings.replace(seed=seed), n_images, out / f"data_{n_images}_{seed}")
         for name in settings.methods:
             run = settings.replace(seed=seed, data_dir=data_dir, device="cpu", resume=False, output_dir=str(out / f"{name}_{n_images}_{seed}"))
-            rows.append(in_own_process(name, run))
+            try:
+                rows.append(in_own_process(name, run))
+            except config.InputError as error:
+                train_with_validation.warn([f"{name} fails with seed {seed}: {error}"])
+                continue
             print(line(rows[-1]), flush=True)
             engine.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
+    if not rows:
+        raise config.InputError("No method could be measured; the warnings above say why.")
     print(f"figures: {out / 'detection.json'}")
 
 

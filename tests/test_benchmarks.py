@@ -100,6 +100,48 @@ def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_ba
     assert (maps[:, 20:44] > baseline.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=1e-3)
 
 
+@pytest.mark.parametrize("n_broken", [1, 3, 12])
+def test_a_baseline_says_which_images_it_skips_and_that_none_is_left(tmp_path, monkeypatch, capsys, tiny_backbone, n_broken):
+    settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), image_size=64, device="cpu")
+    monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
+    training, held = data_loader.split_holdout(data_loader.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed)
+    broken = {1: training[:1], 3: held, 12: training}[n_broken]
+    for path in broken:
+        path.write_bytes(b"broken")
+    if n_broken == 1:
+        assert detection.train_baseline("padim", settings).calibration.good_scores
+    else:
+        with pytest.raises(config.InputError, match=f"None of the {len(broken)} .* images of .*parts can be read"):
+            detection.train_baseline("padim", settings)
+    said = capsys.readouterr().err
+    assert all(f"warning: {path} is skipped: is not an image" in said for path in broken)
+
+
+def test_a_method_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    def measure(name, settings):
+        if name == "padim" or settings.seed == 1:
+            raise config.InputError("None can be read.")
+        return {"method": name, "seed": settings.seed, "train_images": 12, "images_per_s": 1.0, "training_s": 1.0, "peak_memory_mb": None, **{f"{level} {key}": None for level, key in detection.MEASURED}}
+
+    monkeypatch.setattr(detection, "in_own_process", measure)
+    settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), seeds=(0, 1, 2))
+    detection.main(settings)
+    rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [("detailvae", 0), ("patchcore", 0), ("detailvae", 2), ("patchcore", 2)]
+    assert capsys.readouterr().err.count("padim fails with seed") == 3
+    with pytest.raises(config.InputError, match="No method could be measured"):
+        detection.main(settings.replace(methods=("padim",)))
+
+
+def test_a_test_without_readable_images_is_one_sentence(tmp_path, monkeypatch):
+    parts = make_parts(tmp_path / "parts")
+    for path in data_loader.find_images(parts / "test"):
+        path.write_bytes(b"broken")
+    monkeypatch.setattr(detection, "train_baseline", lambda *args: None)
+    with pytest.raises(config.InputError, match=r"None of the images in .*test can be read"):
+        detection.measure("padim", config.DetectionBenchmarkSettings(data_dir=str(parts), image_size=64))
+
+
 def test_the_detection_benchmark_trains_every_method_itself(tmp_path):
     with pytest.raises(config.UsageError, match="expected no --weights"):
         detection.main(config.DetectionBenchmarkSettings(data_dir=str(tmp_path), weights="models/best_model.pth"))
