@@ -335,7 +335,7 @@ def count_pixels(
         maps: H x W floats, larger where worse.
         masks: H x W, non-zero on a defect, all zero for a good image; None leaves the image out.
         threshold: becomes an edge, so that F1 and IoU there are exact.
-        n_edges: edges on each of four scales: all pixels, the top 1 % evenly and ever finer, and the defective pixels
+        n_edges: edges on each of five scales: all pixels, the top 1 % evenly and ever finer, the defective pixels and just below them
             (average precision hangs on the few highest values, since a defect covers 0.02-0.1 % of an image).
 
     Raises:
@@ -371,7 +371,9 @@ def _bin_edges(pairs: list[tuple[np.ndarray, np.ndarray]], threshold: float | No
     tail = np.concatenate([defect_map[defect_map > start] for defect_map, _ in pairs])
     even = np.linspace(0.0, 1.0, n_edges)
     steep = 1.0 - np.geomspace(1.0, 1.0 / max(tail.size, 2), n_edges)  # ends at single pixels
-    parts = [_quantiles(bulk, even), _quantiles(tail, even), _quantiles(tail, steep), _quantiles(defective, even)]
+    found = _quantiles(defective, even)
+    below = np.nextafter(found, np.float32(-np.inf))  # so that a bin holds one such value and no good pixel beneath it
+    parts = [_quantiles(bulk, even), _quantiles(tail, even), _quantiles(tail, steep), found, below]
     parts.append(np.array([] if threshold is None else [threshold], dtype=np.float32))
     return np.unique(np.concatenate(parts))
 

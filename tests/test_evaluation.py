@@ -453,3 +453,14 @@ def test_surviving_share_of_a_copy_a_repair_and_a_half():
         pairs = [evaluation.surviving_contrast(reconstructions, images, mask)] * 4
         assert evaluation.surviving_share(pairs, 20, 0)["value"] == pytest.approx(share, abs=1e-5)
     assert evaluation.surviving_share([], 20, 0) is None
+
+
+def test_the_best_f1_of_pixels_is_exact_where_few_are_defective():
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        defect_map, mask = rng.normal(size=(64, 64)), np.zeros((64, 64), bool)
+        mask[10:14, 20:30] = True
+        defect_map[mask] += 2
+        found = evaluation.pixel_metrics(evaluation.count_pixels([defect_map], [mask], n_edges=100))
+        called = [defect_map.astype(np.float32) >= np.float32(value) for value in defect_map[mask]]
+        assert found["f1_max"][0] == pytest.approx(max(metrics.f1_score(mask.ravel(), each.ravel()) for each in called), abs=1e-12)
