@@ -195,9 +195,10 @@ class MapScale(NamedTuple):
     @classmethod
     def of(cls, batches: Sequence[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> MapScale:
         """The scale of a map from batches of it (B, H, W) on good images, each within its window."""
-        border = cls(0.0, 1.0, _border_factors(batches, windows))
-        low, high = (float(value) for value in np.quantile(pixels_within([border.level(maps) for maps in batches], windows), SCALE_QUANTILES))
-        return border._replace(zero=low, one=max(high, low + 1e-6))
+        levelling = cls(0.0, 1.0, _border_factors(batches, windows))
+        values = pixels_within([levelling.level(maps) for maps in batches], windows)
+        low, high = (float(value) for value in np.quantile(values, SCALE_QUANTILES))
+        return levelling._replace(zero=low, one=max(high, low + 1e-6))
 
 
 def _from_border(side: int) -> np.ndarray:
