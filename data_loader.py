@@ -1178,7 +1178,11 @@ def read_json(path: Path) -> dict:
 
 def preprocessed_by(root: str | Path) -> tuple[str, int]:
     """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
-    match read_json(Path(root) / REPORT_NAME).get("made_with"):
+    return _made_with(read_json(Path(root) / REPORT_NAME))
+
+
+def _made_with(report: dict) -> tuple[str, int]:
+    match report.get("made_with"):
         case {"resize": str(resize), "image_size": int(side)}:
             return resize, side
     return "", 0
@@ -1186,10 +1190,10 @@ def preprocessed_by(root: str | Path) -> tuple[str, int]:
 
 def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
     """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an earlier version's."""
-    if preprocessed_by(root)[0] != "letterbox":
+    report = read_json(root / REPORT_NAME)
+    if _made_with(report)[0] != "letterbox":
         return {}
-    rows = _kept_rows(read_json(root / REPORT_NAME))
-    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in rows)
+    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in _kept_rows(report))
     return {path: size for path, size in sizes if all(isinstance(side, int) and side > 0 for side in size)}
 
 

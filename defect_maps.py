@@ -186,11 +186,11 @@ class MapScale(NamedTuple):
 
     def level(self, maps: np.ndarray) -> np.ndarray:
         """Maps (B, H, W) with their borders brought to the level further in."""
-        if not self.border:
+        if max(self.border, default=1.0) == 1.0:
             return maps
         middles, factors = RING_PX * (np.arange(N_RINGS + 1) + 0.5), (*self.border, 1.0)
-        down, across = (np.interp(_from_border(side) + 0.5, middles, factors) for side in maps.shape[1:])
-        return maps / np.maximum.outer(down, across).astype(np.float32)
+        down, across = (np.interp(_from_border(side) + 0.5, middles, factors).astype(np.float32) for side in maps.shape[1:])
+        return maps / np.maximum.outer(down, across)
 
     @classmethod
     def of(cls, batches: Sequence[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> MapScale:
