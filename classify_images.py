@@ -20,6 +20,7 @@ import cv2
 from tqdm import tqdm
 
 import data_loader
+import files
 import plots
 from defect_maps import Detection, Detector, load_detector
 
@@ -50,7 +51,7 @@ def main(settings: config.ClassifySettings) -> None:
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    data_loader.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
+    files.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
     with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])
@@ -58,7 +59,7 @@ def main(settings: config.ClassifySettings) -> None:
             writer.writerow(row(result))
             counts[label_of(result)] += 1
             if settings.overlays and label_of(result) == "defective":
-                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{data_loader.short_stem(result.path.stem)}.jpg")
+                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{files.short_stem(result.path.stem)}.jpg")
             bar.update()
     seconds = time.perf_counter() - started
     print(f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; {len(paths) / seconds:.1f} images/s")
@@ -105,9 +106,8 @@ def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
     defect_map = data_loader.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
     threshold = detector.calibration.pixel_threshold
     overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _, encoded = cv2.imencode(".jpg", overlay[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
-    path.write_bytes(encoded.tobytes())
+    files.write_whole(path, encoded.tobytes())
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     multiple_of: int | None = None,
+    or_zero: bool = False,
     positional: str = "",
 ):
     """One field of a settings class.
@@ -58,6 +59,7 @@ def setting(
         choices: the only values allowed (strings).
         minimum, maximum: inclusive bounds for numbers (each item of a tuple).
         multiple_of: the number must be a multiple of this.
+        or_zero: 0 is allowed too, below the minimum.
         positional: "+" (at least one, or some in the file) or "*" to read the field from bare arguments instead of a flag.
     """
     return dataclasses.field(
@@ -69,6 +71,7 @@ def setting(
             "minimum": minimum,
             "maximum": maximum,
             "multiple_of": multiple_of,
+            "or_zero": or_zero,
             "positional": positional,
         },
     )
@@ -107,8 +110,8 @@ def _check_value(field: dataclasses.Field, value) -> None:
             continue
         if not abs(item) <= sys.float_info.max:
             raise UsageError(f"{field.name} is {item}; expected a finite number.")
-        if limits["minimum"] is not None and item < limits["minimum"]:
-            raise UsageError(f"{field.name} is {item}; expected at least {limits['minimum']}.")
+        if limits["minimum"] is not None and item < limits["minimum"] and not (limits["or_zero"] and item == 0):
+            raise UsageError(f"{field.name} is {item}; expected {'0 or ' * limits['or_zero']}at least {limits['minimum']}.")
         if limits["maximum"] is not None and item > limits["maximum"]:
             raise UsageError(f"{field.name} is {item}; expected at most {limits['maximum']}.")
         if limits["multiple_of"] and item % limits["multiple_of"]:
@@ -185,7 +188,7 @@ class LossSettings(Settings):
     l1_weight: float = setting(1.0, "Weight of the absolute pixel error.", minimum=0.0)
     painted_weight: float = setting(1.0, "Weight of the squared and absolute error of what is painted before the skip at full resolution.", minimum=0.0)
     perceptual_weight: float = setting(0.1, "Weight of the VGG16 perceptual term; 0 switches it off (no weights needed).", minimum=0.0)
-    perceptual_crop_px: int = setting(48, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=0)
+    perceptual_crop_px: int = setting(48, "Side of the random crop on which the perceptual term is computed; 0 takes the whole image.", unit="px", minimum=4, or_zero=True)
     vgg16_weights: str = setting("", "File with torchvision's VGG16 weights; empty means look in the cache, then fetch.")
     kl_weight: float = setting(0.001, "Weight of the global latent's KL divergence, in nats per latent variable.", minimum=0.0)
     detail_kl_weight: float = setting(0.001, "Weight of the detail latent's KL divergence, in nats per latent variable.", minimum=0.0)
@@ -193,18 +196,12 @@ class LossSettings(Settings):
     feature_weight: float = setting(1.0, "Weight of the squared error of predicted features.", minimum=0.0)
     likelihood_weight: float = setting(0.5, "Weight of the Gaussian likelihood that trains the features' predicted variance.", minimum=0.0)
     pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
-    pixel_crop_px: int = setting(64, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=0, multiple_of=8)
+    pixel_crop_px: int = setting(64, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=16, multiple_of=8, or_zero=True)
     pixel_share: float = setting(1.0, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
     segmentation_weight: float = setting(1.0, "Weight of the cross-entropy that trains the head that outlines defects.", minimum=0.0)
     repair_weight: float = setting(10.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in (("perceptual_crop_px", 4), ("pixel_crop_px", 16)):  # below, a network sees a single place or none
-            if 0 < getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,7 @@ class OptimiserSettings(Settings):
 @dataclass(frozen=True)
 class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings, AugmentSettings, DataSettings, PrecisionSettings, RunSettings):
     weights: str = setting("", "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with those settings of maps and thresholds that are given.")
-    holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more).", unit="fraction", minimum=0.01, maximum=0.8)
+    holdout_frac: float = setting(0.2, "Share of the good images held out for validation and calibration (19 at least, where there are 48 or more); where the data set has validation/good, that is held out instead.", unit="fraction", minimum=0.01, maximum=0.8)
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Variants of each training image, the first as it is, the others augmented; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)

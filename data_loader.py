@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import os
-import re
 import struct
 import sys
 import zlib
@@ -29,6 +27,7 @@ import numpy as np
 
 import config
 import drawn_defects
+import files
 from streams import ahead
 from tiles import tile_corners, window
 
@@ -39,7 +38,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_SIDE_PX = 8
 MAX_ASPECT = 50
 MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
-LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 LETTERBOX_GREY = 128
 KEEP_IN_MEMORY_BYTES = 2 * 1024**3
 _TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284  # tags: bits of each sample, 1 for none, 0 where 0 is white, 2 where colours are apart
@@ -472,11 +470,11 @@ def iter_image_batches(
 def _images_under(folder: Path, deep: bool = True) -> list[Path]:
     """Files with an image suffix, sorted; hidden files and folders are left out, linked folders followed once."""
     found, seen = [], set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
         folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [Path(where, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+            found += [Path(where, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         seen.add(real)
     return sorted(filter(is_readable_kind, found), key=lambda path: path.as_posix())
 
@@ -547,6 +545,7 @@ class MVTecFolder:
         root: its folder.
         flat: true for one folder of good images without train/ and test/.
         train_good: the good training images.
+        validation_good: good images in validation/good, none in most data sets; where there are some, ``split`` holds them out.
         test: MVTecItem(path, category, mask_paths), sorted by category and path.
         categories: names of the test folders that hold images, "good" first.
         letterboxed: height and width before ``preprocess`` of images in whose files it drew grey bars.
@@ -567,6 +566,7 @@ class MVTecFolder:
         good = self.root / "train" / "good"
         self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(_images_under(self.root, deep=False))
         self.train_good = _images_under(self.root, deep=False) if self.flat else _images_under(good)
+        self.validation_good = [] if self.flat else self._find_validation()
         self.test = [] if self.flat else self._find_test()
         if self.flat:
             self._warn_of_deeper(bad_dir)
@@ -583,6 +583,10 @@ class MVTecFolder:
         if not require_train:
             self.require_test()
 
+    def split(self, good: Sequence[Path], holdout_frac: float, seed: int) -> tuple[list[Path], list[Path]]:
+        """Good images of train/good as (training, held out): all of them and what lies in validation/good, or, where nothing does, as ``split_holdout`` says and raises."""
+        return (list(good), self.validation_good) if self.validation_good else split_holdout(good, holdout_frac, seed)
+
     def require_test(self) -> None:
         """Nothing where there are test images.
 
@@ -591,6 +595,13 @@ class MVTecFolder:
         """
         if not self.test:
             raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
+
+    def _find_validation(self) -> list[Path]:
+        folder = self.root / "validation" / "good"
+        images = _images_under(folder)
+        if folder.is_dir() and not images:
+            self.warnings.append(f"{folder} holds no images; some of train/good are held out.")
+        return images
 
     def _warn_of_deeper(self, bad_dir: str) -> None:
         bad = {os.path.realpath(path) for path in _images_under(Path(bad_dir))} if bad_dir else set()
@@ -882,36 +893,37 @@ def training_loader(
 
 # ------------------------------------------------------------------------------------------ built-in demo
 
-DEMO_VERSION = 2
+DEMO_VERSION = 3
 DEMO_SIDE_PX = 128
 DEMO_TINTS = {"brick": (1.08, 0.88, 0.78), "grass": (0.82, 1.08, 0.70), "gravel": (1.05, 0.98, 0.88)}
-DEMO_COUNTS = {"train/good": 100, "test/good": 20, "test/scratch": 12, "test/paint": 12}
-DEMO_SPLIT = 0.58  # training crops come from the left of each photograph, test crops from the right
+DEMO_COUNTS = {"train/good": 100, "validation/good": 20, "test/good": 20, "test/scratch": 12, "test/paint": 12}
+DEMO_PLACES = {"train": (0.0, 1.0, 0.0, 0.58), "validation": (0.0, 0.45, 0.58, 1.0), "test": (0.45, 1.0, 0.58, 1.0)}
+"""Top, bottom, left and right of where crops come from, as shares of a photograph: those held out are to be as unlike those of training as those of the test."""
 
 
 def make_demo(root: str | Path = "data/demo_textures") -> Path:
     """Write the built-in demo in the MVTec layout into ``root``, unless it is there already; returns ``root``.
 
-    Crops of the photographs of brick, grass and gravel that scikit-image ships (nothing is downloaded), tinted; some
-    test crops carry a drawn scratch or paint blob with an exact mask. Always the same files.
+    Crops of the photographs of brick, grass and gravel that scikit-image ships (nothing is downloaded), tinted, those of
+    train/, validation/ and test/ from places apart; some test crops carry a drawn scratch or paint blob with an exact mask. Always the same files.
 
     Raises:
         InputError: scikit-image's photographs are missing, or ``root`` holds something else.
     """
     root = Path(root)
     marker = {"demo_version": DEMO_VERSION, "counts": DEMO_COUNTS}
-    if read_json(root / "demo.json") == marker:
+    if files.read_json(root / "demo.json") == marker:
         return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in read_json(root / "demo.json"):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in files.read_json(root / "demo.json"):
         raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
     photographs = _demo_photographs()
     rng = np.random.default_rng(DEMO_VERSION)
-    write_bytes(root / "demo.json", json.dumps({**marker, "unfinished": True}).encode())
+    files.write_json(root / "demo.json", {**marker, "unfinished": True})
     for folder, count in DEMO_COUNTS.items():
         for i in range(count):
-            crop = _demo_crop(photographs[i % len(photographs)], folder.startswith("train"), rng)
+            crop = _demo_crop(photographs[i % len(photographs)], DEMO_PLACES[folder.split("/")[0]], rng)
             _write_demo_image(root, folder, f"{i:03d}", crop, rng)
-    write_bytes(root / "demo.json", json.dumps(marker, indent=2).encode())
+    files.write_json(root / "demo.json", marker)
     return root
 
 
@@ -925,11 +937,10 @@ def _demo_photographs() -> list[np.ndarray]:
     return [np.clip(read_image(path) * np.array(tint), 0, 255).astype(np.uint8) for path, tint in shipped]
 
 
-def _demo_crop(photograph: np.ndarray, train: bool, rng: np.random.Generator) -> np.ndarray:
+def _demo_crop(photograph: np.ndarray, place: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
     height, width = photograph.shape[:2]
-    border = round(DEMO_SPLIT * width)
-    low, high = (0, border) if train else (border, width)
-    top, left = rng.integers(0, height - DEMO_SIDE_PX + 1), rng.integers(low, high - DEMO_SIDE_PX + 1)
+    top, bottom, left, right = (round(share * side) for share, side in zip(place, (height, height, width, width), strict=True))
+    top, left = rng.integers(top, bottom - DEMO_SIDE_PX + 1), rng.integers(left, right - DEMO_SIDE_PX + 1)
     crop = photograph[top : top + DEMO_SIDE_PX, left : left + DEMO_SIDE_PX]
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
 
@@ -972,6 +983,7 @@ def _demo_paint(crop: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
 # ------------------------------------------------------------------------------------------- preprocessing
 
 REPORT_NAME = "preprocess_report.json"
+PARTS = ("train", "validation", "test", "ground_truth")
 SAVE_REPORT_EVERY = 200  # files: an interrupted run repeats at most so many
 
 
@@ -1002,10 +1014,10 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     source, out = _source_and_out(settings)
     jobs, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
-    before = read_json(out / REPORT_NAME)
+    before = files.read_json(out / REPORT_NAME)
     written = {row["output"]: row for row in _kept_rows(before)}
     valid = written if before.get("made_with") == made_with else {}
-    make_folder(out)
+    files.make_folder(out)
     for output in written.keys() - {job.output for job in jobs}:
         (out / output).unlink(missing_ok=True)
     report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
@@ -1032,24 +1044,12 @@ def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
         raise config.UsageError(f"{len(settings.source)} source folders were given; expected one.")
     source, out = Path(settings.source[0]), Path(settings.output_dir) / settings.out
     real_source, real_out = source.resolve(), out.resolve()
-    inside = [real_source / name for name in ("train", "test", "ground_truth")]
+    inside = [real_source / name for name in PARTS]
     if real_source == real_out or any(real_out.is_relative_to(folder) for folder in inside):
         raise config.InputError(f"The output folder {out} lies in the source folder {source}; expected another place.")
-    if any(real_source.is_relative_to(real_out / name) for name in ("train", "test", "ground_truth")):
+    if any(real_source.is_relative_to(real_out / name) for name in PARTS):
         raise config.InputError(f"The source folder {source} lies in the output folder {out}; expected another place.")
     return source, out
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder of output, and those above it, where there is none.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise config.InputError(f"The output folder {folder} cannot be made ({error.strerror or error}).") from None
 
 
 def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[str]]:
@@ -1077,7 +1077,7 @@ def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:
 
 
 def _place_mvtec(folder: MVTecFolder) -> dict[Path, str]:
-    images = [*folder.train_good, *(item.path for item in folder.test)]
+    images = [*folder.train_good, *folder.validation_good, *(item.path for item in folder.test)]
     return {path: Path(folder.relative(path)).with_suffix("").as_posix() for path in images}
 
 
@@ -1094,7 +1094,7 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
 
 def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
     """a.png and a.jpg become a_png.png and a_jpg.png; case does not tell files apart everywhere."""
-    placed = {path: Path(place).with_name(short_stem(Path(place).name)).as_posix() for path, place in placed.items()}
+    placed = {path: Path(place).with_name(files.short_stem(Path(place).name)).as_posix() for path, place in placed.items()}
     counts = Counter(place.lower() for place in placed.values())
     taken = {place for place, n in counts.items() if n == 1}
     outputs = {}
@@ -1136,49 +1136,12 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write uint8 H x W or H x W x 3 RGB, whole or not at all, making the folder."""
     _, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-    write_bytes(path, data.tobytes())
-
-
-def short_stem(stem: str) -> str:
-    """The stem; where it is very long its start and a mark of the whole of it, so that what is named after it can be written."""
-    encoded = stem.encode("utf-8", "surrogateescape")
-    if len(encoded) <= LONGEST_STEM:
-        return stem
-    return f"{encoded[: LONGEST_STEM - 9].decode('utf-8', 'ignore')}-{zlib.crc32(encoded):08x}"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all: a temporary file beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part-{zlib.crc32(path.name.encode('utf-8', 'surrogateescape')):08x}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Path] = ()) -> None:
-    """Remove, in each folder below ``out``, the files of such names, what an earlier run left there, but none of the inputs."""
-    kept = set(map(os.path.realpath, inputs))
-    for folder, pattern in names.items():
-        for path in list((out / folder).glob("*")):
-            if pattern.fullmatch(path.name) and os.path.realpath(path) not in kept:
-                path.unlink()
-
-
-def read_json(path: Path) -> dict:
-    """The mapping in a JSON file; an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    files.write_whole(path, data.tobytes())
 
 
 def preprocessed_by(root: str | Path) -> tuple[str, int]:
     """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
-    return _made_with(read_json(Path(root) / REPORT_NAME))
+    return _made_with(files.read_json(Path(root) / REPORT_NAME))
 
 
 def _made_with(report: dict) -> tuple[str, int]:
@@ -1190,7 +1153,7 @@ def _made_with(report: dict) -> tuple[str, int]:
 
 def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
     """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an earlier version's."""
-    report = read_json(root / REPORT_NAME)
+    report = files.read_json(root / REPORT_NAME)
     if _made_with(report)[0] != "letterbox":
         return {}
     sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in _kept_rows(report))
@@ -1207,7 +1170,7 @@ def _save_report(out: Path, report: dict, valid: dict) -> None:
     """Rows of an earlier run that were not reached yet stay known."""
     reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
-    write_bytes(out / REPORT_NAME, json.dumps({**report, "kept": report["kept"] + later}, indent=1).encode())
+    files.write_json(out / REPORT_NAME, {**report, "kept": report["kept"] + later})
 
 
 def _remove_outputs_of_skipped(out: Path, report: dict) -> None:

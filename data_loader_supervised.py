@@ -28,6 +28,7 @@ import numpy as np
 
 import config
 import data_loader
+import files
 import series_generator
 import series_plots
 from streams import ahead
@@ -443,16 +444,16 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise config.InputError(f"{source} is no folder; expected class folders of CSV series.")
-    files = _files_under(source, SERIES_SUFFIXES)
-    if not files:
+    found = _files_under(source, SERIES_SUFFIXES)
+    if not found:
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
-    jobs = list(_render_jobs(files, source, out))
+    jobs = list(_render_jobs(found, source, out))
     marks = {target.relative_to(out).as_posix(): _source_mark(path) for path, target in jobs}
-    before = data_loader.read_json(out / RENDER_REPORT)
+    before = files.read_json(out / RENDER_REPORT)
     dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
     outputs = _without_stale(outputs, marks, out)
     todo = [job for job, (name, mark) in zip(jobs, marks.items(), strict=True) if outputs.get(name) != mark or not job[1].exists()]
-    kept = {path.relative_to(source).as_posix() for path in set(files).difference(path for path, _ in todo)}
+    kept = {path.relative_to(source).as_posix() for path in set(found).difference(path for path, _ in todo)}
     dropped = {name: n for name, n in dropped.items() if name in kept}
     report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}, "outputs": outputs}
     try:
@@ -469,7 +470,7 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
                 report["dropped_rows"][name] = n_dropped
     finally:
         report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
-        _write_json(out / RENDER_REPORT, report)
+        files.write_json(out / RENDER_REPORT, report)
     return report
 
 
@@ -488,12 +489,12 @@ def _without_stale(outputs: dict[str, dict], marks: dict[str, dict], out: Path) 
     return {name: mark for name, mark in outputs.items() if name not in stale}
 
 
-def _render_jobs(files: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+def _render_jobs(found: list[Path], source: Path, out: Path) -> Iterator[tuple[Path, Path]]:
     taken = set()
-    for path in files:
+    for path in found:
         target = out / path.relative_to(source).with_suffix(".png")
         if target in taken:  # a.csv and a.tsv
-            target = target.with_name(f"{data_loader.short_stem(path.name)}.png")
+            target = target.with_name(f"{files.short_stem(path.name)}.png")
         taken.add(target)
         yield path, target
 
@@ -505,12 +506,8 @@ def _render_one(job: tuple[Path, Path]) -> tuple[str, int]:
         series = series_plots.read_series(path)
     except series_plots.SeriesError as error:
         return error.reason, 0
-    data_loader.write_bytes(target, series_plots.plot_png(series_plots.render_series(series.values)))
+    files.write_whole(target, series_plots.plot_png(series_plots.render_series(series.values)))
     return "", series.n_dropped
-
-
-def _write_json(path: Path, values: dict) -> None:
-    data_loader.write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
@@ -548,7 +545,7 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
     """
     version = series_generator.require_betise()
     out, given = Path(os.path.abspath(out)), {"seed": seed, "per_class": per_class, "home_share": home_share}  # noqa: PTH100 (links stay)
-    before = data_loader.read_json(out / MANIFEST)
+    before = files.read_json(out / MANIFEST)
     for name, value in given.items():
         if before.get(name, value) != value:
             raise config.InputError(f"{out} holds series generated with {name} {before[name]}, not {value}; expected another folder (--out) or the same arguments.")
@@ -559,7 +556,7 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
         for job, parameters in zip(jobs, made, strict=True)
     ]
     manifest = {**given, "betise": version, "series": series}
-    _write_json(out / MANIFEST, manifest)
+    files.write_json(out / MANIFEST, manifest)
     return manifest
 
 
@@ -578,8 +575,8 @@ def series_folder(out: Path) -> Path:
 
 def _generate_one(job: _GenerateJob) -> dict:
     series = series_generator.generate_series(job.kind, job.style, job.seed)
-    data_loader.write_bytes(job.csv, ("data\n" + "\n".join(map(repr, series.values.tolist())) + "\n").encode())
-    data_loader.write_bytes(job.png, series_plots.plot_png(series_plots.render_series(series.values)))
+    files.write_whole(job.csv, ("data\n" + "\n".join(map(repr, series.values.tolist())) + "\n").encode())
+    files.write_whole(job.png, series_plots.plot_png(series_plots.render_series(series.values)))
     return series.parameters
 
 

@@ -10,11 +10,9 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import random
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import files
 from config import InputError, Settings, UsageError, as_dict
 from streams import ahead
 
@@ -265,46 +264,7 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
     """
     content = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)  # on a full disk it would hide the reason
-    write_whole(Path(path), content.getbuffer())
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Write values as indented JSON, whole or not at all, making the folder; a number that is not finite becomes null.
-
-    Raises:
-        InputError: as ``save_checkpoint``.
-    """
-    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
-    write_whole(path, json.dumps(finite, indent=1).encode())
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file, whole or not at all, making its folder: temporary file, sync, rename.
-
-    Raises:
-        InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}; expected a writable folder with room in it (--output-dir).") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    files.write_whole(Path(path), content.getbuffer(), sync=True)
 
 
 def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> dict:
@@ -402,7 +362,7 @@ def save_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler,
         "best_epoch": run.best_epoch,
     }
     save_checkpoint(path, f"{kind}_training", {**state, **(extra or {})})
-    write_json(history, {"best_epoch": run.best_epoch, "epochs": run.history})
+    files.write_json(history, {"best_epoch": run.best_epoch, "epochs": run.history})
 
 
 def require_same(path: Path | str, ours: dict, trained: dict, expected: str) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import data_loader
 import data_loader_supervised as plot_loader
 import engine
+import files
 import plots
 import series_plots
 import vae_classifier
@@ -150,7 +151,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     batch = plot_loader.PlotBatch(data_loader.to_tensor(image), [Path(csv_path)], [""], [], [0])
     found = next(_judged(batch, model, class_names, _runtime(model, device), None))
     if save_plot:
-        data_loader.write_png(Path(output_dir) / f"{data_loader.short_stem(Path(csv_path).stem)}_plot.png", plot)
+        data_loader.write_png(Path(output_dir) / f"{files.short_stem(Path(csv_path).stem)}_plot.png", plot)
     return found.name, found.probabilities
 
 
@@ -191,7 +192,7 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
     keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
-    data_loader.remove_written(out, {"": PICTURE_NAME}, paths)
+    files.remove_written(out, {"": PICTURE_NAME}, paths)
     results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, names, out, settings.max_pictures if settings.pictures else 0, tally)
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
         if each.error or each.note:
@@ -208,7 +209,7 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
 
 def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Sequence[str], out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
     """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
-    data_loader.make_folder(out)
+    files.make_folder(out)
     with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "predicted", "confidence", "p_value", *class_names, "reason"])
@@ -218,7 +219,7 @@ def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Se
             tally.n_unknown += is_unknown(each, model)
             if tally.n_pictures < max_pictures and not each.error:
                 begun = time.perf_counter()
-                write_panel(each, model, out / f"{number:05d}_{data_loader.short_stem(each.path.stem)}.png")
+                write_panel(each, model, out / f"{number:05d}_{files.short_stem(each.path.stem)}.png")
                 tally.n_pictures += 1
                 tally.picture_s += time.perf_counter() - begun
             yield each

@@ -6,13 +6,11 @@ Weights live in buffers that are not persistent: they follow ``.to(device)``, bu
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import importlib.util
 import io
 import logging
-import os
 import pickle
 import socket
 import struct
@@ -35,6 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import files
 
 # -------------------------------------------------------------------------------------- frozen backbones
 
@@ -481,19 +481,12 @@ def _tensors_sha256(state: dict[str, Tensor]) -> str:
 
 
 def _keep(state: dict[str, Tensor]) -> Path | None:
-    """Save into the cache by a temporary file and a rename; None where the cache cannot be written."""
-    path = _cache_dir() / _OWN_FILE
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Save into the cache; None where that cannot be written."""
+    path, content = _cache_dir() / _OWN_FILE, io.BytesIO()
+    torch.save(state, content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # the reason of the failure matters, not the clean-up
-            partial.unlink()
+        files.write_whole(path, content.getbuffer(), sync=True)
+    except config.InputError as error:
         _log.warning("the VGG16 weights could not be kept in %s (%s)", path.parent, _one_line(error))
         return None
     return path

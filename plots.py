@@ -7,8 +7,6 @@ H x W x 3, floats in [0, 1] or uint8. Cyan always outlines what was predicted, a
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+import files
 from config import InputError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".pdf", ".svg", ".eps", ".ps")
@@ -71,20 +70,14 @@ def save(figure: Figure, path: Path | str, dpi: int = 100, tight: bool = False) 
         tight: crop to the drawing with the usual small border, as the plots of series are.
 
     Raises:
-        InputError: the path is a folder or has another ending than those of pictures.
+        InputError: the path is a folder or has another ending than those of pictures, or cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS or path.is_dir():
         raise InputError(f"{path} is no file name of a picture; expected one that ends in {', '.join(ENDINGS)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
-        _write(figure, temporary, dpi, tight)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    content = io.BytesIO()
+    _write(figure, content, dpi, tight, path.suffix.lower().removeprefix("."))
+    files.write_whole(path, content.getbuffer())
 
 
 def pixels(figure: Figure, dpi: int = 100, tight: bool = False) -> np.ndarray:
@@ -94,10 +87,10 @@ def pixels(figure: Figure, dpi: int = 100, tight: bool = False) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def _write(figure: Figure, target: Path | io.BytesIO, dpi: int, tight: bool) -> None:
+def _write(figure: Figure, target: io.BytesIO, dpi: int, tight: bool, kind: str = "png") -> None:
     # Ticks are made when a figure is drawn, so a user's own settings must not reach that moment either.
     with _defaults():
-        figure.savefig(target, dpi=dpi, bbox_inches="tight" if tight else None)
+        figure.savefig(target, dpi=dpi, bbox_inches="tight" if tight else None, format=kind)
 
 
 def _defaults():

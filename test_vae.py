@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import data_loader
 import defect_maps
-import engine
 import evaluation
+import files
 import plots
 from drawn_defects import AREA_FRAC, SMALLEST_SIDE_PX, draw_defect
 from tiles import tile_corners, window
@@ -148,7 +148,7 @@ def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
 
 def shortened(name: Path) -> str:
     """A name or path of a picture as the file system takes it, still without the picture's ending."""
-    return name.with_name(data_loader.short_stem(name.name)).as_posix()
+    return name.with_name(files.short_stem(name.name)).as_posix()
 
 
 def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
@@ -202,7 +202,7 @@ def figures(categories: Sequence[str], detections: Sequence[defect_maps.Detectio
 
 
 def write_report(report: dict, folder: Path) -> None:
-    engine.write_json(folder / "test_metrics.json", report)
+    files.write_json(folder / "test_metrics.json", report)
     plots.save(plots.metrics_heatmap(rows_of(report)), folder / "metrics_heatmap.png")
 
 

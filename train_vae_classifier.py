@@ -31,6 +31,7 @@ import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import evaluation
+import files
 import plot_calibration
 import plots
 import series_generator
@@ -317,7 +318,7 @@ def train(run: Run) -> list[dict]:
     if s.resume:
         resume(run, optimizer, scheduler)
     else:
-        data_loader.remove_written(run.out, WRITTEN)
+        files.remove_written(run.out, WRITTEN)
     config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
         for epoch in range(len(run.history) + 1, s.epochs + 1):
@@ -492,7 +493,7 @@ def finish(run: Run) -> None:
         say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")
     reports = {name: report(run, model, group) for name, group in groups.items()}
     main_report = report(run, model, test) if scored == "test" else reports.pop("validation")
-    engine.write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
+    files.write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
     plots.save(plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes), run.out / "results" / "vae_classifier_confusion.png")
     print(table(scored, main_report, reports))
     if not model.calibration.promised:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data_loader
 import defect_maps
 import engine
+import files
 import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
@@ -81,7 +82,7 @@ class Run:
 
     @cached_property
     def sources(self) -> dict:
-        return engine.describe_files(self.folder.root, self.folder.train_good)
+        return engine.describe_files(self.folder.root, self.folder.train_good + self.folder.validation_good)
 
 
 def main(settings: config.TrainSettings) -> None:
@@ -132,12 +133,14 @@ def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
 
 
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
-    """Read the data, split off the held-out images, build the model; with these weights, where given, it is not for training."""
+    """Read the data, hold out good images, build the model; with these weights, where given, it is not for training."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
     folder = data_loader.MVTecFolder(settings.data_dir)
-    train_paths, held_paths = data_loader.split_holdout(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
+    if folder.validation_good and "holdout_frac" in settings.given:
+        warn([f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say."])
+    train_paths, held_paths = folder.split(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
     held = data_loader.load_batch(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
@@ -220,7 +223,7 @@ def train(run: Run) -> list[dict]:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
-        data_loader.remove_written(run.out, WRITTEN)
+        files.remove_written(run.out, WRITTEN)
     run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
     config.save(run.settings, run.out / "models" / "config.yaml")
     with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
@@ -365,7 +368,7 @@ def write_pictures(run: Run, epoch: int) -> None:
         paths = [item.path for item in run.folder.test if item.category == category][:N_PICTURED]
         loaded = [batch for batch in data_loader.iter_image_batches(paths, run.settings.image_size, run.settings.fitting, 1) if len(batch.images)]
         if loaded:
-            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{data_loader.short_stem(category)}_epoch_{epoch}.png")
+            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{files.short_stem(category)}_epoch_{epoch}.png")
 
 
 def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], titles: list[str], name: str) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 
 import data_loader
-import engine
+import files
 import test_vae
 import train_with_validation
 
@@ -102,7 +102,7 @@ def main(settings: config.AblationSettings) -> None:
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
                 train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])
-            engine.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
+            files.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
         print(line(name, [each for each in measured if each["row"] == name]), flush=True)
     if not measured:
         raise config.InputError("No row could be measured; the warnings above say why.")

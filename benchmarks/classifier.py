@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import engine
 import evaluation
+import files
 import train_vae_classifier as stage
 from vae_classifier import smoothed_targets, view_log_probabilities
 
@@ -146,7 +147,7 @@ def main(settings: config.ClassifierBenchmarkSettings) -> None:
     for name in settings.methods:
         rows.append(measure(name, settings.replace(resume=False)))
         print(line(rows[-1]), flush=True)
-        engine.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
+        files.write_json(out, {"settings": config.as_dict(settings), "rows": rows})
     print(f"figures: {out}")
 
 

@@ -32,6 +32,7 @@ import data_loader
 import defect_maps
 import engine
 import evaluation
+import files
 import train_with_validation
 from perceptual_loss import load_backbone
 from vae_model import farthest_points, resized, rows_of
@@ -128,7 +129,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     """
     folder = data_loader.MVTecFolder(settings.data_dir)
     good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
-    paths = data_loader.split_holdout(good, settings.holdout_frac, settings.seed)
+    paths = folder.split(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
     train_with_validation.warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors])
     for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
@@ -179,6 +180,8 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     shutil.rmtree(folder, ignore_errors=True)
     for path in [*good, *sorted(hidden)]:
         link(path, folder / "train" / "good" / source.relative(path))
+    for path in source.validation_good:
+        link(path, folder / source.relative(path))
     for item in source.test:
         if item.path not in hidden:
             for path in (item.path, *item.mask_paths):
@@ -270,7 +273,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
                 train_with_validation.warn([f"{name} fails with seed {seed}: {error}"])
                 continue
             print(line(rows[-1]), flush=True)
-            engine.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
+            files.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
     if not rows:
         raise config.InputError("No method could be measured; the warnings above say why.")
     print(f"figures: {out / 'detection.json'}")

@@ -153,10 +153,12 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     deeper.mkdir()
     original = (parts / "test" / "scratch" / "000.png").read_bytes()
     (deeper / "000.png").write_bytes((parts / "test" / "scratch" / "001.png").read_bytes())
+    data_loader.write_png(parts / "validation" / "good" / "000.png", np.zeros((8, 8), np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.1, seed=3)
     before, found = data_loader.MVTecFolder(parts), data_loader.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
     hidden = [path for path in found.train_good if "scratch" in path.parts]
     assert len(found.train_good) == 4 and len(hidden) == 1
+    assert [path.resolve() for path in found.validation_good] == before.validation_good
     assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {item.path.resolve() for item in found.test}
     assert {path.resolve() for path in found.train_good if path not in hidden} <= {path.resolve() for path in before.train_good}
     assert sum(item.mask_paths != () for item in found.test) >= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -541,6 +542,20 @@ def test_a_test_folder_without_defects_or_without_test(tmp_path):
         dl.MVTecFolder(tmp_path, require_train=False)
 
 
+def test_good_images_of_a_validation_folder_are_held_out(tmp_path):
+    assert dl.MVTecFolder(make_set(tmp_path)).validation_good == []
+    for name in ("a.png", "session 2/b.jpg", ".hidden.png"):
+        save(tmp_path / "validation" / "good" / name)
+    data = dl.MVTecFolder(tmp_path)
+    assert [data.relative(path) for path in data.validation_good] == ["validation/good/a.png", "validation/good/session 2/b.jpg"]
+    assert data.split(data.train_good[1:], 0.5, 3) == (data.train_good[1:], data.validation_good)
+    shutil.rmtree(tmp_path / "validation" / "good")
+    (tmp_path / "validation" / "good").mkdir()
+    data = dl.MVTecFolder(tmp_path)
+    assert data.split(data.train_good, 0.5, 3) == dl.split_holdout(data.train_good, 0.5, 3)
+    assert data.warnings == [f"{tmp_path / 'validation' / 'good'} holds no images; some of train/good are held out."]
+
+
 def test_flat_folder(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png")
@@ -781,6 +796,15 @@ def prepare(source, out, **changes):
     return dl.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))
 
 
+def test_preprocess_keeps_the_validation_folder(tmp_path):
+    raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
+    save(raw / "validation" / "good" / "000.png", picture(seed=50))
+    assert prepare(raw, out)["counts"]["validation/good"] == 1
+    assert [np.array_equal(dl.read_image(path), dl.fit_image(picture(seed=50), 64, "stretch")) for path in dl.MVTecFolder(out).validation_good] == [True]
+    with pytest.raises(config.InputError, match="lies in the source folder"):
+        prepare(raw, raw / "validation" / "out")
+
+
 def test_the_longest_file_names_are_written_too(tmp_path):
     for folder, n in (("train/good", 3), ("test/dent", 1)):
         for i in range(n):
@@ -978,7 +1002,7 @@ def contents(root):
 
 def test_demo_layout_and_masks(demo):
     data = dl.MVTecFolder(demo)
-    assert len(data.train_good) == 100 and data.categories == ["good", "paint", "scratch"] and not data.warnings
+    assert len(data.train_good) == 100 and len(data.validation_good) == 20 and data.categories == ["good", "paint", "scratch"] and not data.warnings
     assert [sum(item.category == name for item in data.test) for name in data.categories] == [20, 12, 12]
     for item in data.test:
         assert dl.read_image(item.path).shape == (128, 128, 3)
@@ -988,10 +1012,10 @@ def test_demo_layout_and_masks(demo):
 
 def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
     photographs = dl._demo_photographs()
-    borders = [round(dl.DEMO_SPLIT * photograph.shape[1]) for photograph in photographs]
     data = dl.MVTecFolder(demo)
-    cases = [(path, (), True) for path in data.train_good[:3]] + [(item.path, item.mask_paths, False) for item in data.test[::7]]
-    for path, mask_paths, train in cases:
+    cases = [(path, ()) for path in (*data.train_good[:3], *data.validation_good[::5])] + [(item.path, item.mask_paths) for item in data.test[::7]]
+    found = {"train": [], "validation": [], "test": []}
+    for path, mask_paths in cases:
         crop, which = dl.read_image(path), int(path.stem) % 3
         outside = (~dl.read_defects(mask_paths, path)).astype(np.uint8) if mask_paths else np.ones((128, 128), np.uint8)
         places = []
@@ -1005,7 +1029,10 @@ def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
         there = photographs[which][top : top + 128, left : left + 128]
         changed = np.abs(there.astype(int) - view).max(2) >= 6
         assert np.array_equal(changed, keep == 0), "the mask is exactly what changed"
-        assert left + 128 <= borders[which] if train else left >= borders[which]
+        found[data.relative(path).split("/")[0]].append((which, left, top))
+    for one, other in itertools.combinations(found.values(), 2):
+        pairs = [(a, b) for a in one for b in other if a[0] == b[0]]
+        assert pairs and all(max(abs(a[1] - b[1]), abs(a[2] - b[2])) >= 128 for a, b in pairs), "no pixel is seen twice"
 
 
 def test_demo_is_the_same_everywhere_and_written_once(demo, tmp_path):

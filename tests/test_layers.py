@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "config": 0,
     "evaluation": 0,
+    "files": 0,
     "plots": 0,
     "data_loader": 1,
     "drawn_defects": 1,
@@ -33,7 +34,7 @@ LEVELS = {
     "train_vae_classifier": 4,
     "inference_vae_classifier": 4,
 }
-SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("data_loader", "drawn_defects"), ("defect_maps", "vae_model"), ("plot_strokes", "vae_model"), ("plot_calibration", "plot_strokes"), ("plot_calibration", "defect_maps")}
+SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("plots", "files"), ("files", "config"), ("data_loader", "drawn_defects"), ("defect_maps", "vae_model"), ("plot_strokes", "vae_model"), ("plot_calibration", "plot_strokes"), ("plot_calibration", "defect_maps")}
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {
     "config": {"run_script", "_without_traceback_when_interrupted"},

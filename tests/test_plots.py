@@ -1,6 +1,5 @@
 """The pictures: what is drawn is what was given, and nothing global is left behind."""
 
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -272,8 +271,8 @@ def test_save_is_whole_or_absent(tmp_path, scene, monkeypatch):
     assert [path.name for path in target.parent.iterdir()] == ["picture.png"]
     before = target.read_bytes()
 
-    def breaks(path, **_):
-        Path(path).write_bytes(b"half")
+    def breaks(target, **_):
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(figure, "savefig", breaks)

@@ -301,6 +301,24 @@ def test_what_an_earlier_run_wrote_goes_and_nothing_else(data, trained, tmp_path
     assert all(path.exists() for path in kept)
 
 
+def test_a_validation_folder_sets_the_threshold_and_all_of_training_trains(data, tmp_path, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(data, root)
+    held = root / "validation" / "good"
+    held.mkdir(parents=True)
+    for path in sorted((root / "test" / "good").iterdir())[:3]:
+        path.rename(held / path.name)
+    detector = classify_images.load_detector(train(root, tmp_path, epochs=1))
+    scores = sorted(each.detection.score for each in classify_images.classify(detector, data_loader.find_images(held)))
+    assert scores == pytest.approx(detector.calibration.good_scores)
+    settings = config.parse(config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml"), "--holdout-frac", "0.5"])
+    run = train_stage.prepare(settings)
+    assert len(run.training) == 12 and "--holdout-frac has no say" in capsys.readouterr().err
+    (held / "003.png").write_bytes((held / "002.png").read_bytes())
+    with pytest.raises(config.InputError, match="expected the data of then"):
+        train_stage.main(config.TrainSettings(weights=str(tmp_path / "models" / "best_model.pth"), output_dir=str(tmp_path / "new"), device="cpu"))
+
+
 @pytest.mark.parametrize("preprocessed", [False, True])
 def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch, preprocessed):
     """Wide photographs, letterboxed here or by preprocessing: figures of pixels are of what is inside the bars, and there defects are drawn."""

@@ -1,0 +1,86 @@
+"""Files: named, written whole or not at all, read back, and those of an earlier run removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from config import InputError
+
+LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
+
+
+def write_whole(path: Path, content: bytes | memoryview, sync: bool = False) -> None:
+    """Write a file, whole or not at all, making its folder: a temporary file beside it, then a rename.
+
+    Args:
+        sync: wait until the disk has it, so that not even a power cut leaves a part.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
+    """
+    part = path.with_name(f".{os.getpid()}.part-{zlib.crc32(path.name.encode('utf-8', 'surrogateescape')):08x}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}; expected a writable folder with room in it (--output-dir).") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write values as indented JSON, as ``write_whole`` does and raises; a number that is not finite becomes null."""
+    text = json.dumps(values, indent=1)
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)
+    write_whole(path, f"{text}\n".encode(), sync=True)
+
+
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of output, and those above it, where there is none.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {folder} cannot be made ({error.strerror or error}).") from None
+
+
+def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Path] = ()) -> None:
+    """Remove, in each folder below ``out``, the files of such names, what an earlier run left there, but none of the inputs."""
+    kept = set(map(os.path.realpath, inputs))
+    for folder, pattern in names.items():
+        for path in list((out / folder).glob("*")):
+            if pattern.fullmatch(path.name) and os.path.realpath(path) not in kept:
+                path.unlink()
+
+
+def short_stem(stem: str) -> str:
+    """The stem; where it is very long its start and a mark of the whole of it, so that what is named after it can be written."""
+    encoded = stem.encode("utf-8", "surrogateescape")
+    if len(encoded) <= LONGEST_STEM:
+        return stem
+    return f"{encoded[: LONGEST_STEM - 9].decode('utf-8', 'ignore')}-{zlib.crc32(encoded):08x}"
