@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import data_loader
 import files
+import image_files
 import plots
 from defect_maps import Detection, Detector, load_detector
 
@@ -102,8 +103,8 @@ def row(result: Classified) -> list[str]:
 
 def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
     """The photograph at its own size with the defect map over it."""
-    image = data_loader.read_image(result.path)
-    defect_map = data_loader.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
+    image = image_files.read_image(result.path)
+    defect_map = image_files.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
     threshold = detector.calibration.pixel_threshold
     overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
     _, encoded = cv2.imencode(".jpg", overlay[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])

@@ -29,6 +29,7 @@ import numpy as np
 import config
 import data_loader
 import files
+import image_files
 import series_generator
 import series_plots
 from streams import ahead
@@ -85,7 +86,7 @@ def _spine(dark: np.ndarray, first: bool) -> tuple[int, tuple[int, int]] | None:
 
 def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.ndarray:
     """uint8 H x W x 3 of any size -> uint8 S x S x 3 as the network sees it; thin lines are averaged, never skipped."""
-    return data_loader.fit_image(crop_to_axes(image) if crop_axes else image, image_size, "stretch")
+    return image_files.fit_image(crop_to_axes(image) if crop_axes else image, image_size, "stretch")
 
 
 def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
@@ -95,7 +96,7 @@ def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
     """
     if not str(path).lower().endswith(SERIES_SUFFIXES):
-        return data_loader.read_image(path), ""
+        return image_files.read_image(path), ""
     series = series_plots.read_series(path)
     n_rows = len(series.values) + series.n_dropped
     return series_plots.render_series(series.values), f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
@@ -111,7 +112,7 @@ def _read_prepared(path: Path, image_size: int, crop_axes: bool) -> _Prepared:
     try:
         image, note = read_plot(path)
         return _Prepared(prepare_image(image, image_size, crop_axes), note)
-    except (data_loader.ImageError, series_plots.SeriesError) as error:
+    except (image_files.ImageError, series_plots.SeriesError) as error:
         return _Prepared(None, error.reason, isinstance(error.__cause__, OSError))
 
 

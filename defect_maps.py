@@ -458,7 +458,7 @@ class Detector:
             return [self._detect_whole(image, thorough) for image in images]
         if any(side % SIDE_MULTIPLE_PX for side in images.shape[2:]):
             size = f"{self.image_size} x {self.image_size}"
-            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other multiples of {SIDE_MULTIPLE_PX} (see data_loader.fit_image).")
+            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other multiples of {SIDE_MULTIPLE_PX} (see image_files.fit_image).")
         output = self.describe(images, self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
         judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]
@@ -499,7 +499,7 @@ class Detector:
         """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its tiles."""
         side, (height, width) = self.image_size, image.shape[1:]
         if min(height, width) < side:
-            raise ValueError(f"the image is {height} x {width}; expected sides of {side} or more, a tile (see data_loader.fit_image).")
+            raise ValueError(f"the image is {height} x {width}; expected sides of {side} or more, a tile (see image_files.fit_image).")
         corners = tile_corners(height, width, side)
         blends: dict[str, Blend] = {name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]}
         for start in range(0, len(corners), TILES_AT_ONCE):
@@ -521,7 +521,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[t
     """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch.
 
     Args:
-        windows: of each image, in order, the rows and columns that its picture takes (see ``data_loader.picture_window``). Scales and the
+        windows: of each image, in order, the rows and columns that its picture takes (see ``image_files.picture_window``). Scales and the
             pixel threshold come from there, scores from whole images; None: from whole images, too.
     """
     names = detector.needed

@@ -27,6 +27,7 @@ import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import files
+import image_files
 import plots
 import series_plots
 import vae_classifier
@@ -151,7 +152,7 @@ def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Se
     batch = plot_loader.PlotBatch(data_loader.to_tensor(image), [Path(csv_path)], [""], [], [0])
     found = next(_judged(batch, model, class_names, _runtime(model, device), None))
     if save_plot:
-        data_loader.write_png(Path(output_dir) / f"{files.short_stem(Path(csv_path).stem)}_plot.png", plot)
+        image_files.write_png(Path(output_dir) / f"{files.short_stem(Path(csv_path).stem)}_plot.png", plot)
     return found.name, found.probabilities
 
 
@@ -264,7 +265,7 @@ def write_generated(model: VAEClassifier, settings: config.InferClassifierSettin
     """results/latent/generated_<class>.png: plots drawn from the class's latent Gaussian."""
     drawn = vae_classifier.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
     path = Path(settings.output_dir) / LATENT / f"generated_{settings.generate}.png"
-    data_loader.write_png(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
+    image_files.write_png(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
     print(f"{len(drawn)} plots of {settings.generate}: {path}")
 
 
@@ -291,7 +292,7 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         if len(kept) != 2:
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
         drawn, probabilities = vae_classifier.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
-        data_loader.write_png(out / "interpolation.png", vae_classifier.tiled([drawn]))
+        image_files.write_png(out / "interpolation.png", vae_classifier.tiled([drawn]))
         print(f"interpolation: {out / 'interpolation.png'} ({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})")
 
 

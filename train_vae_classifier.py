@@ -32,6 +32,7 @@ import data_loader_supervised as plot_loader
 import engine
 import evaluation
 import files
+import image_files
 import plot_calibration
 import plots
 import series_generator
@@ -474,7 +475,7 @@ def write_pictures(run: Run, epoch: int) -> None:
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
     said = run.judged.eval()(images)
     sheet = vae_classifier.tiled([list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))])
-    data_loader.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)
+    image_files.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)
 
 
 # ------------------------------------------------------------------------------------------ in the end

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from data_loader import read_image, write_png
+from image_files import read_image, write_png
 
 SIDE = 512
 BACKGROUND = (70, 66, 62)

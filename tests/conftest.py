@@ -1,10 +1,15 @@
-"""Shared by the tests of the network and its maps: a tiny stand-in for the frozen backbone."""
+"""Shared by the tests: a tiny stand-in for the frozen backbone, images good and broken on disk."""
 
 from __future__ import annotations
 
+import struct
+import zlib
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import vae_model
@@ -47,3 +52,48 @@ def make_model(tiny_backbone):
         return vae_model.DetailVAE(ModelSettings(**{**narrow, **changes}))
 
     return make
+
+
+def picture(height=48, width=64, seed=0):
+    """Smooth, every corner another colour: JPEG keeps it and a turn shows."""
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    waves = 20 * np.sin(6 * x + 5 * y + seed)
+    return np.clip(np.stack([40 + 170 * x + waves, 40 + 170 * y, 200 - 90 * x - 60 * y], 2), 0, 255).astype(np.uint8)
+
+
+def save(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture() if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def damaged_files(folder):
+    """name -> words of the reason."""
+    good = save(folder / "source.png").read_bytes()
+    jpeg = save(folder / "source.jpg", picture(200, 200)).read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0xFF
+    files = {
+        "text.png": (b"this is no picture", "not an image"),
+        "truncated.png": (good[: len(good) // 2], "damaged"),
+        "flipped.png": (bytes(flipped), "damaged"),
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "damaged"),
+        "zero.png": (b"", "0 bytes"),
+        "bomb.png": (bomb(60000, 60000), "expected 89 megapixels at most"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    for name, shape in (("dot.png", (1, 1)), ("ribbon.png", (10, 20000)), ("thin.png", (7, 64))):
+        save(folder / name, np.zeros((*shape, 3), np.uint8))
+        files[name] = (b"", "expected sides of 8 px or more")
+    (folder / "source.png").unlink()
+    (folder / "source.jpg").unlink()
+    return {name: reason for name, (_, reason) in files.items()}
+
+
+def bomb(width, height):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")

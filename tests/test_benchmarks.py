@@ -17,6 +17,7 @@ import config
 import data_loader
 import defect_maps
 import engine
+import image_files
 import vae_classifier
 from benchmarks import ablation, classifier, detection, drawn_sets
 
@@ -91,7 +92,7 @@ def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
 def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_backbone):
     rng = np.random.default_rng(0)
     for index in range(12):
-        data_loader.write_png(tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8))
+        image_files.write_png(tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu")
     monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
     baseline = detection.train_baseline("padim", settings)
@@ -153,7 +154,7 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     deeper.mkdir()
     original = (parts / "test" / "scratch" / "000.png").read_bytes()
     (deeper / "000.png").write_bytes((parts / "test" / "scratch" / "001.png").read_bytes())
-    data_loader.write_png(parts / "validation" / "good" / "000.png", np.zeros((8, 8), np.uint8))
+    image_files.write_png(parts / "validation" / "good" / "000.png", np.zeros((8, 8), np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.1, seed=3)
     before, found = data_loader.MVTecFolder(parts), data_loader.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
     hidden = [path for path in found.train_good if "scratch" in path.parts]
@@ -326,7 +327,7 @@ def test_a_piece_to_test_is_of_no_part_of_the_photo_that_was_trained_on(tmp_path
     photo = np.full((400, 400, 3), 80, np.uint8)
     photo[:, 240:] = 160
     drawn_sets.write_pieces(tmp_path, photo, 0, 4, 4, 0, side=64)
-    train, test = (np.mean([data_loader.read_image(path).mean() for path in (tmp_path / part / "good").iterdir()]) for part in ("train", "test"))
+    train, test = (np.mean([image_files.read_image(path).mean() for path in (tmp_path / part / "good").iterdir()]) for part in ("train", "test"))
     assert train == pytest.approx(80, rel=0.15) and test == pytest.approx(160, rel=0.15)
 
 
@@ -337,7 +338,7 @@ def test_a_photo_that_makes_no_set_is_named(tmp_path, monkeypatch, capsys, shape
     monkeypatch.setattr(drawn_sets, "PIECE_FRAC", 0.35 if shape != (800, 500) else 0.45)
     path = tmp_path / "wall.png"
     if shape:
-        data_loader.write_png(path, np.zeros((*shape, 3), np.uint8))
+        image_files.write_png(path, np.zeros((*shape, 3), np.uint8))
     arguments = ["--photos", str(path), "--output-dir", str(tmp_path)]
     assert config.run_script(config.DrawnSetsSettings, "", drawn_sets.main, arguments) == 1
     said = capsys.readouterr().err
@@ -371,7 +372,7 @@ def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_pieces", lambda root, photo, seed: written.append((root, photo[0, 0].tolist(), seed)))
-    data_loader.write_png(tmp_path / "a wall.png", np.full((8, 8, 3), (1, 2, 3), np.uint8))
+    image_files.write_png(tmp_path / "a wall.png", np.full((8, 8, 3), (1, 2, 3), np.uint8))
     drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4, photos=(str(tmp_path / "a wall.png"),)))
     assert written == [(tmp_path / "sets" / "a wall", [3, 2, 1], 4), (tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4)]
     with pytest.raises(config.UsageError, match="expected photographs of different names"):

@@ -1,4 +1,4 @@
-"""Images on disk -> tensors: odd and broken files, layouts, training samples, the preprocess stage, the demo."""
+"""Images on disk -> tensors: many files, layouts, training samples, the preprocess stage, the demo."""
 
 from __future__ import annotations
 
@@ -6,40 +6,25 @@ import itertools
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import tifffile
 import torch
+from conftest import damaged_files, picture, save
 from PIL import Image
-from skimage.transform import downscale_local_mean
 
 import config
 import data_loader as dl
+import image_files
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "bracket_white"
 PLAIN = config.AugmentSettings(flip_horizontal=False, rotation_deg=0.0, shift_frac=0.0, scale_frac=0.0, brightness=0.0, saturation=0.0)
-
-
-def picture(height=48, width=64, seed=0):
-    """Smooth, every corner another colour: JPEG keeps it and a turn shows."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
-    waves = 20 * np.sin(6 * x + 5 * y + seed)
-    return np.clip(np.stack([40 + 170 * x + waves, 40 + 170 * y, 200 - 90 * x - 60 * y], 2), 0, 255).astype(np.uint8)
-
-
-def save(path, pixels=None, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture() if pixels is None else pixels).save(path, **options)
-    return path
 
 
 def make_set(root, n_good=6, n_test=2, masks=True, defect="scratch"):
@@ -59,235 +44,7 @@ def save_mask(path, shape=(48, 64)):
     return save(path, mask)
 
 
-# --------------------------------------------------------------------------------------- reading one file
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
-def test_lossless_formats_come_back_exactly(tmp_path, suffix):
-    options = {"lossless": True} if suffix == "webp" else {}
-    path = save(tmp_path / f"image.{suffix}", **options)
-    read = dl.read_image(path)
-    assert read.dtype == np.uint8 and np.array_equal(read, picture())
-
-
-@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "palette.png", "rgb.jpg", "grey.jpg", "progressive.jpg"])
-def test_fast_and_slow_path_agree(tmp_path, name):
-    pixels = picture()[..., 0] if name.startswith("grey") else picture()
-    path = save(tmp_path / name, pixels, **({"progressive": True} if name.startswith("prog") else {}))
-    if name.startswith("palette"):
-        Image.fromarray(pixels).quantize(200).save(path)
-    data = path.read_bytes()
-    assert (dl._plain_png_size(data) or dl._plain_jpeg_size(data)) == (48, 64), "this file must take the fast path"
-    slow = dl._decode(path, data, dl._to_rgb, dl._check_size)
-    assert np.abs(dl.read_image(path).astype(int) - slow).max() <= (0 if name.endswith("png") else 3)
-
-
-def test_a_palette_png_with_colours_missing_is_read_or_refused_without_noise(tmp_path, capfd):
-    Image.fromarray(picture()).quantize(200).save(tmp_path / "whole.png")
-    data = (tmp_path / "whole.png").read_bytes()
-    at = data.index(b"PLTE") - 4
-    size = struct.unpack(">I", data[at : at + 4])[0]
-    short = b"PLTE" + data[at + 8 : at + 8 + 30]  # ten colours for two hundred indices
-    chunk = struct.pack(">I", 30) + short + struct.pack(">I", zlib.crc32(short))
-    for name, palette in (("short.png", chunk), ("none.png", b"")):
-        (tmp_path / name).write_bytes(data[:at] + palette + data[at + 12 + size :])
-        try:
-            assert dl.read_image(tmp_path / name).shape == (48, 64, 3)
-        except dl.ImageError as error:
-            assert "damaged" in error.reason
-    assert not capfd.readouterr().err
-
-
-def test_a_gamma_chunk_changes_nothing(tmp_path):
-    data = save(tmp_path / "plain.png").read_bytes()
-    chunk = b"gAMA" + struct.pack(">I", 30000)
-    extra = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    path = tmp_path / "gamma.png"
-    path.write_bytes(data[:33] + extra + data[33:])
-    assert np.array_equal(dl.read_image(path), picture())
-
-
-def test_grey_palette_and_bilevel_become_rgb(tmp_path):
-    grey = picture()[..., 0]
-    assert np.array_equal(dl.read_image(save(tmp_path / "grey.png", grey)), np.repeat(grey[..., None], 3, 2))
-    Image.fromarray(picture()).quantize(32).save(tmp_path / "palette.png")
-    expected = np.array(Image.fromarray(picture()).quantize(32).convert("RGB"))
-    assert np.array_equal(dl.read_image(tmp_path / "palette.png"), expected)
-    Image.fromarray(grey > 100).save(tmp_path / "bilevel.png")
-    assert np.array_equal(dl.read_image(tmp_path / "bilevel.png")[..., 1], (grey > 100) * np.uint8(255))
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_scaled_by_their_depth(tmp_path, suffix):
-    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
-    cv2.imwrite(str(tmp_path / f"deep.{suffix}"), deep)
-    read = dl.read_image(tmp_path / f"deep.{suffix}")
-    assert np.abs(read[..., 0] - deep / 257.0).max() <= 0.5 + 1e-9 and read.max() == 255
-    colour = np.stack([deep, deep[::-1], deep // 2], 2)
-    cv2.imwrite(str(tmp_path / f"deep_colour.{suffix}"), colour[..., ::-1])
-    assert np.abs(dl.read_image(tmp_path / f"deep_colour.{suffix}") - colour / 257.0).max() <= 1.0
-
-
-def test_float_tiff_is_read_in_the_unit_range_only(tmp_path):
-    unit = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
-    Image.fromarray(unit).save(tmp_path / "unit.tif")
-    assert np.abs(dl.read_image(tmp_path / "unit.tif")[..., 0] - unit * 255).max() <= 0.51
-    Image.fromarray(unit * 1000).save(tmp_path / "wild.tif")
-    with pytest.raises(config.InputError, match=r"wild\.tif .*expected 0 to 1"):
-        dl.read_image(tmp_path / "wild.tif")
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_a_grey_tiff_whose_zero_is_white_is_read_so(tmp_path, dtype):
-    dark = np.linspace(0, np.iinfo(dtype).max // 4, 48 * 64).reshape(48, 64).astype(dtype)
-    tifffile.imwrite(tmp_path / "dark.tif", np.iinfo(dtype).max - dark, photometric="miniswhite")
-    assert np.abs(dl.read_image(tmp_path / "dark.tif")[..., 0] * (np.iinfo(dtype).max / 255) - dark).max() <= np.iinfo(dtype).max / 255
-
-
-@pytest.mark.parametrize("compression", [None, "zlib"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_planes_of_a_tiff_are_read_rightly_or_refused(tmp_path, dtype, compression):
-    colour = picture().astype(dtype) * (np.iinfo(dtype).max // 255)
-    tifffile.imwrite(tmp_path / "planes.tif", colour.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", compression=compression)
-    if dtype is np.uint16 and not compression:
-        with pytest.raises(config.InputError, match=r"planes\.tif holds uncompressed 16-bit colours in planes of their own; expected .*\.$"):
-            dl.read_image(tmp_path / "planes.tif")
-    else:
-        assert (dl.read_image(tmp_path / "planes.tif") == picture()).all()
-
-
-def test_cmyk_is_converted(tmp_path):
-    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
-    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "print.tif")
-    for name in ("print.jpg", "print.tif"):
-        assert np.abs(dl.read_image(tmp_path / name).astype(int) - picture()).mean() < 4
-
-
-def test_alpha_is_laid_on_white(tmp_path):
-    alpha = np.zeros((48, 64), np.uint8)
-    alpha[:, :20], alpha[:, 20:40] = 255, 128
-    path = save(tmp_path / "alpha.png", np.dstack([picture(), alpha]))
-    expected = picture() * (alpha[..., None] / 255.0) + 255.0 * (1 - alpha[..., None] / 255.0)
-    assert np.abs(dl.read_image(path) - expected).max() <= 1.0
-    Image.fromarray(np.array(picture())).save(tmp_path / "key.png", transparency=tuple(int(v) for v in picture()[0, 0]))
-    assert dl.read_image(tmp_path / "key.png")[0, 0].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-@pytest.mark.parametrize(("orientation", "turn"), [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])])
-def test_exif_orientation_is_applied(tmp_path, suffix, orientation, turn):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"turned.{suffix}"
-    Image.fromarray(picture()).save(path, exif=exif, **({"quality": 98} if suffix == "jpg" else {}))
-    expected = turn(picture()).astype(int)
-    read = dl.read_image(path)
-    assert read.shape == expected.shape and np.abs(read - expected).mean() < 3
-
-
-def damaged_files(folder):
-    """name -> words of the reason."""
-    good = save(folder / "source.png").read_bytes()
-    jpeg = save(folder / "source.jpg", picture(200, 200)).read_bytes()
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 0xFF
-    files = {
-        "text.png": (b"this is no picture", "not an image"),
-        "truncated.png": (good[: len(good) // 2], "damaged"),
-        "flipped.png": (bytes(flipped), "damaged"),
-        "truncated.jpg": (jpeg[: len(jpeg) // 2], "damaged"),
-        "zero.png": (b"", "0 bytes"),
-        "bomb.png": (bomb(60000, 60000), "expected 89 megapixels at most"),
-    }
-    for name, (data, _) in files.items():
-        (folder / name).write_bytes(data)
-    for name, shape in (("dot.png", (1, 1)), ("ribbon.png", (10, 20000)), ("thin.png", (7, 64))):
-        save(folder / name, np.zeros((*shape, 3), np.uint8))
-        files[name] = (b"", "expected sides of 8 px or more")
-    (folder / "source.png").unlink()
-    (folder / "source.jpg").unlink()
-    return {name: reason for name, (_, reason) in files.items()}
-
-
-def bomb(width, height):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
-def test_unusable_files_name_file_and_reason(tmp_path, capfd):
-    for name, reason in damaged_files(tmp_path).items():
-        with pytest.raises(config.InputError) as caught:
-            dl.read_image(tmp_path / name)
-        message = str(caught.value)
-        assert name in message and reason in message and message.endswith(".") and "\n" not in message
-    assert capfd.readouterr().err == "", "no decoder speaks for itself"
-    for name in ("absent.png", "."):
-        with pytest.raises(config.InputError, match="cannot be read"):
-            dl.read_image(tmp_path / name)
-
-
-def test_a_bomb_in_another_format_is_refused_too(tmp_path):
-    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.tif", compression="group4")
-    with pytest.raises(config.InputError, match=r"bomb\.tif is (too large|14000 x 14000 px); expected 89 megapixels"):
-        dl.read_image(tmp_path / "bomb.tif")
-
-
-def test_the_limits_of_shape_are_inclusive(tmp_path):
-    assert dl.read_image(save(tmp_path / "a.png", np.zeros((8, 400, 3), np.uint8))).shape == (8, 400, 3)
-    with pytest.raises(config.InputError):
-        dl.read_image(save(tmp_path / "b.png", np.zeros((8, 401, 3), np.uint8)))
-
-
-@pytest.mark.parametrize("name", ["a b.png", "it's \"so\".png", "деталь №5.png", "部品.png", "[x]*.png", "-n.png"])
-def test_any_file_name(tmp_path, name):
-    path = save(tmp_path / name)
-    assert np.array_equal(dl.read_image(path), picture())
-    assert dl.find_images(tmp_path) == [path] and dl.find_images([str(path)]) == [path]
-
-
-# ---------------------------------------------------------------------------- to the network's square, back
-
-
-def test_shrinking_averages():
-    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
-    expected = downscale_local_mean(image.astype(float), (2, 3, 1))
-    assert np.abs(dl.fit_image(image, 64, "stretch") - expected).max() <= 0.51
-
-
-@pytest.mark.parametrize(("shape", "box"), [((40, 80), (16, 48, 0, 64)), ((80, 40), (0, 64, 16, 48)), ((10, 20), (16, 48, 0, 64))])
-def test_letterbox_keeps_the_aspect_and_fills_with_grey(shape, box):
-    image = np.full((*shape, 3), 250, np.uint8)
-    square = dl.fit_image(image, 64, "letterbox")
-    inside = np.zeros((64, 64), bool)
-    inside[box[0] : box[1], box[2] : box[3]] = True
-    assert square.shape == (64, 64, 3) and (square[inside] == 250).all() and (square[~inside] == dl.LETTERBOX_GREY).all()
-    mask = dl.fit_mask(np.ones(shape, bool), 64, "letterbox")
-    assert np.array_equal(mask, inside)
-
-
-def test_shrinking_one_axis_and_enlarging_the_other():
-    image = np.repeat(np.random.default_rng(0).integers(0, 256, (32, 256, 1), dtype=np.uint8), 3, 2)
-    fitted = dl.fit_image(image, 64, "stretch")
-    expected = image.reshape(32, 64, 4, 3).astype(float).mean(2)
-    assert np.abs(fitted.astype(float).mean((0, 1)) - expected.mean((0, 1))).max() < 1.5
-    assert fitted.astype(float).std() < 0.8 * image.std(), "the long axis must be averaged, not sampled"
-
-
-def test_mask_stays_binary_and_thin_defects_survive():
-    mask = np.zeros((512, 512), bool)
-    mask[100, 50:300] = True  # a scratch one pixel wide
-    mask[400, 400] = True  # one pixel
-    mask[203:297, 323:417] = True  # a block
-    small = dl.fit_mask(mask, 64, "stretch")
-    assert small.dtype == bool and small.shape == (64, 64)
-    assert small[100 // 8, 7:37].all() and small[50, 50]
-    block = small[22:42, 38:56]
-    assert abs(block.sum() * 64 - 94 * 94) < 0.1 * 94 * 94, "a block keeps its area"
-    assert not dl.fit_mask(np.zeros((512, 512), bool), 64, "stretch").any()
-    assert dl.fit_mask(mask, 1024, "stretch").sum() == 4 * mask.sum()
+# -------------------------------------------------------------------------------- masks over their images
 
 
 def truth_of(image, masks, resize="letterbox"):
@@ -302,7 +59,7 @@ def test_mask_of_another_size_is_laid_over_its_image(tmp_path):
     image, path = save(tmp_path / "0.png", picture(96, 192)), save(tmp_path / "0_mask.png", mask)
     large = np.kron(mask, np.ones((4, 8), bool))
     for resize in ("stretch", "letterbox"):
-        assert np.array_equal(truth_of(image, [path], resize)[0], dl.fit_mask(large, 64, resize))
+        assert np.array_equal(truth_of(image, [path], resize)[0], image_files.fit_mask(large, 64, resize))
 
 
 def test_a_mask_of_another_shape_is_used_and_named(tmp_path):
@@ -331,23 +88,14 @@ def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientat
     mask[4:16, 4:24] = True
     image, path = save(tmp_path / "0.jpg", exif=exif), save(tmp_path / "0_mask.png", mask)
     found, warnings = truth_of(image, [path])
-    assert np.array_equal(found, dl.fit_mask(turn(mask), 64, "letterbox")) and not warnings
+    assert np.array_equal(found, image_files.fit_mask(turn(mask), 64, "letterbox")) and not warnings
     found, warnings = truth_of(image, [save(tmp_path / "1_mask.png", turn(mask))])
-    assert np.array_equal(found, dl.fit_mask(turn(mask), 64, "letterbox")) and not warnings
+    assert np.array_equal(found, image_files.fit_mask(turn(mask), 64, "letterbox")) and not warnings
     found, warnings = truth_of(save(tmp_path / "upright.png"), [save(tmp_path / "2_mask.png", turn(mask))])
     assert found is None and len(warnings) == 1 and "2_mask.png is 48 x 64 px and lies across its image; expected 64 x 48." in warnings[0]
 
 
-@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
-@pytest.mark.parametrize("shape", [(100, 300), (300, 100), (40, 50)])
-def test_a_map_goes_back_to_where_it_came_from(shape, resize):
-    image = np.zeros((*shape, 3), np.uint8)
-    cv2.circle(image, (shape[1] // 3, shape[0] // 4), min(shape) // 6, (255, 255, 255), -1)
-    back = dl.unfit_map(dl.fit_image(image, 64, resize)[..., 0] / np.float32(255), shape, resize)
-    assert back.shape == shape and back.dtype == np.float32
-    truth = image[..., 0] > 127
-    overlap = (truth & (back > 0.5)).sum() / (truth | (back > 0.5)).sum()
-    assert overlap > 0.75
+# ------------------------------------------------------------------------------------- pixels to tensors
 
 
 def test_tensor_and_back():
@@ -515,7 +263,7 @@ def test_several_masks_of_one_image_are_united_and_given_to_no_other(tmp_path, n
     assert found["scratch/001.png"] == [] and found["scratch/002.png"] == ["scratch/002_mask.png"]
     assert "1 mask(s)" in warnings[0] and "002_3_mask.png" in warnings[0] and "named after no image" in warnings[0]
     item = next(item for item in dl.MVTecFolder(tmp_path).test if item.mask_paths)
-    assert dl.read_defects(item.mask_paths, item.path).sum() == 2 * 4 * 4
+    assert image_files.read_defects(item.mask_paths, item.path).sum() == 2 * 4 * 4
     prepare(tmp_path, tmp_path / "out")
     assert masks_of(tmp_path / "out")[0]["scratch/000.png"] == ["scratch/000_mask.png"]
 
@@ -580,37 +328,6 @@ def test_unusable_data_folders(tmp_path):
             dl.MVTecFolder(make_set(tmp_path / str(n), n_good=n))
 
 
-@pytest.mark.parametrize(("values", "suffix", "expected"), [((0, 255), "png", 255), ((0, 1), "png", 1), ((0, 3), "png", 3), ((0, 255), "jpg", 255), ((0, 255), "bmp", 255)])
-def test_masks_of_any_coding(tmp_path, values, suffix, expected):
-    mask = np.full((32, 32), values[0], np.uint8)
-    mask[8:16, 8:24] = values[1]
-    read = dl.read_mask(save(tmp_path / f"mask.{suffix}", mask))
-    assert read.dtype == bool and np.array_equal(read, mask == expected)
-
-
-def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
-    marked = np.zeros((32, 32), bool)
-    marked[8:16, 8:24] = True
-    drawn = np.dstack([np.full((32, 32, 3), 200, np.uint8), np.where(marked, 255, 0).astype(np.uint8)])
-    assert np.array_equal(dl.read_mask(save(tmp_path / "float.tif", marked * np.float32(0.9))), marked)
-    assert np.array_equal(dl.read_mask(save(tmp_path / "alpha.png", drawn)), marked)
-    opaque = np.dstack([np.where(marked, 255, 0).astype(np.uint8)] * 3 + [np.full((32, 32), 255, np.uint8)])
-    assert np.array_equal(dl.read_mask(save(tmp_path / "opaque.png", opaque)), marked)
-    assert not dl.read_mask(save(tmp_path / "black.png", opaque * np.array([0, 0, 0, 1], np.uint8))).any()
-
-
-def test_what_is_transparent_is_not_marked_whatever_its_colour(tmp_path):
-    marked = np.zeros((32, 32), bool)
-    marked[8:16, 8:24] = True
-    grey, alpha = np.where(marked, 200 + np.arange(32) % 56, 255).astype(np.uint8), np.where(marked, 255, 0).astype(np.uint8)
-    for name, pixels in (("rgba", np.dstack([grey] * 3 + [alpha])), ("la", np.dstack([grey, alpha])), ("label", np.dstack([np.where(marked, 3, 255).astype(np.uint8)] * 3 + [alpha]))):
-        assert np.array_equal(dl.read_mask(save(tmp_path / f"{name}.png", pixels)), marked), name
-    palette = Image.fromarray(marked.astype(np.uint8))
-    palette.putpalette([255, 255, 255, 255, 0, 0])
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert np.array_equal(dl.read_mask(tmp_path / "palette.png"), marked)
-
-
 def test_a_mask_that_marks_nothing_is_none(tmp_path):
     make_set(tmp_path / "raw")
     save(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", np.zeros((48, 64), np.uint8))
@@ -619,10 +336,6 @@ def test_a_mask_that_marks_nothing_is_none(tmp_path):
     assert found is None and len(warnings) == 1 and "000_mask.png marks no pixel as defective. Its image is left out" in warnings[0]
     report = prepare(tmp_path / "raw", tmp_path / "out")
     assert [row["reason"] for row in report["skipped"]] == ["marks no pixel as defective"] and report["counts"]["ground_truth/scratch"] == 1
-
-
-def test_an_almost_black_jpeg_mask_is_empty(tmp_path):
-    assert not dl.read_mask(save(tmp_path / "mask.jpg", np.full((32, 32), 3, np.uint8))).any()
 
 
 @pytest.mark.parametrize(("n", "frac", "held"), [(110, 0.2, 22), (54, 0.2, 19), (48, 0.2, 19), (40, 0.2, 16), (10, 0.2, 4), (3, 0.2, 1), (4, 0.01, 1), (5, 0.8, 3), (1000, 0.2, 200)])
@@ -800,7 +513,7 @@ def test_preprocess_keeps_the_validation_folder(tmp_path):
     raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
     save(raw / "validation" / "good" / "000.png", picture(seed=50))
     assert prepare(raw, out)["counts"]["validation/good"] == 1
-    assert [np.array_equal(dl.read_image(path), dl.fit_image(picture(seed=50), 64, "stretch")) for path in dl.MVTecFolder(out).validation_good] == [True]
+    assert [np.array_equal(image_files.read_image(path), image_files.fit_image(picture(seed=50), 64, "stretch")) for path in dl.MVTecFolder(out).validation_good] == [True]
     with pytest.raises(config.InputError, match="lies in the source folder"):
         prepare(raw, raw / "validation" / "out")
 
@@ -808,8 +521,8 @@ def test_preprocess_keeps_the_validation_folder(tmp_path):
 def test_the_longest_file_names_are_written_too(tmp_path):
     for folder, n in (("train/good", 3), ("test/dent", 1)):
         for i in range(n):
-            dl.write_png(tmp_path / "raw" / folder / f"{'l' * 250}{i}.png", np.full((64, 64, 3), 60 * i, np.uint8))
-    dl.write_png(tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8))
+            image_files.write_png(tmp_path / "raw" / folder / f"{'l' * 250}{i}.png", np.full((64, 64, 3), 60 * i, np.uint8))
+    image_files.write_png(tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8))
     report = prepare(tmp_path / "raw", tmp_path / "out")
     assert len(report["kept"]) == 5 and not report["skipped"]
     assert dl.MVTecFolder(tmp_path / "out").test[0].mask_paths
@@ -826,8 +539,8 @@ def test_preprocess_writes_the_layout(tmp_path):
     assert all(reasons[Path(row["source"]).name] in row["reason"] for row in report["skipped"])
     data = dl.MVTecFolder(tmp_path / "out")
     assert len(data.train_good) == 6 and len(data.test) == 4
-    assert np.array_equal(dl.read_image(data.train_good[1]), dl.fit_image(picture(seed=1), 64, "stretch"))
-    masks = [dl.read_defects(item.mask_paths, item.path) for item in data.test if item.mask_paths]
+    assert np.array_equal(image_files.read_image(data.train_good[1]), image_files.fit_image(picture(seed=1), 64, "stretch"))
+    masks = [image_files.read_defects(item.mask_paths, item.path) for item in data.test if item.mask_paths]
     expected = np.zeros((64, 64), bool)
     expected[16:32, 16:32] = True
     assert len(masks) == 2 and all(np.array_equal(mask, expected) for mask in masks)
@@ -850,7 +563,7 @@ def test_preprocess_again_redoes_only_what_changed(tmp_path):
     second = stamps(out)
     assert {name for name in second if second[name] != first.get(name)} == {"train/good/002.png", "train/good/003.png"}
     assert set(first) - set(second) == {"train/good/004.png", "train/good/005.png"}, "what is gone or broken leaves nothing behind"
-    assert np.array_equal(dl.read_image(out / "train" / "good" / "002.png"), dl.fit_image(picture(seed=77), 64, "stretch"))
+    assert np.array_equal(image_files.read_image(out / "train" / "good" / "002.png"), image_files.fit_image(picture(seed=77), 64, "stretch"))
     prepare(raw, out, resize="letterbox")
     assert all(stamps(out)[name] != second[name] for name in second), "other settings, other files"
 
@@ -883,7 +596,7 @@ def test_same_stems_lose_nothing(tmp_path):
     assert report["counts"]["train/good"] == 8 and report["counts"]["test/scratch"] == 4
     outputs = [row["output"] for row in report["kept"]]
     assert len(set(outputs)) == len(outputs) == len(stamps(out))
-    assert np.array_equal(dl.read_image(out / "train" / "good" / "000_bmp.png"), dl.fit_image(picture(seed=9), 64, "stretch"))
+    assert np.array_equal(image_files.read_image(out / "train" / "good" / "000_bmp.png"), image_files.fit_image(picture(seed=9), 64, "stretch"))
     data = dl.MVTecFolder(out)
     assert [item.path.stem for item in data.test if item.mask_paths] == ["000"]  # whose mask is that of the two images 001?
 
@@ -1005,9 +718,9 @@ def test_demo_layout_and_masks(demo):
     assert len(data.train_good) == 100 and len(data.validation_good) == 20 and data.categories == ["good", "paint", "scratch"] and not data.warnings
     assert [sum(item.category == name for item in data.test) for name in data.categories] == [20, 12, 12]
     for item in data.test:
-        assert dl.read_image(item.path).shape == (128, 128, 3)
+        assert image_files.read_image(item.path).shape == (128, 128, 3)
         if item.category != "good":
-            assert 0.004 < dl.read_defects(item.mask_paths, item.path).mean() < 0.06
+            assert 0.004 < image_files.read_defects(item.mask_paths, item.path).mean() < 0.06
 
 
 def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
@@ -1016,8 +729,8 @@ def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
     cases = [(path, ()) for path in (*data.train_good[:3], *data.validation_good[::5])] + [(item.path, item.mask_paths) for item in data.test[::7]]
     found = {"train": [], "validation": [], "test": []}
     for path, mask_paths in cases:
-        crop, which = dl.read_image(path), int(path.stem) % 3
-        outside = (~dl.read_defects(mask_paths, path)).astype(np.uint8) if mask_paths else np.ones((128, 128), np.uint8)
+        crop, which = image_files.read_image(path), int(path.stem) % 3
+        outside = (~image_files.read_defects(mask_paths, path)).astype(np.uint8) if mask_paths else np.ones((128, 128), np.uint8)
         places = []
         for view in (crop, crop[:, ::-1]):
             keep = outside if view is crop else outside[:, ::-1]
@@ -1085,4 +798,4 @@ def test_real_data():
     assert sum(len(item.mask_paths) for item in data.test) == 30 and not data.warnings
     for item in data.test:
         if item.mask_paths:
-            assert dl.fit_mask(dl.read_defects(item.mask_paths, item.path), 128, "stretch").any(), "the smallest defect survives at 128 px"
+            assert image_files.fit_mask(image_files.read_defects(item.mask_paths, item.path), 128, "stretch").any(), "the smallest defect survives at 128 px"

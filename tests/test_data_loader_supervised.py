@@ -18,6 +18,7 @@ from PIL import Image
 import config
 import data_loader
 import data_loader_supervised as loader
+import image_files
 import plots
 import series_generator
 import series_plots
@@ -353,7 +354,7 @@ def root(tmp_path) -> Path:
     for part, n in (("train", 6), ("test", 3)):
         for label, name in enumerate(("beta", "alpha")):
             for i in range(n):
-                data_loader.write_png(tmp_path / "set" / part / name / f"{i}.png", small_image(100 * label + i))
+                image_files.write_png(tmp_path / "set" / part / name / f"{i}.png", small_image(100 * label + i))
     return tmp_path / "set"
 
 
@@ -415,11 +416,11 @@ def test_the_cache_decodes_once_and_again_only_what_changed(root, tmp_path):
     again = loader.load_plots(paths, 32, False, cache)
     assert again.n_decoded == 0 and again.errors == first.errors
     np.testing.assert_array_equal(again.images, first.images)
-    data_loader.write_png(paths[5], small_image(999))
+    image_files.write_png(paths[5], small_image(999))
     os.utime(paths[5], ns=(1, 1))
     changed = loader.load_plots(paths, 32, False, cache)
     assert changed.n_decoded == 1
-    np.testing.assert_array_equal(changed.images[4], data_loader.fit_image(small_image(999), 32, "stretch"))
+    np.testing.assert_array_equal(changed.images[4], image_files.fit_image(small_image(999), 32, "stretch"))
     assert loader.load_plots(paths, 32, True, cache).n_decoded == 12
     assert loader.load_plots(paths, 64, False, cache).images.shape[1:] == (64, 64, 3)
 
@@ -570,7 +571,7 @@ def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
     assert [row["source"] for row in report["skipped"]] == ["down/flat.csv"] and "constant" in report["skipped"][0]["reason"]
     assert report["dropped_rows"] == {"down/a.csv": 1, "up/a.csv": 1, "up/b.csv": 1}
     assert json.loads((out / "render_report.json").read_text()) == report
-    np.testing.assert_array_equal(data_loader.read_image(out / "up" / "a.png"), data_loader.read_image(out / "down" / "a.png"))
+    np.testing.assert_array_equal(image_files.read_image(out / "up" / "a.png"), image_files.read_image(out / "down" / "a.png"))
     later = out.stat().st_mtime_ns + 10**9
     os.utime(source / "up" / "a.csv", ns=(later, later))
     again = loader.render_folder(source, out, num_workers=0)
@@ -590,7 +591,7 @@ def test_a_plot_is_of_the_source_there_is_now(tmp_path):
     report = loader.render_folder(source, out, num_workers=0)
     assert sorted(path.name for path in (out / "a").iterdir()) == ["x.png", "y.png"] and report["classes"] == {"a": 2}
     for name, plot in (("x", second), ("y", third)):
-        assert np.abs(data_loader.read_image(out / "a" / f"{name}.png").astype(int) - plot).mean() < 2 < np.abs(first.astype(int) - plot).mean()
+        assert np.abs(image_files.read_image(out / "a" / f"{name}.png").astype(int) - plot).mean() < 2 < np.abs(first.astype(int) - plot).mean()
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
     loader.render_folder(write(tmp_path / "more", text[0], "b/z.csv").parent.parent, out, num_workers=0)
     assert sorted(path.name for path in out.glob("*/*.png")) == ["x.png", "y.png", "z.png"]  # of sources that are still there
@@ -709,7 +710,7 @@ def test_generate_writes_the_same_files_by_seed(tmp_path):
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
         series = series_plots.read_series(tmp_path / "a_csv" / path.with_suffix(".csv"))
         drawn = loader.prepare_image(series_plots.render_series(series.values), 64, True).astype(int)
-        assert np.abs(drawn - loader.prepare_image(data_loader.read_image(tmp_path / "a" / path), 64, True)).mean() < 2.0
+        assert np.abs(drawn - loader.prepare_image(image_files.read_image(tmp_path / "a" / path), 64, True)).mean() < 2.0
     assert first["betise"].startswith("0.6") and first["seed"] == 4 and len(first["series"]) == 9
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["series"][0]["parameters"]["length"] >= 50
     third = loader.generate(tmp_path / "c", 1, seed=5, num_workers=0)
@@ -741,7 +742,7 @@ def test_series_lie_beside_a_folder_of_plots_however_it_is_spelled(tmp_path, mon
 
 def test_files_shared_by_training_and_test_are_counted(root):
     assert loader.ClassFolder(root).n_shared() == 6  # drawn alike
-    data_loader.write_png(root / "test" / "alpha" / "0.png", small_image(999))
+    image_files.write_png(root / "test" / "alpha" / "0.png", small_image(999))
     (root / "test" / "alpha" / "1.png").write_bytes((root / "train" / "beta" / "3.png").read_bytes())
     for part in ("train", "test"):
         (root / part / "alpha" / "9.png").write_bytes(b"")

@@ -22,6 +22,7 @@ import config
 import data_loader
 import data_loader_supervised
 import engine
+import image_files
 import test_vae as test_stage
 import train_with_validation as train_stage
 import vae_model
@@ -139,7 +140,7 @@ def test_data_and_weights_files_may_lie_elsewhere_as_long_as_they_are_the_same(d
     weights, moved, other = str(trained / "models" / "best_model.pth"), tmp_path / "moved", tmp_path / "other"
     for root in (moved, other):
         shutil.copytree(data, root)
-    data_loader.write_png(other / "train" / "good" / "000.png", np.zeros((32, 32, 3), np.uint8))
+    image_files.write_png(other / "train" / "good" / "000.png", np.zeros((32, 32, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
     anew = lambda *given: train_stage.recalibrate(config.parse(config.TrainSettings, "", ["--weights", weights, "--output-dir", "anew", *given]))  # noqa: E731
     assert anew("--data-dir", "moved/").settings.data_dir == "moved/"
@@ -341,7 +342,7 @@ def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch, prepr
 def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
     wide, results = tmp_path / "wide", test_stage.Results()
     for index in range(3):
-        data_loader.write_png(wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]])
+        image_files.write_png(wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]])
     batch = data_loader.load_batch(wide, 64, "letterbox")
     detector = train_stage.calibrated_detector(train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "resize": "letterbox"})))
     for image, inside, found in zip(batch.images, batch.windows("letterbox"), detector.detect(batch.images), strict=True):
@@ -355,7 +356,7 @@ def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
 
 def test_strips_too_thin_to_draw_on_are_tested_all_the_same(data, tmp_path):
     for path in data.rglob("*.png"):
-        data_loader.write_png(tmp_path / "strips" / path.relative_to(data), cv2.resize(cv2.imread(str(path)), (400, 10)))
+        image_files.write_png(tmp_path / "strips" / path.relative_to(data), cv2.resize(cv2.imread(str(path)), (400, 10)))
     model = str(train(tmp_path / "strips", tmp_path, epochs=1, resize="letterbox"))
     test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "strips"), model=model, output_dir=str(tmp_path), pictures=False, bootstrap=0))
     report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
@@ -387,7 +388,7 @@ def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
     raw = tmp_path / "raw"
     for index, path in enumerate(sorted((data / "train" / "good").iterdir())):
         image = cv2.imread(str(path))
-        data_loader.write_png(raw / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
+        image_files.write_png(raw / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
     root = tmp_path / "set" if preprocessed else raw
     if preprocessed:
         data_loader.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(root), image_size=64, resize="letterbox"))

@@ -15,6 +15,7 @@ import classify_images
 import config
 import data_loader
 import defect_maps
+import image_files
 import test_vae as test_stage
 import train_with_validation as train_stage
 from tiles import OVERLAP, Blend, tile_corners
@@ -80,12 +81,12 @@ def test_training_samples_are_all_tiles_of_all_images(tiled):
     root, _ = tiled
     paths = data_loader.MVTecFolder(root).train_good
     dataset = data_loader.GoodImages(paths, 64, "tile", config.TrainSettings(), 0.5, 0)
-    sizes = [data_loader.read_image(path).shape[:2] for path in paths]
+    sizes = [image_files.read_image(path).shape[:2] for path in paths]
     expected = [(number, *corner) for number, (h, w) in enumerate(sizes) for corner in tile_corners(max(h, 64), round(w * max(1, 64 / h)), 64)]
     assert dataset.tiles == expected and len(dataset) == len(expected) > len(paths)
     tiles = torch.cat(list(dataset.plain_batches(4)))
     number, top, left = expected[1]
-    np.testing.assert_allclose(tiles[1].permute(1, 2, 0).numpy() * 255, data_loader.read_image(paths[number])[top : top + 64, left : left + 64], atol=1e-3)
+    np.testing.assert_allclose(tiles[1].permute(1, 2, 0).numpy() * 255, image_files.read_image(paths[number])[top : top + 64, left : left + 64], atol=1e-3)
     assert dataset[0].images.shape == (3, 64, 64)
     loaded = data_loader.load_images(paths, 64, "tile")
     assert torch.equal(loaded.images, tiles) and loaded.paths == [paths[number] for number, _, _ in expected]
@@ -98,7 +99,7 @@ def test_maps_on_tiles_have_the_size_of_the_image_and_the_test_scores_them_there
     results = tmp_path / "test_results"
     for path in sorted((root / "test").rglob("*.png")):
         saved = np.load(results / "maps" / path.parent.name / f"{path.stem}.npy")
-        assert saved.shape == data_loader.read_image(path).shape[:2] and np.isfinite(saved).all()
+        assert saved.shape == image_files.read_image(path).shape[:2] and np.isfinite(saved).all()
     report = json.loads((results / "metrics" / "test_metrics.json").read_text())
     assert report["pixel"]["auroc"]["value"] > 0.5 and report["reconstruction"]["psnr"]["value"] > 0
 
@@ -108,7 +109,7 @@ def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size
     model = out / "models" / "best_model.pth"
     detector = classify_images.load_detector(model)
     thorough = classify_images.classify_folder(root / "test", detector)
-    assert [each.detection.defect_map.shape for each in thorough] == [data_loader.read_image(each.path).shape[:2] for each in thorough]
+    assert [each.detection.defect_map.shape for each in thorough] == [image_files.read_image(each.path).shape[:2] for each in thorough]
     assert all(each.detection.reconstruction.shape == (3, *each.detection.defect_map.shape) for each in thorough)
     settings = config.ClassifySettings(images=(str(root / "test"),), model=str(model), output_dir=str(tmp_path), target_false_alarms=0.5, device="cpu")
     classify_images.main(settings)
@@ -117,7 +118,7 @@ def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size
     overlays = sorted((tmp_path / "classification_results" / "overlays").iterdir())
     defective = [row["image"] for row in rows if row["label"] == "defective"]
     assert len(overlays) == len(defective) > 0
-    assert [data_loader.read_image(path).shape for path in overlays] == [data_loader.read_image(path).shape for path in defective]
+    assert [image_files.read_image(path).shape for path in overlays] == [image_files.read_image(path).shape for path in defective]
 
 
 def test_a_defect_scores_alike_on_a_photo_of_one_tile_and_of_many(tiled):
