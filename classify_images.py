@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data_loader
 import files
 import image_files
+import image_folders
 import plots
 from defect_maps import Detection, Detector, load_detector
 
@@ -48,7 +49,7 @@ def main(settings: config.ClassifySettings) -> None:
         if not detector.calibration.promised:
             print(f"warning: {detector.calibration.describe()}", file=sys.stderr)
     out = Path(settings.output_dir) / "classification_results"
-    paths = data_loader.find_images(settings.images, [out])
+    paths = image_folders.find_images(settings.images, [out])
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 0,
     Raises:
         InputError: there is no image.
     """
-    return list(classify(detector, data_loader.find_images(folder), batch_size, thorough))
+    return list(classify(detector, image_folders.find_images(folder), batch_size, thorough))
 
 
 def label_of(result: Classified) -> str:

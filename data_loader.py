@@ -8,7 +8,6 @@ uint8 H x W x 3 RGB. One bad file never costs the rest: readers of many files re
 
 from __future__ import annotations
 
-import glob
 import os
 import sys
 from collections import Counter
@@ -26,13 +25,13 @@ import config
 import drawn_defects
 import files
 from image_files import ImageError, fit_image, fit_mask, picture_window, read_defects, read_image, write_png
+from image_folders import REPORT_NAME, MVTecFolder, find_images, images_under, kept_rows
 from streams import ahead
 from tiles import tile_corners, window
 
 if TYPE_CHECKING:  # torch takes seconds to import and --help must not wait for it
     import torch
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 KEEP_IN_MEMORY_BYTES = 2 * 1024**3
 
 
@@ -167,253 +166,6 @@ def iter_image_batches(
         rows.append((path, *result))
     if rows or errors:
         yield batch()
-
-
-# --------------------------------------------------------------------------------------- finding images
-
-
-def _images_under(folder: Path, deep: bool = True) -> list[Path]:
-    """Files with an image suffix, sorted; hidden files and folders are left out, linked folders followed once."""
-    found, seen = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            found += [Path(where, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-        seen.add(real)
-    return sorted(filter(is_readable_kind, found), key=lambda path: path.as_posix())
-
-
-def is_readable_kind(path: Path) -> bool:
-    """Whether it is a file or a broken link, of which its reader says what is wrong; not so a named pipe, on which it would wait for ever."""
-    return path.is_file() or not path.exists()
-
-
-def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
-    """Image files named by files, folders (recursive) and globs: sorted, without duplicates or hidden files.
-
-    A file named outright is kept whatever its suffix, so that its reader can say what is wrong with it.
-
-    Args:
-        outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
-
-    Raises:
-        InputError: an input does not exist, or no image was found.
-    """
-    inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found = unique_files(inputs, _expand, outputs)
-    if not found:
-        raise config.InputError(f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
-    return sorted(found, key=lambda path: path.as_posix())
-
-
-def unique_files(inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]) -> list[Path]:
-    """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not lie in."""
-    written = [os.path.join(os.path.realpath(folder), "") for folder in outputs]  # noqa: PTH118 (ends in a separator)
-    found: dict[str, Path] = {}
-    for given in inputs:
-        here = os.path.join(os.path.realpath(given), "")  # noqa: PTH118
-        left_out = tuple(folder for folder in written if not here.startswith(folder))
-        for path in expand(given):
-            real = os.path.realpath(path)
-            if not real.startswith(left_out):
-                found.setdefault(real, path)
-    return list(found.values())
-
-
-def _expand(given: str | Path) -> list[Path]:
-    path = Path(given)
-    if path.is_dir():
-        return _images_under(path)
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(given)):
-        raise config.InputError(f"{given} does not exist; expected an image, a folder or a glob.")
-    matches = [Path(match) for match in glob.glob(str(given), recursive=True)]  # noqa: PTH207 (absolute patterns)
-    inside = [image for match in matches if match.is_dir() for image in _images_under(match)]
-    return inside + [match for match in matches if match.is_file() and match.name.lower().endswith(IMAGE_SUFFIXES)]
-
-
-# -------------------------------------------------------------------------------------------- data sets
-
-
-class MVTecItem(NamedTuple):
-    path: Path
-    category: str
-    mask_paths: tuple[Path, ...]  # which together mark its defects; none for a good image, or where there are none
-
-
-class MVTecFolder:
-    """What a data set holds; nothing is decoded.
-
-    Attributes:
-        root: its folder.
-        flat: true for one folder of good images without train/ and test/.
-        train_good: the good training images.
-        validation_good: good images in validation/good, none in most data sets; where there are some, ``split`` holds them out.
-        test: MVTecItem(path, category, mask_paths), sorted by category and path.
-        categories: names of the test folders that hold images, "good" first.
-        letterboxed: height and width before ``preprocess`` of images in whose files it drew grey bars.
-        warnings: sentences on what looks wrong but does not stop the work.
-
-    Args:
-        bad_dir: beside a flat folder of good images, or in it, the one of defective images, which are not missed.
-
-    Raises:
-        InputError: no such folder, no train/good, or fewer than 3 images in it (``require_train=False``: no test images).
-    """
-
-    def __init__(self, root: str | Path, require_train: bool = True, bad_dir: str = ""):
-        self.root = Path(root)
-        self.warnings: list[str] = []
-        if not self.root.is_dir():
-            raise config.InputError(f"The data folder {root} does not exist; expected a folder with train/good, or one of good images.")
-        good = self.root / "train" / "good"
-        self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(_images_under(self.root, deep=False))
-        self.train_good = _images_under(self.root, deep=False) if self.flat else _images_under(good)
-        self.validation_good = [] if self.flat else self._find_validation()
-        self.test = [] if self.flat else self._find_test()
-        if self.flat:
-            self._warn_of_deeper(bad_dir)
-        self.categories = sorted({item.category for item in self.test}, key=lambda name: (name != "good", name))
-        self.letterboxed = _letterboxed(self.root)
-        self._check(good, require_train)
-
-    def _check(self, good: Path, require_train: bool) -> None:
-        if require_train and not self.flat and not good.is_dir():
-            raise config.InputError(f"{self.root} has no folder train/good; expected the good training images there.")
-        if require_train and len(self.train_good) < 3:
-            where = self.root if self.flat else good
-            raise config.InputError(f"{where} holds {len(self.train_good)} image(s); expected 3 or more good ones.")
-        if not require_train:
-            self.require_test()
-
-    def split(self, good: Sequence[Path], holdout_frac: float, seed: int) -> tuple[list[Path], list[Path]]:
-        """Good images of train/good as (training, held out): all of them and what lies in validation/good, or, where nothing does, as ``split_holdout`` says and raises."""
-        return (list(good), self.validation_good) if self.validation_good else split_holdout(good, holdout_frac, seed)
-
-    def require_test(self) -> None:
-        """Nothing where there are test images.
-
-        Raises:
-            InputError: there are none.
-        """
-        if not self.test:
-            raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
-
-    def _find_validation(self) -> list[Path]:
-        folder = self.root / "validation" / "good"
-        images = _images_under(folder)
-        if folder.is_dir() and not images:
-            self.warnings.append(f"{folder} holds no images; some of train/good are held out.")
-        return images
-
-    def _warn_of_deeper(self, bad_dir: str) -> None:
-        bad = {os.path.realpath(path) for path in _images_under(Path(bad_dir))} if bad_dir else set()
-        n_deeper = sum(path.parent != self.root and os.path.realpath(path) not in bad for path in _images_under(self.root))
-        if n_deeper:
-            self.warnings.append(f"{self.root} holds {n_deeper} image(s) in folders below it; they are left out.")
-
-    def _find_test(self) -> list[MVTecItem]:
-        test = self.root / "test"
-        folders = sorted(path for path in test.iterdir() if path.is_dir() and not path.name.startswith(".")) if test.is_dir() else []
-        if test.is_dir() and _images_under(test, deep=False):
-            self.warnings.append(f"{test} holds images outside any category folder; they are left out.")
-        items = []
-        for folder in folders:
-            images = _images_under(folder)
-            masks, others = ({}, []) if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
-            items += [MVTecItem(path, folder.name, masks.get(path, ())) for path in images]
-            if not images:
-                self.warnings.append(f"{folder} holds no images.")
-            elif others:
-                self.warnings.append(f"ground_truth/{folder.name} holds {len(others)} mask(s) that are named after no image of test/{folder.name}, or after several ({self.relative(others[0])}{', ...' if len(others) > 1 else ''}); they are left out.")
-        if any(item.mask_paths for item in items):
-            unmasked = [item for item in items if item.category != "good" and not item.mask_paths]
-            self.warnings += [f"{self.relative(item.path)} has no mask in ground_truth/{item.category}; it is left out of pixel metrics." for item in unmasked]
-        return items
-
-    def relative(self, path: str | Path) -> str:
-        """The path below the root, with forward slashes."""
-        return Path(path).relative_to(self.root).as_posix()
-
-
-def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
-    """The masks of each image, and those that belong to none.
-
-    A mask is called <stem>_mask, or that with an ending (an image may have several), <stem>, or <stem> with another ending,
-    or anything in a folder <stem>; of these kinds, an image takes the first that there is.
-    """
-    named: dict[str, list[Path]] = {}
-    for image in images:
-        named.setdefault(image.stem, []).append(image.relative_to(folder))
-    places = {image.parent for same in named.values() for image in same}
-    found: dict[Path, dict[int, list[Path]]] = {}
-    masks = _images_under(mask_folder)
-    for mask in masks:
-        image, kind = _image_of(mask.relative_to(mask_folder), named, places)
-        if image:
-            found.setdefault(folder / image, {}).setdefault(kind, []).append(mask)
-    taken = {image: tuple(kinds[min(kinds)]) for image, kinds in found.items()}
-    return taken, sorted(set(masks).difference(*taken.values()))
-
-
-def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tuple[Path | None, int]:
-    """The one image that a mask is named after, and how (0 surely, 1 by the bare stem, 2 by another ending); all paths are relative.
-
-    In a sub-folder that the images have too, it can only be an image there; the longest name counts: 1_2_gt belongs to image 1_2, not to image 1.
-    """
-    home = next((place for place in mask.parents if place in places and place != Path()), None)
-    if mask.parent not in places:
-        whole = [image for image in named.get(mask.parent.name, []) if image.parent == mask.parent.parent]
-        if whole:
-            return (whole[0], 0) if len(whole) == 1 else (None, 0)
-    for length in range(len(mask.stem), 0, -1):
-        ending = mask.stem[length:]
-        near = [image for image in named.get(mask.stem[:length], []) if home in (None, image.parent)]
-        if near and ending[:1] in ("", "_", "-", "."):
-            here = [image for image in near if image.parent == Path()] or near
-            return here[0] if len(here) == 1 else None, 0 if ending.startswith("_mask") else 2 if ending else 1
-    return None, 0
-
-
-def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None], original_hw: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
-
-    Masks that ``read_defects`` refuses are none either; ``warn`` is told so, and what that warns of. The image is read for its own height and width where they are not given.
-    """
-    if item.category == "good":
-        return np.zeros(map_hw, bool)
-    if not item.mask_paths:
-        return None
-    try:
-        return fit_mask(read_defects(item.mask_paths, item.path, original_hw, warn), image_size, resize)
-    except ImageError as error:
-        warn(f"{error} Its image is left out of pixel metrics.")
-        return None
-
-
-def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
-    """Split good images by seed into (training, held out), each in the order given.
-
-    Held out are ``max(round(frac * n), min(19, floor(0.4 * n)))``, at least 1, leaving at least 2: 19 is the fewest
-    with which a false-alarm rate of 5 % can be promised.
-
-    Raises:
-        InputError: fewer than 3 images.
-
-    >>> [len(part) for part in split_holdout(110, 0.2, seed=0)]
-    [88, 22]
-    >>> [len(part) for part in split_holdout(48, 0.2, seed=0)]
-    [29, 19]
-    """
-    items = list(range(n_or_paths)) if isinstance(n_or_paths, int) else list(n_or_paths)
-    n = len(items)
-    if n < 3:
-        raise config.InputError(f"There are {n} usable good image(s); expected 3 or more, of which one is held out.")
-    n_held = min(max(round(holdout_frac * n), min(19, int(0.4 * n)), 1), n - 2)
-    held = set(np.random.default_rng(seed).permutation(n)[:n_held].tolist())
-    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -687,7 +439,6 @@ def _demo_paint(crop: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
 
 # ------------------------------------------------------------------------------------------- preprocessing
 
-REPORT_NAME = "preprocess_report.json"
 PARTS = ("train", "validation", "test", "ground_truth")
 SAVE_REPORT_EVERY = 200  # files: an interrupted run repeats at most so many
 
@@ -720,7 +471,7 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     jobs, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
     before = files.read_json(out / REPORT_NAME)
-    written = {row["output"]: row for row in _kept_rows(before)}
+    written = {row["output"]: row for row in kept_rows(before)}
     valid = written if before.get("made_with") == made_with else {}
     files.make_folder(out)
     for output in written.keys() - {job.output for job in jobs}:
@@ -792,7 +543,7 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
     test = set(np.random.default_rng(settings.seed).permutation(len(good))[:n_test].tolist())
     placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
     bad_dir = Path(settings.bad_dir)
-    for path in _images_under(bad_dir) if settings.bad_dir else []:
+    for path in images_under(bad_dir) if settings.bad_dir else []:
         placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
     return placed
 
@@ -836,33 +587,6 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
         return {**row, "reason": "is gone"}
     write_png(out / job.output, pixels)
     return {**row, "height": whole.shape[0], "width": whole.shape[1], "signature": signature, **({"warnings": warnings} if warnings else {})}
-
-
-def preprocessed_by(root: str | Path) -> tuple[str, int]:
-    """How ``preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
-    return _made_with(files.read_json(Path(root) / REPORT_NAME))
-
-
-def _made_with(report: dict) -> tuple[str, int]:
-    match report.get("made_with"):
-        case {"resize": str(resize), "image_size": int(side)}:
-            return resize, side
-    return "", 0
-
-
-def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
-    """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an earlier version's."""
-    report = files.read_json(root / REPORT_NAME)
-    if _made_with(report)[0] != "letterbox":
-        return {}
-    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in _kept_rows(report))
-    return {path: size for path, size in sizes if all(isinstance(side, int) and side > 0 for side in size)}
-
-
-def _kept_rows(report: dict) -> list[dict]:
-    """The rows of a report on what was written, without what is no such row."""
-    rows = report.get("kept")
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("output"), str)] if isinstance(rows, list) else []
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:

@@ -30,6 +30,7 @@ import config
 import data_loader
 import files
 import image_files
+import image_folders
 import series_generator
 import series_plots
 from streams import ahead
@@ -137,22 +138,22 @@ def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path
         InputError: an input does not exist, or nothing was found.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found = data_loader.unique_files(inputs, _expand, outputs)
+    found = image_folders.unique_files(inputs, _expand, outputs)
     if not found:
-        raise config.InputError(f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(data_loader.IMAGE_SUFFIXES + SERIES_SUFFIXES)}.")
+        raise config.InputError(f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)}.")
     return found
 
 
 def _expand(given: str | Path) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        return _files_under(path, data_loader.IMAGE_SUFFIXES + SERIES_SUFFIXES)
+        return _files_under(path, image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)
     if path.exists():
         return [path]
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
     matches = map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207 (absolute patterns)
-    return [file for match in matches for file in (_expand(match) if match.is_dir() else filter(data_loader.is_readable_kind, [match]))]
+    return [file for match in matches for file in (_expand(match) if match.is_dir() else filter(image_folders.is_readable_kind, [match]))]
 
 
 def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -161,7 +162,7 @@ def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-    return sorted(filter(data_loader.is_readable_kind, found), key=lambda path: path.as_posix())
+    return sorted(filter(image_folders.is_readable_kind, found), key=lambda path: path.as_posix())
 
 
 def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0) -> Iterator[PlotBatch]:
@@ -228,9 +229,9 @@ class ClassFolder:
     def _items(self, folders: list[Path]) -> list[tuple[Path, int]]:
         items = []
         for folder in folders:
-            images = _files_under(folder, data_loader.IMAGE_SUFFIXES)
+            images = _files_under(folder, image_folders.IMAGE_SUFFIXES)
             if not images:
-                raise config.InputError(f"The class folder {folder} holds no image; expected files ending in {', '.join(data_loader.IMAGE_SUFFIXES)}.")
+                raise config.InputError(f"The class folder {folder} holds no image; expected files ending in {', '.join(image_folders.IMAGE_SUFFIXES)}.")
             items += [(path, self.classes.index(folder.name)) for path in images]
         return items
 

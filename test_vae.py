@@ -23,6 +23,7 @@ import data_loader
 import defect_maps
 import evaluation
 import files
+import image_folders
 import plots
 from drawn_defects import AREA_FRAC, SMALLEST_SIDE_PX, draw_defect
 from tiles import tile_corners, window
@@ -38,7 +39,7 @@ N_DRAWN = 3
 class Results:
     """One entry an image in the first three lists, in the order tested; a good image adds what is defined of it to the others."""
 
-    items: list[data_loader.MVTecItem] = field(default_factory=list)
+    items: list[image_folders.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})  # good images only
@@ -49,7 +50,7 @@ class Results:
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
     detector = defect_maps.load_detector(settings.model, settings.device, settings.precision)
-    folder = data_loader.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
+    folder = image_folders.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     out = Path(settings.output_dir) / "test_results"
@@ -61,7 +62,7 @@ def main(settings: config.DetailTestSettings) -> None:
     print(f"figures: {out / 'metrics' / 'test_metrics.json'}   scores: {out / 'scores.csv'}")
 
 
-def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, settings: config.DetailTestSettings, out: Path) -> Results:
+def run_test(detector: defect_maps.Detector, folder: image_folders.MVTecFolder, settings: config.DetailTestSettings, out: Path) -> Results:
     """Detect on every readable test image, writing its row of scores.csv and its picture (and map) as soon as it is judged."""
     by_path = {item.path: item for item in folder.test}
     names, results, rng = output_names(folder), Results(), np.random.default_rng(settings.seed)
@@ -81,7 +82,7 @@ def run_test(detector: defect_maps.Detector, folder: data_loader.MVTecFolder, se
             detections, windows = detector.detect(images) if len(images) else [], batch.windows(detector.resize, folder.letterboxed)
             for index, (path, original_hw, inside, detection) in enumerate(zip(batch.paths, batch.original_sizes, windows, detections, strict=True)):
                 item = by_path[path]
-                mask = data_loader.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw)
+                mask = image_folders.read_truth(item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw)
                 results.items.append(item)
                 results.masks.append(None if mask is None else mask[inside])
                 if item.category == "good":
@@ -134,11 +135,11 @@ def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:
     return torch.cat([image[(..., *window(*corner, side))] for corner in tile_corners(*image.shape[2:], side)])
 
 
-def output_names(folder: data_loader.MVTecFolder) -> dict[Path, str]:
+def output_names(folder: image_folders.MVTecFolder) -> dict[Path, str]:
     """What a picture and a map are called below their category's folder: the stem; where another image has that stem, or that name with its ending, the path there, with its ending."""
     below = {item.path: item.path.relative_to(folder.root / "test" / item.category) for item in folder.test}
 
-    def claimed(item: data_loader.MVTecItem, name: str) -> tuple[str, str]:
+    def claimed(item: image_folders.MVTecItem, name: str) -> tuple[str, str]:
         return item.category, name.lower()  # case does not tell files apart everywhere
 
     claims = Counter(claimed(item, name) for item in folder.test for name in (item.path.stem, below[item.path].as_posix()))
@@ -151,7 +152,7 @@ def shortened(name: Path) -> str:
     return name.with_name(files.short_stem(name.name)).as_posix()
 
 
-def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: data_loader.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
+def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item: image_folders.MVTecItem, image: np.ndarray, detection: defect_maps.Detection, mask: np.ndarray | None, settings: config.DetailTestSettings) -> None:
     """The panel of one image, and its raw map with --save-maps."""
     if settings.pictures:
         title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"

@@ -29,6 +29,7 @@ import data_loader
 import defect_maps
 import engine
 import files
+import image_folders
 import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
@@ -61,7 +62,7 @@ class Run:
 
     settings: config.TrainSettings
     runtime: engine.Runtime
-    folder: data_loader.MVTecFolder
+    folder: image_folders.MVTecFolder
     training: data_loader.GoodImages
     held_paths: list[Path]
     held_out: list[tuple[Tensor, Tensor | None]]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
@@ -118,7 +119,7 @@ def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
 
     It warns where the images were made smaller than they are wanted.
     """
-    done, side = data_loader.preprocessed_by(settings.data_dir)
+    done, side = image_folders.preprocessed_by(settings.data_dir)
     if done and (settings.tile or settings.image_size > side):
         asked = "tile" if settings.tile else f"image_size {settings.image_size}"
         expected = "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
@@ -137,7 +138,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
-    folder = data_loader.MVTecFolder(settings.data_dir)
+    folder = image_folders.MVTecFolder(settings.data_dir)
     if folder.validation_good and "holdout_frac" in settings.given:
         warn([f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say."])
     train_paths, held_paths = folder.split(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)

@@ -23,8 +23,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-import data_loader
 import files
+import image_folders
 import test_vae
 import train_with_validation
 
@@ -88,7 +88,7 @@ def main(settings: config.AblationSettings) -> None:
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
     settings = train_with_validation.fitted_as_on_disk(settings)  # the rows' files give every setting
-    data_loader.MVTecFolder(settings.data_dir).require_test()
+    image_folders.MVTecFolder(settings.data_dir).require_test()
     out, measured = Path(settings.output_dir) / "benchmark_results" / "ablation", []
     print(" | ".join(["row", *COLUMNS, "minutes"]))
     for name in rows:

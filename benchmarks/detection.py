@@ -33,6 +33,7 @@ import defect_maps
 import engine
 import evaluation
 import files
+import image_folders
 import train_with_validation
 from perceptual_loss import load_backbone
 from vae_model import farthest_points, resized, rows_of
@@ -127,7 +128,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     Raises:
         InputError: none of either can be read.
     """
-    folder = data_loader.MVTecFolder(settings.data_dir)
+    folder = image_folders.MVTecFolder(settings.data_dir)
     good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
     paths = folder.split(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
@@ -168,7 +169,7 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     """
     if not n_images and not settings.contamination:
         return settings.data_dir
-    source, rng = data_loader.MVTecFolder(settings.data_dir), np.random.default_rng(settings.seed)
+    source, rng = image_folders.MVTecFolder(settings.data_dir), np.random.default_rng(settings.seed)
     defective = [item for item in source.test if item.category != "good"]
     n_images = n_images or len(source.train_good)
     n_bad = max(1, round(settings.contamination * n_images)) if settings.contamination else 0
@@ -209,7 +210,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     started = time.perf_counter()
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
-    folder, found = data_loader.MVTecFolder(settings.data_dir), []
+    folder, found = image_folders.MVTecFolder(settings.data_dir), []
     for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
         detections = [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
@@ -219,7 +220,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     speed = {"training_s": trained - started, "images_per_s": len(found) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
     by_path, maps, truths = {item.path: item for item in folder.test}, [], []
     for path, size, inside, each in found:  # grey bars are no pixels
-        truth = data_loader.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
+        truth = image_folders.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
         maps.append(each.defect_map[inside])
         truths.append(None if truth is None else truth[inside])
     report = evaluation.detection_report(
@@ -260,7 +261,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
-    data_loader.MVTecFolder(settings.data_dir).require_test()
+    image_folders.MVTecFolder(settings.data_dir).require_test()
     out, rows = Path(settings.output_dir) / "benchmark_results", []
     print("  ".join(["method    ", "seed", "images", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
     for n_images, seed in itertools.product(settings.train_images or (0,), settings.seeds or (settings.seed,)):

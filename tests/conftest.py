@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny stand-in for the frozen backbone, images good and broken on disk."""
+"""Shared by the tests: a tiny stand-in for the frozen backbone, images good and broken and data sets on disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import config
+import data_loader
 import vae_model
-from config import ModelSettings
 
 
 class TinyBackbone(nn.Module):
@@ -49,7 +50,7 @@ def make_model(tiny_backbone):
     def make(backbone="none", **changes):
         torch.manual_seed(0)
         narrow = {"latent_dim": 4, "detail_channels": 2, "base_channels": 4, "backbone": backbone, "segmentation": False}
-        return vae_model.DetailVAE(ModelSettings(**{**narrow, **changes}))
+        return vae_model.DetailVAE(config.ModelSettings(**{**narrow, **changes}))
 
     return make
 
@@ -97,3 +98,24 @@ def bomb(width, height):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def make_set(root, n_good=6, n_test=2, masks=True, defect="scratch"):
+    for i in range(n_good):
+        save(root / "train" / "good" / f"{i:03d}.png", picture(seed=i))
+    for i in range(n_test):
+        save(root / "test" / "good" / f"{i:03d}.png", picture(seed=20 + i))
+        save(root / "test" / defect / f"{i:03d}.png", picture(seed=40 + i))
+        if masks:
+            save_mask(root / "ground_truth" / defect / f"{i:03d}_mask.png")
+    return root
+
+
+def save_mask(path, shape=(48, 64)):
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 4 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = 255
+    return save(path, mask)
+
+
+def prepare(source, out, **changes):
+    return data_loader.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))

@@ -18,6 +18,7 @@ import data_loader
 import defect_maps
 import engine
 import image_files
+import image_folders
 import vae_classifier
 from benchmarks import ablation, classifier, detection, drawn_sets
 
@@ -96,7 +97,7 @@ def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_ba
     settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu")
     monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
     baseline = detection.train_baseline("padim", settings)
-    held = data_loader.split_holdout(data_loader.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
+    held = image_folders.split_holdout(image_folders.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
     _, maps = baseline.maps(data_loader.load_images(held, 64, "letterbox").images)
     assert (maps[:, 20:44] > baseline.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=1e-3)
 
@@ -105,7 +106,7 @@ def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_ba
 def test_a_baseline_says_which_images_it_skips_and_that_none_is_left(tmp_path, monkeypatch, capsys, tiny_backbone, n_broken):
     settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), image_size=64, device="cpu")
     monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
-    training, held = data_loader.split_holdout(data_loader.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed)
+    training, held = image_folders.split_holdout(image_folders.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed)
     broken = {1: training[:1], 3: held, 12: training}[n_broken]
     for path in broken:
         path.write_bytes(b"broken")
@@ -136,7 +137,7 @@ def test_a_method_that_fails_does_not_end_the_others(tmp_path, monkeypatch, caps
 
 def test_a_test_without_readable_images_is_one_sentence(tmp_path, monkeypatch):
     parts = make_parts(tmp_path / "parts")
-    for path in data_loader.find_images(parts / "test"):
+    for path in image_folders.find_images(parts / "test"):
         path.write_bytes(b"broken")
     monkeypatch.setattr(detection, "train_baseline", lambda *args: None)
     with pytest.raises(config.InputError, match=r"None of the images in .*test can be read"):
@@ -156,7 +157,7 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     (deeper / "000.png").write_bytes((parts / "test" / "scratch" / "001.png").read_bytes())
     image_files.write_png(parts / "validation" / "good" / "000.png", np.zeros((8, 8), np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.1, seed=3)
-    before, found = data_loader.MVTecFolder(parts), data_loader.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
+    before, found = image_folders.MVTecFolder(parts), image_folders.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
     hidden = [path for path in found.train_good if "scratch" in path.parts]
     assert len(found.train_good) == 4 and len(hidden) == 1
     assert [path.resolve() for path in found.validation_good] == before.validation_good
@@ -353,13 +354,13 @@ def test_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
         for run in ("first", "second"):
             write(tmp_path / run / name, 3, 3, 2, 1, side=128)
         write(tmp_path / "other" / name, 4, 1, 0, 0, side=128)
-        folder = data_loader.MVTecFolder(str(tmp_path / "first" / name))
+        folder = image_folders.MVTecFolder(str(tmp_path / "first" / name))
         assert len(folder.train_good) == 3 and not folder.warnings
         assert [item.category for item in folder.test].count("good") == 2
         defective = [item for item in folder.test if item.category != "good"]
         assert len(defective) == 5
         for item in defective:
-            mask = data_loader.read_truth(item, 128, "stretch", (128, 128), pytest.fail)
+            mask = image_folders.read_truth(item, 128, "stretch", (128, 128), pytest.fail)
             assert mask is not None and mask.any()
         for path in (tmp_path / "first" / name).rglob("*.png"):
             assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()

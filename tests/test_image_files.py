@@ -14,8 +14,8 @@ from PIL import Image
 from skimage.transform import downscale_local_mean
 
 import config
-import data_loader as dl
 import image_files
+import image_folders
 
 # --------------------------------------------------------------------------------------- reading one file
 
@@ -171,7 +171,7 @@ def test_the_limits_of_shape_are_inclusive(tmp_path):
 def test_any_file_name(tmp_path, name):
     path = save(tmp_path / name)
     assert np.array_equal(image_files.read_image(path), picture())
-    assert dl.find_images(tmp_path) == [path] and dl.find_images([str(path)]) == [path]
+    assert image_folders.find_images(tmp_path) == [path] and image_folders.find_images([str(path)]) == [path]
 
 
 @pytest.mark.parametrize(("values", "suffix", "expected"), [((0, 255), "png", 255), ((0, 1), "png", 1), ((0, 3), "png", 3), ((0, 255), "jpg", 255), ((0, 255), "bmp", 255)])

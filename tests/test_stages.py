@@ -23,6 +23,7 @@ import data_loader
 import data_loader_supervised
 import engine
 import image_files
+import image_folders
 import test_vae as test_stage
 import train_with_validation as train_stage
 import vae_model
@@ -95,7 +96,7 @@ def test_training_writes_what_the_contract_names(trained):
 
 def test_held_out_images_get_the_scores_again_that_set_the_threshold(data, tmp_path):
     detector = classify_images.load_detector(train(data, tmp_path, epochs=1, precision="bfloat16"), precision="bfloat16")
-    paths = data_loader.find_images([data / "train" / "good"])
+    paths = image_folders.find_images([data / "train" / "good"])
     found = {f"{each.detection.score:.7g}" for each in classify_images.classify(detector, paths)}
     assert found >= {f"{score:.7g}" for score in detector.calibration.good_scores}
 
@@ -108,7 +109,7 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     kept = detector.model.prototypes
     assert kept.any() and len(torch.unique(kept, dim=0)) > 100
     assert detector.model.bank.any() and torch.equal(detector.model.bank, run.model.bank)
-    sparing = list(classify_images.classify(detector, data_loader.find_images(data / "test"), 3))
+    sparing = list(classify_images.classify(detector, image_folders.find_images(data / "test"), 3))
     thorough = classify_images.classify_folder(data / "test", detector)
     assert [each.detection.score for each in sparing] == pytest.approx([each.detection.score for each in thorough], rel=1e-4)
     assert all((each.detection.defect_map is not None) == (each.detection.label == "defective") for each in sparing)
@@ -186,7 +187,7 @@ def test_too_few_readable_images_to_trim_are_said_in_a_sentence(tmp_path, tiny_b
 
 def test_a_held_out_image_far_from_the_others_is_named(tmp_path, capsys):
     data = make_data(tmp_path / "data")
-    _, held = data_loader.split_holdout(sorted((data / "train" / "good").iterdir()), 0.75, 0)
+    _, held = image_folders.split_holdout(sorted((data / "train" / "good").iterdir()), 0.75, 0)
     train(data, tmp_path / "usual", holdout_frac=0.75)
     assert len(held) == 9 and "far above" not in capsys.readouterr().err
     cv2.imwrite(str(held[4]), photograph(np.random.default_rng(8), scratch=True)[0])
@@ -310,7 +311,7 @@ def test_a_validation_folder_sets_the_threshold_and_all_of_training_trains(data,
     for path in sorted((root / "test" / "good").iterdir())[:3]:
         path.rename(held / path.name)
     detector = classify_images.load_detector(train(root, tmp_path, epochs=1))
-    scores = sorted(each.detection.score for each in classify_images.classify(detector, data_loader.find_images(held)))
+    scores = sorted(each.detection.score for each in classify_images.classify(detector, image_folders.find_images(held)))
     assert scores == pytest.approx(detector.calibration.good_scores)
     settings = config.parse(config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml"), "--holdout-frac", "0.5"])
     run = train_stage.prepare(settings)
@@ -393,7 +394,7 @@ def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
     if preprocessed:
         data_loader.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(root), image_size=64, resize="letterbox"))
     settings = config.from_dict(config.TrainSettings, {**TINY, "resize": "letterbox", "pixel_false_positives": 0.02, "data_dir": str(root), "output_dir": str(tmp_path)})
-    held = data_loader.split_holdout(data_loader.find_images(root), settings.holdout_frac, settings.seed)[1]
+    held = image_folders.split_holdout(image_folders.find_images(root), settings.holdout_frac, settings.seed)[1]
     held[0].write_bytes(b"broken")
     run = train_stage.prepare(settings)
     detector = train_stage.calibrated_detector(run)
@@ -437,7 +438,7 @@ def test_a_stem_that_is_the_name_of_another_image_is_no_output_name(tmp_path):
     for name in ("000.png", "000.jpg", "000.png.png", "001.png", "001.PNG.bmp", "002.tif", "side/002.PNG", "side/002.png"):
         (tmp_path / "test" / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "test" / "cut" / name).touch()
-    named = test_stage.output_names(data_loader.MVTecFolder(tmp_path, require_train=False))
+    named = test_stage.output_names(image_folders.MVTecFolder(tmp_path, require_train=False))
     found = {path.relative_to(tmp_path / "test" / "cut").as_posix(): name for path, name in named.items()}
     assert found.pop("001.png") == "001"
     assert all(path == name for path, name in found.items()) and len(found) == 7
@@ -808,5 +809,5 @@ def test_demo_is_used_when_no_data_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = train_stage.use_demo(config.TrainSettings(output_dir=str(tmp_path), batch_size=3))
     assert settings.image_size == 128 and settings.batch_size == 3
-    assert len(data_loader.MVTecFolder(settings.data_dir).train_good) >= 50
+    assert len(image_folders.MVTecFolder(settings.data_dir).train_good) >= 50
     assert "demo" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import config
 import data_loader
 import defect_maps
 import image_files
+import image_folders
 import test_vae as test_stage
 import train_with_validation as train_stage
 from tiles import OVERLAP, Blend, tile_corners
@@ -79,7 +80,7 @@ def tiled(tmp_path, tiny_backbone):
 
 def test_training_samples_are_all_tiles_of_all_images(tiled):
     root, _ = tiled
-    paths = data_loader.MVTecFolder(root).train_good
+    paths = image_folders.MVTecFolder(root).train_good
     dataset = data_loader.GoodImages(paths, 64, "tile", config.TrainSettings(), 0.5, 0)
     sizes = [image_files.read_image(path).shape[:2] for path in paths]
     expected = [(number, *corner) for number, (h, w) in enumerate(sizes) for corner in tile_corners(max(h, 64), round(w * max(1, 64 / h)), 64)]
