@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data_loader
 import defect_maps
+import demo_textures
 import engine
 import files
 import image_folders
@@ -108,7 +109,7 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     """Settings for ``data/`` where it holds train/good, else for the built-in demo and its preset."""
     if (Path("data") / "train" / "good").is_dir():
         return settings.replace(data_dir="data")
-    root = data_loader.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
+    root = demo_textures.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
     print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
     preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
     return settings.with_preset(preset).replace(data_dir=str(root))

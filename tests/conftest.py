@@ -119,3 +119,7 @@ def save_mask(path, shape=(48, 64)):
 
 def prepare(source, out, **changes):
     return data_loader.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))
+
+
+def stamps(out):
+    return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.png")}

@@ -22,6 +22,7 @@ LEVELS = {
     "series_plots": 1,
     "streams": 0,
     "tiles": 0,
+    "demo_textures": 2,
     "image_folders": 2,
     "data_loader": 3,
     "data_loader_supervised": 4,
