@@ -9,17 +9,13 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainClassifierSettings, __doc__)
 
-import hashlib
-import inspect
-import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +31,8 @@ import files
 import image_files
 import plot_calibration
 import plots
-import series_generator
-import series_plots
 import vae_classifier
+from classifier_data import Data, MixedSampler, Plots, read_data, read_plots
 from vae_classifier import KIND, ClassifierLoss, VAEClassifier
 
 BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
@@ -50,27 +45,7 @@ N_PICTURED = 8
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
 MEASURES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
-TRAIN_TAG, FRESH_TAG = 1, 2
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap", "data_dir"}
-
-
-# --------------------------------------------------------------------------------------------- the data
-
-
-class Plots(NamedTuple):
-    images: np.ndarray  # uint8 (N, S, S, 3)
-    labels: np.ndarray  # int64 (N,)
-
-
-@dataclass
-class Data:
-    """What training may see; the test set is only read in the end."""
-
-    folder: plot_loader.ClassFolder
-    training: Plots  # those of the data set first, then the generated ones
-    n_real: int
-    validation: dict[str, Plots]  # "real": held out of the training plots; "fresh": present-style series, where there are any
-    cache: Path
 
 
 def bar(title: str):
@@ -79,123 +54,6 @@ def bar(title: str):
 
 def say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
-
-
-def read_plots(items: Sequence[tuple[Path, int]], settings: config.TrainClassifierSettings, cache: Path, title: str) -> Plots:
-    """Plots of the readable ones among (path, label) items, each unreadable one named."""
-    loaded = plot_loader.load_plots([path for path, _ in items], settings.image_size, settings.crop_axes, cache, bar(title))
-    for path, reason in loaded.errors:
-        say(f"warning: {path} is skipped: {reason}")
-    return Plots(loaded.images, np.array([items[i][1] for i in loaded.kept], dtype=np.int64))
-
-
-def read_data(settings: config.TrainClassifierSettings) -> Data:
-    """Training and validation plots of the data set, and the generated ones that are mixed in.
-
-    Raises:
-        InputError: the folders are not as they should be, or a class has no two readable plots.
-    """
-    folder = plot_loader.ClassFolder(settings.data_dir)
-    cache = Path(settings.output_dir) / "data" / "cache"
-    if n_shared := folder.n_shared():
-        say(f"warning: {n_shared} of {len(folder.test)} test plots also lie in the training set, with the same content: figures on them say too much.")
-    everything = read_plots(folder.train, settings, cache, "training plots")
-    for k, name in enumerate(folder.classes):
-        n = int((everything.labels == k).sum())
-        if n < 2:
-            raise config.InputError(f"{folder.root / 'train' / name} holds {n} readable plot(s); expected at least two, one of them for validation.")
-    training, held = plot_loader.stratified_split(everything.labels, settings.validation_frac, settings.seed)
-    real, validation = (Plots(everything.images[rows], everything.labels[rows]) for rows in (training, held))
-    generated, fresh = make_generated(settings, folder.classes, cache)
-    groups = {"real": validation, **({"fresh": fresh} if len(fresh.labels) else {})}
-    return Data(folder, joined([real, *generated]), len(real.labels), groups, cache)
-
-
-def joined(parts: Sequence[Plots]) -> Plots:
-    return parts[0] if len(parts) == 1 else Plots(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def make_generated(settings: config.TrainClassifierSettings, classes: list[str], cache: Path) -> tuple[list[Plots], Plots]:
-    """(plots to mix into training, fresh plots for validation); both empty where the classes are not betise's nine kinds."""
-    side = settings.image_size
-    none = Plots(np.zeros((0, side, side, 3), np.uint8), np.zeros(0, np.int64))
-    wanted = settings.generated_home + settings.generated_present + settings.fresh_per_class
-    if tuple(classes) != series_generator.KINDS:
-        if wanted:
-            say(f"The {len(classes)} classes of {settings.data_dir} are not the nine kinds that betise makes: no generated plots are mixed in.")
-        return [], none
-    shares = (("home", settings.generated_home), ("present", settings.generated_present))
-    mixed_in = [generated_plots(settings, style, per_class, TRAIN_TAG, cache) for style, per_class in shares if per_class]
-    fresh = generated_plots(settings, "present", settings.fresh_per_class, FRESH_TAG, cache) if settings.fresh_per_class else none
-    return mixed_in, fresh
-
-
-def generated_plots(settings: config.TrainClassifierSettings, style: str, per_class: int, tag: int, cache: Path) -> Plots:
-    """``per_class`` generated series of each kind as plots, made once for these settings and then read from the cache."""
-    labels = np.repeat(np.arange(len(series_generator.KINDS)), per_class)
-    side = settings.image_size
-    code = "".join(inspect.getsource(module) for module in (series_generator, series_plots, plot_loader))
-    key = json.dumps([series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code])
-    file = cache / f"generated_{style}_{side}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    images = read_array(file)
-    if images is None or images.shape != (len(labels), side, side, 3):
-        jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
-        made = plot_loader.in_processes(draw_generated, jobs, -1)
-        images = np.empty((len(jobs), side, side, 3), np.uint8)
-        for i, image in enumerate(bar(f"{style} series")(made, len(jobs))):
-            images[i] = image
-        plot_loader.write_arrays(file, {"images": images})
-    return Plots(images, labels)
-
-
-def draw_generated(job: tuple[str, str, tuple[int, ...], int, bool]) -> np.ndarray:
-    kind, style, seed, image_size, crop_axes = job
-    series = series_generator.generate_series(kind, style, seed)
-    return plot_loader.prepare_image(series_plots.render_series(series.values), image_size, crop_axes)
-
-
-def read_array(file: Path) -> np.ndarray | None:
-    """The array of a cache file; None where there is none or it is damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return stored["images"]
-    except plot_loader.DAMAGED_CACHE:
-        return None
-
-
-class MixedSampler:
-    """Keys of real and generated plots in a stated share, shuffled by (seed, epoch).
-
-    Each of the two is a stream that shows all its plots, newly shuffled, before it shows one again. Keys are
-    ``round * n + index``, so that ``LabelledImages`` changes a plot differently whenever it comes again.
-
-    >>> sampler = MixedSampler(4, 100, 0.5, 0, seed=0)
-    >>> sampler.set_epoch(1); keys = list(sampler)
-    >>> len(keys), sum(key % 104 < 4 for key in keys)
-    (8, 4)
-    """
-
-    def __init__(self, n_real: int, n_generated: int, real_share: float, epoch_samples: int, seed: int):
-        share = real_share if n_generated else 1.0
-        total = epoch_samples or round(n_real / share)
-        self.n, self.seed, self.epoch = n_real + n_generated, seed, 1
-        drawn = max(1, round(share * total))
-        self.streams = [(0, n_real, drawn)] + ([(n_real, n_generated, max(0, total - drawn))] if n_generated else [])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch, counted from 1, from the next iteration on."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        keys: list[int] = []
-        for start, size, drawn in self.streams:
-            first = (self.epoch - 1) * drawn
-            rounds = {turn: np.random.default_rng((self.seed, start, turn)).permutation(size) for turn in range(first // size, (first + drawn - 1) // size + 1)}
-            keys += [(at // size) * self.n + start + int(rounds[at // size][at % size]) for at in range(first, first + drawn)]
-        return iter(np.random.default_rng((self.seed, self.epoch, 7)).permutation(keys).tolist())
-
-    def __len__(self) -> int:
-        return sum(drawn for _, _, drawn in self.streams)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -287,7 +145,7 @@ def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:
 def prepare(settings: config.TrainClassifierSettings) -> Run:
     """Read and make the data, build the model."""
     runtime = make_runtime(settings)
-    data = read_data(settings)
+    data = read_data(settings, bar, say)
     n_validation = ", ".join(f"{len(group.labels)} {name}" for name, group in data.validation.items())
     say(f"{len(data.folder.classes)} classes: {data.n_real} training plots and {len(data.training.labels) - data.n_real} generated ones; validation: {n_validation}.")
     engine.seed_everything(settings.seed)
@@ -488,7 +346,7 @@ def finish(run: Run) -> None:
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)
     results = {"best_epoch": run.best_epoch, "epochs": run.settings.epochs, "alpha": run.settings.target_false_alarms}
     groups = {("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()}
-    test = read_plots(run.data.folder.test, run.settings, run.data.cache, "test plots") if run.data.folder.test else None
+    test = read_plots(run.data.folder.test, run.settings, run.data.cache, bar("test plots"), say) if run.data.folder.test else None
     scored = "test" if test is not None and len(test.labels) else "validation"
     if scored == "validation":
         say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")

@@ -27,6 +27,7 @@ import engine
 import evaluation
 import files
 import train_vae_classifier as stage
+from classifier_data import read_plots
 from vae_classifier import smoothed_targets, view_log_probabilities
 
 HEAD_WIDTH = 256
@@ -121,7 +122,7 @@ def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
 def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
     """Train one method and score it; figures with intervals, seconds, plots/s from memory, parameters."""
     run = stage.prepare(settings)
-    test = stage.read_plots(run.data.folder.test, settings, run.data.cache, "test plots") if run.data.folder.test else None
+    test = read_plots(run.data.folder.test, settings, run.data.cache, stage.bar("test plots"), stage.say) if run.data.folder.test else None
     groups = {**({"test": test} if test is not None and len(test.labels) else {}), **run.data.validation}
     started = time.perf_counter()
     METHODS[name](run)

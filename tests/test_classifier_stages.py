@@ -19,7 +19,6 @@ import config
 import data_loader_supervised as plot_loader
 import engine
 import inference_vae_classifier as inference
-import series_generator
 import train_vae_classifier as training
 import vae_classifier
 
@@ -271,84 +270,15 @@ def test_the_average_forgets_its_start_and_follows_statistics():
 # ---------------------------------------------------------------------------------------------- its data
 
 
-def test_every_real_plot_is_shown_once_an_epoch_and_generated_ones_in_turn():
-    sampler = training.MixedSampler(6, 10, 0.6, 0, seed=3)
-    seen = []
-    for epoch in (1, 2, 3):
-        sampler.set_epoch(epoch)
-        keys = list(sampler)
-        assert len(keys) == len(sampler) == 10
-        assert sorted(key % 16 for key in keys if key % 16 < 6) == list(range(6))
-        assert {key // 16 for key in keys if key % 16 < 6} == {epoch - 1}
-        seen += [key for key in keys if key % 16 >= 6]
-    assert sorted(key % 16 for key in seen) == sorted([*range(6, 16), *[key % 16 for key in seen if key >= 16]])
-    assert len(set(seen)) == 12
-    again = training.MixedSampler(6, 10, 0.6, 0, seed=3)
-    again.set_epoch(3)
-    assert list(again) == keys
-
-
-@pytest.mark.parametrize(("n_generated", "share", "samples", "expected"), [(0, 0.5, 0, (6, 0)), (10, 1.0, 0, (6, 0)), (10, 0.25, 40, (10, 30)), (10, 0.5, 3, (2, 1))])
-def test_shares_hold_for_any_number_of_samples(n_generated, share, samples, expected):
-    keys = list(training.MixedSampler(6, n_generated, share, samples, seed=0))
-    n_real = sum(key % (6 + n_generated) < 6 for key in keys)
-    assert (n_real, len(keys) - n_real) == expected and len(set(keys)) == len(keys)
-
-
-def fake_plots(job):
-    return np.full((job[3], job[3], 3), 10 * job[2][2] + job[2][3], np.uint8)
-
-
-def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypatch):
-    calls = []
-
-    def serial(work, jobs, num_workers):
-        calls.append(jobs)
-        return map(fake_plots, jobs)
-
-    monkeypatch.setattr(plot_loader, "in_processes", serial)
-    settings = config.TrainClassifierSettings(image_size=32, generated_home=2, generated_present=1, fresh_per_class=1)
-    mixed_in, fresh = training.make_generated(settings, list(series_generator.KINDS), tmp_path)
-    assert [len(each.labels) for each in mixed_in] == [18, 9] and len(fresh.labels) == 9
-    assert mixed_in[0].labels.tolist() == sorted([*range(9)] * 2)
-    assert (mixed_in[0].images[:, 0, 0, 0] // 10 == mixed_in[0].labels).all()
-    assert [{job[1] for job in jobs} for jobs in calls] == [{"home"}, {"present"}, {"present"}]
-    assert not {job[2] for job in calls[1]} & {job[2] for job in calls[2]}
-    again, _ = training.make_generated(settings, list(series_generator.KINDS), tmp_path)
-    assert len(calls) == 3 and (again[0].images == mixed_in[0].images).all()
-    next(tmp_path.glob("generated_home*")).write_bytes(b"damaged")
-    training.make_generated(settings, list(series_generator.KINDS), tmp_path)
-    training.make_generated(settings.replace(seed=1, generated_home=0, generated_present=0), list(series_generator.KINDS), tmp_path)
-    assert len(calls) == 5 and calls[4][0][2] != calls[2][0][2]
-
-
-def test_a_generated_series_becomes_a_plot_of_the_networks_size():
-    plot = training.draw_generated(("mean_shift", "home", (0, 1, 3, 0), 64, True))
-    assert plot.shape == (64, 64, 3) and plot.dtype == np.uint8 and 5 < (plot.min(2) < 200).sum() < 4000
-    assert (plot == training.draw_generated(("mean_shift", "home", (0, 1, 3, 0), 64, True))).all()
-
-
-def test_other_classes_get_no_generated_plots_and_it_is_said(tmp_path, capsys):
-    mixed_in, fresh = training.make_generated(config.TrainClassifierSettings(data_dir="x"), CLASSES, tmp_path)
-    assert not mixed_in and not len(fresh.labels)
-    assert "no generated plots are mixed in" in capsys.readouterr().err
-
-
-def test_a_broken_plot_is_skipped_and_named(tmp_path, capsys):
-    data = make_data(tmp_path)
-    (data / "train" / "flat" / "1.png").write_bytes(b"broken")
-    read = training.read_data(settings_for(data, tmp_path / "out"))
-    assert len(read.training.labels) + len(read.validation["real"].labels) == 3 * N_TRAIN - 1
-    assert "1.png is skipped: " in capsys.readouterr().err
-
-
-def test_test_plots_among_the_training_plots_are_told(tmp_path, capsys):
-    data = make_data(tmp_path)
-    training.read_data(settings_for(data, tmp_path / "out"))
-    assert "test plots" not in capsys.readouterr().err
-    shutil.copy(data / "train" / "rise" / "0.png", data / "test" / "rise" / "9.png")
-    training.read_data(settings_for(data, tmp_path / "out"))
-    assert "warning: 1 of 10 test plots also lie in the training set" in capsys.readouterr().err
+def test_what_is_wrong_with_plots_and_how_far_reading_is_are_told_on_stderr(tmp_path, capsys):
+    data = make_data(tmp_path / "data_set")
+    broken = [data / part / "flat" / "1.png" for part in ("train", "test")]
+    for path in broken:
+        path.write_bytes(b"broken")
+    training.main(settings_for(data, tmp_path / "out", epochs=1))
+    said = capsys.readouterr()
+    for words in (*(f"warning: {path} is skipped: " for path in broken), "The 3 classes of ", "training plots: 100%", "test plots: 100%"):
+        assert words in said.err and words not in said.out, words
 
 
 def empty_class(data):

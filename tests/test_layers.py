@@ -30,6 +30,7 @@ LEVELS = {
     "plot_calibration": 4,
     "plot_strokes": 4,
     "vae_model": 4,
+    "classifier_data": 5,
     "vae_classifier": 5,
     "train_with_validation": 6,
     "test_vae": 6,
