@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = {
     "config": 0,
+    "drawn_defects": 0,
     "evaluation": 0,
     "files": 0,
     "plots": 0,
-    "drawn_defects": 1,
     "engine": 1,
     "image_files": 1,
     "perceptual_loss": 1,
