@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import statistics
 from pathlib import Path
 
@@ -47,6 +48,15 @@ PRINTS = {
     "perceptual_loss": {"fetch_weights"},
 }
 """Functions outside the stages that may print: those that run only when the file is run as a command."""
+NOTEBOOKS = {
+    "vae_model": {"DetailVAE", "load_detail_vae"},
+    "perceptual_loss": {"PerceptualLoss"},
+    "data_loader": {"load_images", "MVTecFolder"},
+    "classify_images": {"load_detector", "classify_folder"},
+    "vae_classifier": {"VAEClassifier"},
+    "inference_vae_classifier": {"load_vae_classifier", "predict_single_image", "batch_predict", "predict_from_csv"},
+}
+"""Names that notebooks import, and from where, wherever they live."""
 KWARGS = {("config", "replace")}
 """Functions that may take ** arguments: each hands them on to something that checks their names."""
 
@@ -182,6 +192,11 @@ def test_functions_are_short_and_files_say_what_they_are(name):
 def test_the_median_function_is_small():
     lengths = [node.end_lineno - node.lineno + 1 for name in TREES for node in nodes(name, *FUNCTION)]
     assert statistics.median(lengths) <= 16
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_find_their_names(name):
+    assert NOTEBOOKS[name] <= set(dir(importlib.import_module(name)))
 
 
 def test_pytest_never_takes_a_script_for_a_test():
