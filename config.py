@@ -226,7 +226,7 @@ class MapSettings(Settings):
     map_flips: bool = setting(False, "Average every map over the mirrored views that training allows: slower in proportion.")
     smoothing_frac: float = setting(0.008, "Standard deviation of the Gaussian that smooths each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
     closing_frac: float = setting(0.01, "Diameter of the closing that fills gaps in each map, of the side.", unit="fraction", minimum=0.0, maximum=0.2)
-    top_frac: float = setting(0.0005, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
+    top_frac: float = setting(0.002, "Image score: mean of this share of the largest map values.", unit="fraction", minimum=0.0, maximum=1.0)
     target_false_alarms: float = setting(0.05, "Share of good images that may be called defective.", unit="fraction", minimum=0.0001, maximum=0.5)
     pixel_false_positives: float = setting(0.001, "Share of the pixels of good images that may lie above the pixel threshold.", unit="fraction", minimum=0.00001, maximum=0.5)
 
