@@ -178,7 +178,7 @@ class ModelSettings(Settings):
     base_channels: int = setting(16, "Channels at full resolution; deeper levels are multiples.", minimum=4, maximum=256)
     skips: bool = setting(True, "Gated skip connections from the encoder into the pixel decoder.")
     skip_noise: float = setting(0.05, "Standard deviation of the noise added to normalised skip features in training.", minimum=0.0, maximum=5.0)
-    segmentation: bool = setting(True, "A head that outlines defects pixel by pixel, trained on drawn ones; nothing else learns from it, and without drawn defects there is none.")
+    segmentation: bool = setting(True, "A head that outlines defects pixel by pixel, trained on drawn ones after the last epoch; without drawn defects there is none.")
     backbone: str = setting("efficientnet_lite0", "Frozen features that the second decoder branch predicts.", choices=("efficientnet_lite0", "vgg16", "none"))
 
 
@@ -198,7 +198,6 @@ class LossSettings(Settings):
     pixel_likelihood_weight: float = setting(0.01, "Weight of the Gaussian likelihood that trains the pixels' predicted variance.", minimum=0.0)
     pixel_crop_px: int = setting(64, "Side of the random crop on which the pixel branch trains; 0 takes the whole image.", unit="px", minimum=16, multiple_of=8, or_zero=True)
     pixel_share: float = setting(1.0, "Share of each batch on which the pixel branch trains.", unit="fraction", minimum=0.01, maximum=1.0)
-    segmentation_weight: float = setting(1.0, "Weight of the cross-entropy that trains the head that outlines defects.", minimum=0.0)
     repair_weight: float = setting(10.0, "Extra weight of a drawn defect's pixels in the squared and absolute pixel errors.", minimum=0.0)
     feature_noise: float = setting(0.2, "Standard deviation of the noise on the features that the encoder sees in training.", minimum=0.0)
     feature_paste: float = setting(0.5, "Share of training images with a rectangle of features pasted from another image.", unit="fraction", minimum=0.0, maximum=1.0)
@@ -250,6 +249,7 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Variants of each training image, the first as it is, the others augmented; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
+    outline_images: int = setting(0, "Good images, with several drawn defects each, from which the head that outlines defects learns; 0 takes an eighth of the images shown before, 500 at most.", unit="images", minimum=0)
     drawn_defects: float = setting(0.75, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
     validate_every: int = setting(0, "Epochs between validations; 0 validates after about every 300 training images.", unit="epochs", minimum=0)
     picture_every: int = setting(20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1)

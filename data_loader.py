@@ -268,6 +268,19 @@ class GoodImages:
         for start in range(0, len(rows), batch_size):
             yield to_tensor([self._image(index) for index in rows[start : start + batch_size]])
 
+    def with_defects(self, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A good image, one of four as it is and the others augmented, with at most ``n`` drawn defects, and where they are, float32 (3, S, S) and (1, S, S).
+
+        The same for the same ``number``, but none of the samples that ``__getitem__`` makes.
+        """
+        import torch
+
+        rng = np.random.default_rng((self.seed, len(self), number, n))
+        image = self._image(int(rng.integers(len(self))))
+        clean = image if number % 4 == 0 else augment_image(image, self.augment, rng)
+        damaged, mask = drawn_defects.draw_defects(clean, rng, self.images or (), n)
+        return to_tensor([damaged])[0], torch.from_numpy(mask.astype(np.float32)[None])
+
     def __getitem__(self, key: int) -> TrainSample:
         """The sample of ``key = epoch * n + index``."""
         import torch

@@ -18,6 +18,7 @@ VISIBLE_LEVELS = 6  # a pixel belongs to the mask when a channel moved by this m
 PEAK_LEVELS = 10  # a defect whose strongest pixel moved by less is drawn again
 CONTRAST_LEVELS = (12.0, 110.0)  # log-uniform: median about 36 levels, few strong ones
 ATTEMPTS = 6
+APART_PX = 4
 AREA_FRAC = (0.0002, 0.02)
 SMALLEST_SIDE_PX = 16
 SMALLEST_PX = 16.0
@@ -62,6 +63,16 @@ def draw_defect(
     if not mask.any():  # parts that cancel each other out, or an area below a pixel
         _invert_spot(damaged, rng)
         mask = _changed(image, damaged) >= VISIBLE_LEVELS
+    return damaged, mask
+
+
+def draw_defects(image: np.ndarray, rng: np.random.Generator, donors: Sequence[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``n`` of ``draw_defect`` on one copy of the image, each at least APART_PX from the others: one that is not is left out."""
+    damaged, mask = image, np.zeros(image.shape[:2], bool)
+    for _ in range(n):
+        further, there = draw_defect(damaged, rng, donors)
+        if not (there & (cv2.dilate(mask.astype(np.uint8), np.ones((2 * APART_PX + 1,) * 2, np.uint8)) > 0)).any():
+            damaged, mask = further, mask | there
     return damaged, mask
 
 

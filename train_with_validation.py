@@ -31,6 +31,7 @@ import demo_textures
 import engine
 import files
 import image_folders
+import outline_training
 import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
@@ -151,7 +152,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     perceptual = None
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
-    model = runtime.put_model(DetailVAE(settings, settings.vgg16_weights))
+    model = runtime.put_model(DetailVAE(settings.replace(segmentation=False) if weights is None else settings, settings.vgg16_weights))
     if weights is None:
         model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
     else:
@@ -240,12 +241,28 @@ def train(run: Run) -> list[dict]:
                 line += check_in(run, epoch, optimizer, scheduler)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth", epoch)
-            if epoch % s.picture_every == 0 or has_ended(run):
+            if epoch % s.picture_every == 0 and not has_ended(run):
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
     if not run.best_epoch:
         raise engine.DivergedError("No validation loss was a finite number, so no model is written (try a lower --learning-rate).")
+    finish(run)
     return run.history
+
+
+def finish(run: Run) -> None:
+    """Give the best model the head that outlines defects, where it is to have one and has none yet, and picture it."""
+    contents = engine.load_checkpoint(run.out / BEST, KIND)
+    if contents["settings"]["segmentation"]:
+        return
+    engine.load_weights(run.model, contents["model"], run.out / BEST)
+    run.calibrated = None
+    if run.settings.segmentation:
+        n = outline_training.n_images(run.settings, len(run.history) * len(run.training))
+        loss = outline_training.train_head(run.model, run.training, n, run.settings, run.runtime)
+        save_model(run, BEST.name, run.best_epoch)
+        print(f"outlines: the head that draws them learned from {n} images, mean cross-entropy {loss:.4f}", file=sys.stderr)
+    write_pictures(run, len(run.history))
 
 
 def validate_every(run: Run) -> int:
@@ -332,7 +349,7 @@ def save_model(run: Run, name: str, epoch: int) -> None:
 
 def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -> dict:
     return {
-        "settings": config.as_dict(run.settings),
+        "settings": {**config.as_dict(run.settings), "segmentation": run.model.defect_head is not None},
         "sources": run.sources,
         "value_range": [0.0, 1.0],
         "image_size": run.settings.image_size,

@@ -250,7 +250,13 @@ class DetailVAE(nn.Module):
         self._hold_backbone(settings.backbone, vgg16_weights)
         self._build_encoder()
         self._build_decoder()
-        self.defect_head = DefectHead(len(self.tap_channels), width) if settings.segmentation else None
+        self.defect_head = None
+        if settings.segmentation:
+            self.add_defect_head()
+
+    def add_defect_head(self) -> None:
+        """A new head that outlines defects; without one nothing is outlined."""
+        self.defect_head = DefectHead(len(self.tap_channels), self.settings.base_channels)
 
     def _hold_backbone(self, name: str, vgg16_weights: str) -> None:
         backbone = None if name == "none" else load_backbone(name, vgg16_weights)
@@ -417,10 +423,14 @@ class DetailVAE(nn.Module):
         output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, None, features, feature_mu, feature_logvar, trunk)
         return self.paint(images, output) if paint else output
 
+    def head_inputs(self, images: Tensor, output: DetailOutput) -> tuple[Painting, Tensor]:
+        """What the head looks at beside the images: what is painted of them, and ``tap_deviations``, from what ``describe`` said of them."""
+        taps = tap_deviations(output.features, output.feature_mu, output.feature_logvar, self.tap_channels, output.trunk)
+        return self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels)), taps
+
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
         """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
-        taps = tap_deviations(output.features, output.feature_mu, output.feature_logvar, self.tap_channels, output.trunk)
-        painting = self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels))
+        painting, taps = self.head_inputs(images, output)
         defect_logits = self.defect_head and self.defect_head(images, painting, taps)
         return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
 
@@ -620,11 +630,7 @@ class DetailLoss:
         taps = tap_deviations(*told, model.tap_channels, trunk)
         painting = model.decode_pixels(trunk, corrupted, feature_surprise(taps, model.tap_channels))
         weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
-        terms = self._painted_terms(painting, images, weight)
-        if defect_mask is not None and model.defect_head is not None:
-            logits = model.defect_head(corrupted, Painting(*(each.detach() for each in painting)), taps)
-            terms["segmentation"] = F.binary_cross_entropy_with_logits(logits, defect_mask)
-        return terms
+        return self._painted_terms(painting, images, weight)
 
     def _painted_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
@@ -654,7 +660,6 @@ class DetailLoss:
             "feature": s.feature_weight,
             "feature_nll": s.likelihood_weight,
             "pixel_nll": s.pixel_likelihood_weight,
-            "segmentation": s.segmentation_weight,
         }
         return sum(weights[name] * term for name, term in terms.items())
 

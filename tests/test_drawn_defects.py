@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
+import cv2
 import numpy as np
 import pytest
 
 import drawn_defects
-from drawn_defects import SMALLEST_PX, VISIBLE_LEVELS, draw_defect
+from drawn_defects import APART_PX, SMALLEST_PX, VISIBLE_LEVELS, draw_defect, draw_defects
 
 
 def textured(height=128, width=128, seed=0):
@@ -134,3 +135,20 @@ def test_small_images_get_no_smaller_defects_than_can_be_seen():
     image, rng = np.full((64, 64, 3), 128, np.uint8), np.random.default_rng(5)
     areas = [draw_defect(image, rng, area_frac=(1e-6, 1e-6))[1].sum() for _ in range(100)]
     assert np.median(areas) > 0.5 * SMALLEST_PX
+
+
+def test_several_defects_lie_apart_and_each_is_in_the_mask():
+    image, rng, counts = textured(), np.random.default_rng(0), []
+    for _ in range(40):
+        before = rng.bit_generator.state
+        damaged, mask = draw_defects(image, rng, (), 4)
+        assert np.array_equal(mask, change(image, damaged) >= VISIBLE_LEVELS)
+        rng.bit_generator.state = before
+        first = draw_defect(image, rng)[1]
+        ring = cv2.dilate(first.astype(np.uint8), np.ones((2 * APART_PX + 1,) * 2)) - first
+        assert mask[first].all() and not mask[ring > 0].any()
+        counts.append(int(mask.sum() > first.sum()))
+        draw_defects(image, rng, (), 3)
+    assert sum(counts) > 30
+    untouched, empty = draw_defects(image, rng, (), 0)
+    assert np.array_equal(untouched, image) and not empty.any()

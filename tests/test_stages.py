@@ -24,6 +24,7 @@ import data_loader_supervised
 import engine
 import image_files
 import image_folders
+import outline_training
 import test_vae as test_stage
 import train_with_validation as train_stage
 import vae_model
@@ -501,6 +502,28 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
     assert whole["history"] == parts["history"]
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+
+
+def test_the_head_learns_after_the_last_epoch_and_an_interrupted_run_gets_it_too(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole", checkpoint_every=1)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(outline_training, "train_head", interrupted)
+        train(data, tmp_path / "parts")
+    load = lambda run, name: torch.load(tmp_path / run / "models" / f"{name}.pth", weights_only=True)  # noqa: E731
+    has_head = lambda contents: any(name.startswith("defect_head") for name in contents["model"])  # noqa: E731
+    assert not any(has_head(load(*each)) for each in (("parts", "best_model"), ("whole", "epoch_0001"), ("whole", "last")))
+    assert classify_images.load_detector(tmp_path / "parts" / "models" / "best_model.pth").shown == ["pixel"]
+    train(data, tmp_path / "parts", resume=True)
+    best = load("parts", "best_model")
+    assert has_head(best) and best["calibration"] == load("whole", "best_model")["calibration"]
+    assert all(torch.equal(value, best["model"][name]) for name, value in load("whole", "best_model")["model"].items())
+    monkeypatch.setattr(outline_training, "train_head", interrupted)  # what has its head keeps it
+    train(data, tmp_path / "parts", resume=True)
+    assert load("parts", "best_model")["calibration"] == best["calibration"]
 
 
 def test_patience_counts_validations(data, tmp_path, monkeypatch):

@@ -98,33 +98,8 @@ def test_pixels_teach_the_latents_only_where_there_are_no_features(make_model, b
     assert model.up4.reduce[0].weight.grad.any()
 
 
-def test_the_head_that_outlines_defects_learns_from_the_drawn_ones_and_teaches_no_other_part(make_model):
-    """100 steps over dark squares, each drawn where the mask says so: at its end it sees those of further images."""
-    model = shake(make_model("efficientnet_lite0", segmentation=True)).train()
-    optimizer, loss, rng = torch.optim.AdamW(model.defect_head.parameters(), lr=0.01), DetailLoss(LOSS.replace(pixel_crop_px=0), None), np.random.default_rng(0)
-
-    def damaged_batch(n):
-        images, mask = smooth_images(n), torch.zeros(n, 1, 64, 64)
-        for each in mask:
-            y, x = rng.integers(0, 52, 2)
-            each[:, y : y + 12, x : x + 12] = 1.0
-        return images, images * (1 - 0.7 * mask), mask
-
-    for _ in range(100):
-        images, damaged, mask = damaged_batch(4)
-        optimizer.zero_grad()
-        loss(model, images, damaged, 1.0, mask)["segmentation"].backward()
-        optimizer.step()
-    assert {name.split(".")[0] for name, each in model.named_parameters() if each.grad is not None} == {"defect_head"}
-    _, damaged, mask = damaged_batch(8)
-    logits = model.eval().describe(damaged).defect_logits
-    found = (logits > 0) == (mask > 0)
-    assert found[mask > 0].float().mean() > 0.9 and found[mask == 0].float().mean() > 0.98
-
-
-def test_without_the_head_nothing_is_outlined_and_its_term_is_gone(make_model):
-    model, images = make_model("efficientnet_lite0").train(), smooth_images(2)
-    assert "segmentation" not in DetailLoss(LOSS, None)(model, images, images, 1.0, torch.zeros(2, 1, 64, 64))
+def test_without_the_head_nothing_is_outlined(make_model):
+    model, images = make_model("efficientnet_lite0"), smooth_images(2)
     assert model.describe(images).defect_logits is None
     assert not [name for name in model.state_dict() if name.startswith("defect_head")]
 
@@ -188,7 +163,7 @@ def test_one_image_is_judged_alike_alone_and_in_a_batch(make_model):
 
 @each_backbone
 def test_every_parameter_learns(make_model, backbone):
-    model, images = shake(make_model(backbone, segmentation=True)).train(), smooth_images(3)
+    model, images = shake(make_model(backbone)).train(), smooth_images(3)
     DetailLoss(LOSS, None)(model, images, images, 1.0, torch.zeros(3, 1, 64, 64))["total"].backward()
     idle = [name for name, each in model.named_parameters() if each.grad is None or not each.grad.abs().sum() > 0]
     assert idle == []
@@ -581,13 +556,12 @@ WEIGHTS = {
     "feature_weight": "feature",
     "likelihood_weight": "feature_nll",
     "pixel_likelihood_weight": "pixel_nll",
-    "segmentation_weight": "segmentation",
 }
 
 
 @pytest.mark.parametrize(("setting", "term"), WEIGHTS.items())
 def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
-    model, images = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2)
+    model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     base = LossSettings()
     mask = mask_of(2, 64, 64, (0, 9, 9))
     plain = DetailLoss(base, Distance())(model, images, images, 0.5, mask)
@@ -635,7 +609,7 @@ def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(
 
 
 def test_in_bfloat16_features_come_from_the_cache_and_every_term_is_near_that_of_float32(make_model):
-    model, images, mask = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2), mask_of(2, 64, 64, (0, 9, 9))
+    model, images, mask = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2), mask_of(2, 64, 64, (0, 9, 9))
     cache, loss = FeatureCache(model), DetailLoss(LossSettings(), Distance())
     full = loss(model, images, images, 1.0, mask, cache([0, 1], images))
     with torch.autocast("cpu", torch.bfloat16):
