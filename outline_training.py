@@ -1,7 +1,7 @@
 """How the head that outlines defects learns: last of all, from what the finished model paints of good images with several drawn defects each.
 
-A step of the whole model takes a hundred times as long as one of the head alone, which so can see a hundred times as many defects; and what the
-painter makes of them no longer changes.
+A crop of a defect costs the head alone a fiftieth of what it costs in a step of the whole model, so it can see many more of them; and what is
+painted of them no longer changes.
 """
 
 from __future__ import annotations
