@@ -249,7 +249,7 @@ class TrainSettings(OptimiserSettings, MapSettings, LossSettings, ModelSettings,
     trim_frac: float = setting(0.0, "Share of the good images to leave out, those with the places least like any of the others: for good images among which some are defective; the rate of false alarms is then no longer promised.", unit="fraction", minimum=0.0, maximum=0.5)
     train_samples: int = setting(4000, "Images shown in all, with repeats, where epochs is 0.", unit="images", minimum=1)
     variants: int = setting(4, "Variants of each training image, the first as it is, the others augmented; the backbone sees each once. 0 makes new ones in every epoch.", minimum=0)
-    outline_images: int = setting(0, "Good images, with several drawn defects each, from which the head that outlines defects learns; 0 takes an eighth of the images shown before, 500 at most.", unit="images", minimum=0)
+    crop_images: int = setting(0, "Good images, with several drawn defects each, on crops of which the pixel branch goes on learning after the last epoch, and the head that outlines defects learns; 0 takes a quarter of the images shown before, 1000 at most.", unit="images", minimum=0)
     drawn_defects: float = setting(0.75, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0)
     validate_every: int = setting(0, "Epochs between validations; 0 validates after about every 300 training images.", unit="epochs", minimum=0)
     picture_every: int = setting(20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1)

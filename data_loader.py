@@ -268,8 +268,8 @@ class GoodImages:
         for start in range(0, len(rows), batch_size):
             yield to_tensor([self._image(index) for index in rows[start : start + batch_size]])
 
-    def with_defects(self, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A good image, one of four as it is and the others augmented, with at most ``n`` drawn defects, and where they are, float32 (3, S, S) and (1, S, S).
+    def with_defects(self, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A good image, one of four as it is and the others augmented, the same with at most ``n`` drawn defects, and where they are, float32 (3, S, S) twice and (1, S, S).
 
         The same for the same ``number``, but none of the samples that ``__getitem__`` makes.
         """
@@ -279,7 +279,8 @@ class GoodImages:
         image = self._image(int(rng.integers(len(self))))
         clean = image if number % 4 == 0 else augment_image(image, self.augment, rng)
         damaged, mask = drawn_defects.draw_defects(clean, rng, self.images or (), n)
-        return to_tensor([damaged])[0], torch.from_numpy(mask.astype(np.float32)[None])
+        pair = to_tensor([clean, damaged])
+        return pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None])
 
     def __getitem__(self, key: int) -> TrainSample:
         """The sample of ``key = epoch * n + index``."""

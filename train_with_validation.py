@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import crop_training
 import data_loader
 import defect_maps
 import demo_textures
 import engine
 import files
 import image_folders
-import outline_training
 import plots
 from perceptual_loss import PerceptualLoss
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
@@ -78,6 +78,7 @@ class Run:
     best: float = float("inf")
     best_epoch: int = 0
     calibrated: tuple[int, defect_maps.Detector] | None = None  # and the epoch after which it was calibrated
+    finished: bool = False  # whether the model has learned what it learns last
 
     @property
     def out(self) -> Path:
@@ -177,7 +178,7 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     Raises:
         InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was given and is otherwise there.
     """
-    contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch"))
+    contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch", "finished"))
     with engine.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
     fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS - PLACES)}
@@ -185,6 +186,7 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
     engine.require_same(settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights.")
+    run.finished = contents["finished"]
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
     return run
@@ -251,17 +253,19 @@ def train(run: Run) -> list[dict]:
 
 
 def finish(run: Run) -> None:
-    """Give the best model the head that outlines defects, where it is to have one and has none yet, and picture it."""
+    """Let the best model learn from crops what it learns last, where it has not yet, and picture it."""
     contents = engine.load_checkpoint(run.out / BEST, KIND)
-    if contents["settings"]["segmentation"]:
+    if contents["finished"]:
         return
     engine.load_weights(run.model, contents["model"], run.out / BEST)
     run.calibrated = None
-    if run.settings.segmentation:
-        n = outline_training.n_images(run.settings, len(run.history) * len(run.training))
-        loss = outline_training.train_head(run.model, run.training, n, run.settings, run.runtime)
-        save_model(run, BEST.name, run.best_epoch)
-        print(f"outlines: the head that draws them learned from {n} images, mean cross-entropy {loss:.4f}", file=sys.stderr)
+    if run.settings.drawn_defects:
+        n = crop_training.n_images(run.settings, len(run.history) * len(run.training))
+        losses = crop_training.learn_last(run.model, run.training, n, run.loss, run.settings, run.runtime)
+        told = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        print(f"crops of {n} images with drawn defects, mean loss: {told}", file=sys.stderr)
+    run.finished = True
+    save_model(run, BEST.name, run.best_epoch)
     write_pictures(run, len(run.history))
 
 
@@ -355,6 +359,7 @@ def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -
         "image_size": run.settings.image_size,
         "class_names": ["good", "defective"],
         "epoch": epoch,
+        "finished": run.finished,
         "calibration": calibration.as_dict(),
         "model": run.model.state_dict(),
     }

@@ -7,7 +7,7 @@ the features *and how sure it is of each* (a log-variance). A second branch goes
 detail-enhancement layers and skip connections from the pixel stem. Each skip passes a gate that closes where
 the features came as a surprise, so that a defect is not copied through the skip into the reconstruction. Its
 gradient stops at what both branches share: the latents learn from features alone, where there are any. A head
-that no other part learns from outlines defects, from all that the model says of an image.
+that no other part learns from outlines defects, from all that the model sees and says of an image.
 """
 
 from __future__ import annotations
@@ -186,25 +186,27 @@ class DefectHead(nn.Module):
     It learns from drawn defects, as the second network of DRAEM does (Zavrtanik et al. 2021).
 
     Args:
-        n_taps: taps of the backbone, whose deviations enter at stride 8.
+        tap_channels: channels of each tap of the backbone; all of them, and how far they deviate, enter at stride 8.
         width: channels at half resolution.
     """
 
-    def __init__(self, n_taps: int, width: int):
+    def __init__(self, tap_channels: Sequence[int], width: int):
         super().__init__()
+        n_features, n_squeezed = sum(tap_channels), 2 * width if tap_channels else 0
         self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv_norm(4 * 9, width), nn.SiLU(), ResidualBlock(width))
         self.down4, self.down8 = Down(width, 3 * width), Down(3 * width, 4 * width)
-        self.join = nn.Sequential(conv_norm(4 * width + n_taps, 4 * width), nn.SiLU(), ResidualBlock(4 * width))
+        self.squeeze = nn.Sequential(conv_norm(2 * n_features, n_squeezed, 1), nn.SiLU()) if n_features else nn.Identity()
+        self.join = nn.Sequential(conv_norm(4 * width + len(tap_channels) + n_squeezed, 4 * width), nn.SiLU(), ResidualBlock(4 * width))
         self.up4, self.up2 = Up(4 * width, 3 * width), Up(3 * width, width)
         self.leave = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
 
-    def forward(self, images: Tensor, painting: Painting, taps: Tensor) -> Tensor:
-        """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and ``tap_deviations`` (B, n_taps, H/8, W/8)."""
+    def forward(self, images: Tensor, painting: Painting, taps: Tensor, features: Tensor) -> Tensor:
+        """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and what ``DetailVAE.seen`` returns."""
         residual = painting.reconstruction - images
         likely = ((painting.painted - images) * torch.exp(-0.5 * painting.logvar)).clamp(-10, 10)
         x2 = self.enter(side_by_side(images - 0.5, 10 * residual, likely))
         x4 = self.down4(x2)
-        x = self.join(side_by_side(self.down8(x4), taps.clamp_min(0.01).log()))
+        x = self.join(side_by_side(self.down8(x4), taps.clamp_min(0.01).log(), self.squeeze(side_by_side(features))))
         return self.leave(self.up2(self.up4(x) + x4) + x2).float()
 
 
@@ -256,7 +258,15 @@ class DetailVAE(nn.Module):
 
     def add_defect_head(self) -> None:
         """A new head that outlines defects; without one nothing is outlined."""
-        self.defect_head = DefectHead(len(self.tap_channels), self.settings.base_channels)
+        self.defect_head = DefectHead(self.tap_channels, self.settings.base_channels)
+
+    @property
+    def pixel_branch(self) -> nn.ModuleList:
+        """All that only pixels are painted with: the layers from the trunk on, and the pixel stem where the latents do not come from it."""
+        names = ["up4", "up2", "detail4", "detail2", "pixel_head"]
+        if self.settings.skips:
+            names += ["skip4", "skip2", "skip1", *(["stem2", "stem4"] if self.n_features else [])]
+        return nn.ModuleList(getattr(self, name) for name in names)
 
     def _hold_backbone(self, name: str, vgg16_weights: str) -> None:
         backbone = None if name == "none" else load_backbone(name, vgg16_weights)
@@ -423,15 +433,17 @@ class DetailVAE(nn.Module):
         output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, None, features, feature_mu, feature_logvar, trunk)
         return self.paint(images, output) if paint else output
 
-    def head_inputs(self, images: Tensor, output: DetailOutput) -> tuple[Painting, Tensor]:
-        """What the head looks at beside the images: what is painted of them, and ``tap_deviations``, from what ``describe`` said of them."""
-        taps = tap_deviations(output.features, output.feature_mu, output.feature_logvar, self.tap_channels, output.trunk)
-        return self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels)), taps
+    def seen(self, output: DetailOutput) -> tuple[Tensor, Tensor]:
+        """Of what ``describe`` said: ``tap_deviations`` (B, n_taps, H/8, W/8), and features beside their deviations, both cut at 10 (B, 2 * C, H/8, W/8)."""
+        told = output.features, output.feature_mu, output.feature_logvar
+        taps = tap_deviations(*told, self.tap_channels, output.trunk)
+        return taps, torch.cat([output.features, deviations(*told)], 1).clamp(-10, 10) if self.n_features else taps
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
         """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
-        painting, taps = self.head_inputs(images, output)
-        defect_logits = self.defect_head and self.defect_head(images, painting, taps)
+        taps, features = self.seen(output)
+        painting = self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels))
+        defect_logits = self.defect_head and self.defect_head(images, painting, taps, features)
         return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
 
     def forward(self, images: Tensor) -> VAEOutput:
@@ -612,7 +624,7 @@ class DetailLoss:
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
         drawn_from = trunk if clean is None else trunk.detach()  # pixels' gradients made the latents predict features worse
-        terms = self._pixel_terms(model, drawn_from, images, corrupted, (actual, feature_mu, feature_logvar), defect_mask)
+        terms = self._pixel_terms(model, *self._cropped(model, images, corrupted, defect_mask, drawn_from, (actual, feature_mu, feature_logvar)))
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
             error = (clean - feature_mu) ** 2
@@ -621,13 +633,20 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
-    def _pixel_terms(self, model: DetailVAE, trunk: Tensor, images: Tensor, corrupted: Tensor, told: tuple[Tensor | None, ...], defect_mask: Tensor | None) -> dict[str, Tensor]:
-        """What is painted, on crops in training, else on whole images; ``told``: features, their prediction and its log-variance."""
+    def of_pixels(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
+        """The terms of the pixel branch alone, and "total", their weighted sum, as it paints ``corrupted`` (B, 3, H, W) from its trunk and ``tap_deviations``, H/8 x W/8."""
+        terms = self._pixel_terms(model, images, corrupted, defect_mask, trunk, taps)
+        return {**terms, "total": self._weigh(terms, 1.0)}
+
+    def _cropped(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """What the pixel branch is given, in training crops of it, else of whole images; ``told``: features, their prediction and its log-variance."""
         if model.training and defect_mask is not None:
             windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
             trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
             images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
-        taps = tap_deviations(*told, model.tap_channels, trunk)
+        return images, corrupted, defect_mask, trunk, tap_deviations(*told, model.tap_channels, trunk)
+
+    def _pixel_terms(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
         painting = model.decode_pixels(trunk, corrupted, feature_surprise(taps, model.tap_channels))
         weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
         return self._painted_terms(painting, images, weight)

@@ -254,7 +254,7 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
     for each in (detector, plain):
         each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
     left = torch.where(torch.arange(64) < 32, 40.0, -40.0)  # sure of the left half
-    monkeypatch.setattr(detector.model.defect_head, "forward", lambda images, painting, taps: left.expand(len(images), 1, 64, 64))
+    monkeypatch.setattr(detector.model.defect_head, "forward", lambda images, painting, taps, features: left.expand(len(images), 1, 64, 64))
     assert detector.shown == ["pixel", "ssim", "segmentation"] and plain.shown == ["pixel", "ssim"]
     beside = 0.1 + 0.9 * defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)
     n_shaped = 0

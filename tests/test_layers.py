@@ -32,7 +32,7 @@ LEVELS = {
     "plot_strokes": 4,
     "vae_model": 4,
     "classifier_data": 5,
-    "outline_training": 5,
+    "crop_training": 5,
     "vae_classifier": 5,
     "train_with_validation": 6,
     "test_vae": 6,

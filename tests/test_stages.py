@@ -19,12 +19,12 @@ import torch
 
 import classify_images
 import config
+import crop_training
 import data_loader
 import data_loader_supervised
 import engine
 import image_files
 import image_folders
-import outline_training
 import test_vae as test_stage
 import train_with_validation as train_stage
 import vae_model
@@ -504,14 +504,14 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
         assert torch.equal(value, parts["model"][name]), name
 
 
-def test_the_head_learns_after_the_last_epoch_and_an_interrupted_run_gets_it_too(data, tmp_path, monkeypatch):
+def test_what_is_learned_last_an_interrupted_run_learns_too(data, tmp_path, monkeypatch):
     train(data, tmp_path / "whole", checkpoint_every=1)
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(outline_training, "train_head", interrupted)
+        patch.setattr(crop_training, "train_head", interrupted)
         train(data, tmp_path / "parts")
     load = lambda run, name: torch.load(tmp_path / run / "models" / f"{name}.pth", weights_only=True)  # noqa: E731
     has_head = lambda contents: any(name.startswith("defect_head") for name in contents["model"])  # noqa: E731
@@ -521,7 +521,7 @@ def test_the_head_learns_after_the_last_epoch_and_an_interrupted_run_gets_it_too
     best = load("parts", "best_model")
     assert has_head(best) and best["calibration"] == load("whole", "best_model")["calibration"]
     assert all(torch.equal(value, best["model"][name]) for name, value in load("whole", "best_model")["model"].items())
-    monkeypatch.setattr(outline_training, "train_head", interrupted)  # what has its head keeps it
+    monkeypatch.setattr(crop_training, "learn_last", interrupted)  # what has learned it keeps it
     train(data, tmp_path / "parts", resume=True)
     assert load("parts", "best_model")["calibration"] == best["calibration"]
 

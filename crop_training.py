@@ -1,0 +1,142 @@
+"""What learns last of all, from crops of good images with several drawn defects each: the pixel branch goes on, then the head that outlines defects learns.
+
+The latents and what they predict of features stay as they are, and with them all that the image score comes from. A crop costs these
+two a fiftieth of what it costs in a step of the whole model, so they can see many more drawn defects here; and what the head sees painted no longer changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+import engine
+from config import TrainSettings
+from data_loader import GoodImages
+from vae_model import FEATURE_STRIDE, DetailLoss, DetailVAE, Painting, crop_windows, cut, feature_surprise, fold_layers
+
+N_DEFECTS = 5
+"""Defects drawn on an image at most, and crops taken of it."""
+CROP_PX = 64
+"""Side of a crop."""
+MOST_IMAGES = 1000
+"""Images where the settings name no number: a quarter of those shown in training, so many at most."""
+PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
+"""Crops in a step of the pixel branch, and its steps for each image."""
+HEAD_BATCH, HEAD_STEPS_AN_IMAGE = 32, 1.0
+"""The same of the head."""
+
+
+class Crops(NamedTuple):
+    """N crops of S x S pixels, s = S / 8, on the CPU; in half the precision but for the taps, which may be large."""
+
+    clean: Tensor  # (N, 3, S, S) in [0, 1] good images
+    images: Tensor  # (N, 3, S, S) the same with defects
+    mask: Tensor  # (N, 1, S, S) where those are, 0 or 1
+    trunk: Tensor  # (N, 8 * base_channels, s, s) what the model decodes of the images
+    taps: Tensor  # (N, n_taps, s, s) ``tap_deviations``
+    features: Tensor  # (N, 2 * C, s, s) ``features_seen``
+
+
+def n_images(settings: TrainSettings, n_shown: int) -> int:
+    """How many images are drawn on, where the model was shown so many in training."""
+    return settings.crop_images or max(1, min(MOST_IMAGES, n_shown // 4))
+
+
+def learn_last(model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> dict[str, float]:
+    """Let the pixel branch of a trained model go on learning from crops of n images, and give it a head that outlines defects, where it is to have one.
+
+    Nothing else of the model changes, nor does the state of the random numbers. Returns the mean loss of all steps of each.
+
+    Raises:
+        DivergedError: a loss or its gradient is not finite.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        crops = drawn_crops(fold_layers(copy.deepcopy(model)), training, n, runtime)
+        losses = {"pixels": train_pixels(model, crops, n, loss, settings, runtime)}
+        if settings.segmentation:
+            losses["outlines"] = train_head(model, crops, n, settings, runtime)
+        return losses
+
+
+def drawn_crops(model: DetailVAE, training: GoodImages, n: int, runtime: engine.Runtime) -> Crops:
+    """Crops around the defects drawn on n good images, and what the model, in evaluation mode, says there."""
+    size = runtime.batch_size(0)
+
+    def drawn() -> Iterator[tuple[Tensor, ...]]:
+        for start in range(0, n, size):
+            samples = [training.with_defects(number, N_DEFECTS) for number in range(start, min(start + size, n))]
+            yield tuple(torch.stack(each) for each in zip(*samples, strict=True))
+
+    def described(batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        with torch.no_grad(), runtime.autocast():
+            output = model.describe(runtime.put(batch[1]), paint=False)
+            return batch, tuple(each.float().cpu() for each in (output.trunk, *model.seen(output)))
+
+    found = []
+    with tqdm(total=n, unit="image", desc="drawing defects", leave=False) as bar:
+        for drawn_on, told in runtime.each(described, drawn()):
+            bar.update(len(drawn_on[0]))
+            for _ in range(N_DEFECTS):
+                windows = crop_windows(drawn_on[2], CROP_PX, 1.0)
+                clean, images, mask = (cut(each, windows, FEATURE_STRIDE).half() for each in drawn_on)
+                trunk, taps, features = (cut(each, windows, 1) for each in told)
+                found.append((clean, images, mask, trunk.half(), taps, features.half()))
+    return Crops(*(torch.cat(each) for each in zip(*found, strict=True)))
+
+
+def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> float:
+    """Let the pixel branch paint the crops as if there were no defect on them; the mean of its loss."""
+    model.eval()
+
+    def terms(clean: Tensor, images: Tensor, mask: Tensor, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
+        return loss.of_pixels(model, clean, images, mask, trunk, taps)
+
+    data = TensorDataset(*crops[:5])
+    mean = _train(model.pixel_branch, data, PIXEL_BATCH, max(1, round(PIXEL_STEPS_AN_IMAGE * n)), terms, "painting", settings, runtime)
+    model.eval()
+    return mean
+
+
+def train_head(model: DetailVAE, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime) -> float:
+    """Give the model a new head and train it on the crops and what is painted of them; the mean cross-entropy in nats a pixel."""
+    painting = painted(fold_layers(copy.deepcopy(model)), crops, runtime)
+    model.add_defect_head()
+    head = runtime.put_model(model.defect_head)
+
+    def terms(images: Tensor, mask: Tensor, taps: Tensor, features: Tensor, *painting: Tensor) -> dict[str, Tensor]:
+        return {"total": F.binary_cross_entropy_with_logits(head(images, Painting(*painting), taps, features), mask)}
+
+    data = TensorDataset(crops.images, crops.mask, crops.taps, crops.features, *painting)
+    return _train(head, data, HEAD_BATCH, max(1, round(HEAD_STEPS_AN_IMAGE * n)), terms, "outlines", settings, runtime)
+
+
+def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting:
+    """What the model, in evaluation mode, paints of the crops, on the CPU, in half the precision."""
+    def paint(rows: Tensor) -> list[Tensor]:
+        images, trunk, taps = (runtime.put(each[rows]).float() for each in (crops.images, crops.trunk, crops.taps))
+        with torch.no_grad(), runtime.autocast():
+            painting = model.decode_pixels(trunk, images, feature_surprise(taps, model.tap_channels))
+        return [each.half().cpu() for each in painting]
+
+    batches = torch.arange(len(crops.mask)).split(HEAD_BATCH)
+    return Painting(*(torch.cat(each) for each in zip(*runtime.each(paint, batches), strict=True)))
+
+
+def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int, terms: Callable[..., dict[str, Tensor]], what: str, settings: TrainSettings, runtime: engine.Runtime) -> float:
+    """So many steps of a part of the model, each with crops drawn at random; the mean of "total" among its terms."""
+    optimizer = torch.optim.AdamW(part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps))
+    loader = DataLoader(crops, batch_size, sampler=RandomSampler(crops, replacement=True, num_samples=n_steps * batch_size), pin_memory=runtime.pin_memory)
+
+    def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
+        return terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
+
+    return engine.train_epoch(part, tqdm(loader, unit="step", desc=what, leave=False), of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]

@@ -1,0 +1,112 @@
+"""What learns last, from crops: what it learns from, that it learns, and that nothing else does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, save
+
+import config
+import crop_training
+import data_loader
+import engine
+from crop_training import N_DEFECTS, drawn_crops, learn_last, painted
+from vae_model import DetailLoss, cut
+
+CPU = engine.Runtime(torch.device("cpu"))
+SETTINGS = config.TrainSettings(learning_rate=0.01, perceptual_weight=0.0)
+LOSS = DetailLoss(SETTINGS, None)
+
+
+@pytest.fixture
+def training(tmp_path):
+    paths = [save(tmp_path / f"{index}.png", picture(seed=index)) for index in range(6)]
+    return data_loader.GoodImages(paths, 64, "stretch", config.AugmentSettings(), 0.75, 0)
+
+
+def test_how_many_images_it_takes():
+    asked = [crop_training.n_images(SETTINGS.replace(crop_images=n), shown) for n, shown in ((0, 3), (0, 800), (0, 80_000), (7, 80_000))]
+    assert asked == [1, 200, crop_training.MOST_IMAGES, 7]
+
+
+@pytest.mark.parametrize("backbone", ["none", "efficientnet_lite0"])
+def test_crops_hold_the_images_and_what_the_model_says_of_them(make_model, training, backbone):
+    model = make_model(backbone, base_channels=8).eval()
+    model.fit_feature_scale(training.plain_batches(4))
+    crops = drawn_crops(model, training, 3, CPU)
+    assert len(crops.mask) == 3 * N_DEFECTS
+    assert crops.taps.shape[1:] == (len(model.tap_channels), 8, 8) and crops.features.shape[1:] == (2 * model.n_features, 8, 8)
+    numbers = [0, 1] * N_DEFECTS + [2] * N_DEFECTS  # batches of two, cropped in rounds; a crop is all of an image of 64 px
+    clean, damaged, where = (torch.stack(each) for each in zip(*(training.with_defects(number, N_DEFECTS) for number in numbers), strict=True))
+    assert torch.equal(crops.mask.float(), where)
+    torch.testing.assert_close(crops.images.float(), damaged, atol=1e-3, rtol=0)
+    torch.testing.assert_close(crops.clean.float(), clean, atol=1e-3, rtol=0)
+    told, painting = model.describe(damaged), painted(model, crops, CPU)
+    torch.testing.assert_close(crops.trunk.float(), told.trunk.detach(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(painting.reconstruction.float(), told.vae.reconstruction.detach(), atol=4e-3, rtol=0)
+    torch.testing.assert_close(painting.logvar.float(), told.pixel_logvar.detach(), atol=4e-2, rtol=0)
+    assert not torch.equal(painting.painted, painting.reconstruction)
+    if model.n_features:
+        torch.testing.assert_close(crops.features[:, : model.n_features].float(), told.features.clamp(-10, 10), atol=1e-2, rtol=0)
+
+
+def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_model, tmp_path):
+    paths = [save(tmp_path / f"{index}.png", picture(256, 256, index)) for index in range(3)]
+    training = data_loader.GoodImages(paths, 256, "stretch", config.AugmentSettings(), 0.75, 0)
+    model = make_model("efficientnet_lite0").eval()
+    crops = drawn_crops(model, training, 2, CPU)
+    assert crops.images.shape == (2 * N_DEFECTS, 3, 64, 64) and crops.taps.shape[2:] == (8, 8) and crops.mask.flatten(1).any(1).all()
+    for row in range(len(crops.images)):
+        clean, damaged, where = training.with_defects(row % 2, N_DEFECTS)
+        taps, features = (each[0] for each in model.seen(model.describe(damaged[None], paint=False)))
+        pairs = [(where, crops.mask), (damaged, crops.images), (clean, crops.clean), (taps, crops.taps), (features, crops.features)]
+        windows = [(top, left, 8, 8) for top in range(25) for left in range(25)]
+        cuts = [torch.stack([cut(whole[None], [window], part.shape[-1] // 8)[0] for window in windows]) for whole, part in pairs]
+        same = [(each - part[row].float()).abs().flatten(1).amax(1) < 1e-2 for each, (_, part) in zip(cuts, pairs, strict=True)]
+        assert torch.stack(same).all(0).sum() == 1
+
+
+def dark_square(training, number):
+    """An image (3, 64, 64), the same with a dark square, and where that is, (1, 64, 64)."""
+    y, x = np.random.default_rng(number).integers(0, 52, 2)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, y : y + 12, x : x + 12] = 1.0
+    clean = data_loader.to_tensor(training.images[number % 6])[0]
+    return clean, clean * (1 - 0.7 * mask), mask
+
+
+@pytest.mark.parametrize("backbone", ["none", "efficientnet_lite0"])
+def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, training, monkeypatch, backbone):
+    monkeypatch.setattr(training, "with_defects", lambda number, n: dark_square(training, number))
+    model = make_model(backbone)
+    model.fit_feature_scale(training.plain_batches(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chance = torch.get_rng_state()
+    losses = learn_last(model, training, 120, LOSS, SETTINGS, CPU)
+    assert torch.equal(torch.get_rng_state(), chance) and losses.keys() == {"pixels", "outlines"} and 0 < losses["outlines"] < 0.69
+    of_pixels = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
+    assert {name.partition(".")[0] for name in of_pixels} == {"up4", "up2", "detail4", "detail2", "skip4", "skip2", "skip1", "pixel_head", *(["stem2", "stem4"] if model.n_features else [])}
+    assert {name.partition(".")[0] for name in model.state_dict().keys() - before.keys()} == {"defect_head"}
+    assert not any(module.training for module in (model, *model.pixel_branch))
+    clean, damaged, masks = (torch.stack(each) for each in zip(*(dark_square(training, 1000 + number) for number in range(8)), strict=True))
+    told = model.describe(damaged)
+    found = (told.defect_logits > 0) == (masks > 0)
+    assert found[masks > 0].float().mean() > 0.9 and found[masks == 0].float().mean() > 0.97
+    repaired = (told.vae.reconstruction - clean).abs()
+    model.load_state_dict(before, strict=False)
+    assert repaired.mean() < 0.7 * (model.describe(damaged).vae.reconstruction - clean).abs().mean()
+
+
+def test_the_same_seed_learns_the_same_and_without_a_head_pixels_alone(make_model, training):
+    def learned(segmentation):
+        torch.manual_seed(5)
+        model = make_model("efficientnet_lite0")
+        torch.manual_seed(int(torch.randint(0, 1000, ())))
+        losses = learn_last(model, training, 2, LOSS, SETTINGS.replace(segmentation=segmentation), CPU)
+        return losses, model.state_dict()
+
+    (losses, first), (_, again), (alone, plain) = learned(True), learned(True), learned(False)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert alone == {"pixels": losses["pixels"]}
+    assert all(torch.equal(value, first[name]) for name, value in plain.items()) and not any(name.startswith("defect_head") for name in plain)
