@@ -247,6 +247,26 @@ def conformal_threshold(good_scores: np.ndarray, alpha: float) -> ConformalThres
     return ConformalThreshold(float(ordered[min(rank, len(ordered)) - 1]), rank <= len(ordered))
 
 
+def outer_fence(good_scores: Sequence[float]) -> float:
+    """Score above which a good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5 Q3; infinite for fewer than N_FENCED."""
+    if len(good_scores) < N_FENCED:
+        return math.inf
+    low, high = np.quantile(good_scores, (0.25, 0.75))
+    return float(max(high + 3 * (high - low), 1.5 * high))
+
+
+def sober_threshold(good_scores: Sequence[float], alpha: float) -> ConformalThreshold:
+    """``conformal_threshold``, but where a single score beyond the outer fence would be it: then the largest of the others.
+
+    So one good image like no other does not let most defects pass. The chance of a false alarm is then at most 2 / (n + 1), not alpha.
+    """
+    found, ordered = conformal_threshold(np.array(good_scores), alpha), sorted(good_scores)
+    fence = outer_fence(ordered)
+    if found.threshold > fence and ordered[-2] <= fence:
+        return ConformalThreshold(ordered[-2], False)
+    return found
+
+
 def p_value(score: float, good_scores: np.ndarray) -> float:
     """(1 + number of good scores >= score) / (n + 1): the chance of so high a score if the image were good.
 
@@ -266,7 +286,7 @@ class Calibration:
         good_scores: image scores of the held-out good images, sorted.
         alpha: share of false alarms asked for.
         threshold: an image scoring above is defective.
-        promised: whether the number of held-out images allows to promise alpha.
+        promised: whether alpha can be promised: there are enough held-out images, and none like no other was set aside.
         pixel_threshold: a pixel whose fused map lies above is part of a defect.
         exchangeable: False where the held-out images were chosen (``trim_frac``), so that no rate can be promised.
     """
@@ -290,16 +310,8 @@ class Calibration:
     def of(cls, scales: dict[str, MapScale], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
         """Thresholds from the image scores and the maps, of any shape, of held-out good images."""
         scores = sorted(scores)
-        threshold, promised = conformal_threshold(np.array(scores), alpha)
+        threshold, promised = sober_threshold(scores, alpha)
         return cls(scales, scores, alpha, threshold, promised and exchangeable, float(np.quantile(maps, 1 - pixel_false_positives)), exchangeable)
-
-    @property
-    def outer_fence(self) -> float:
-        """Score above which a held-out good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5 Q3; infinite for fewer than N_FENCED."""
-        if len(self.good_scores) < N_FENCED:
-            return math.inf
-        low, high = np.quantile(self.good_scores, (0.25, 0.75))
-        return float(max(high + 3 * (high - low), 1.5 * high))
 
     def judge(self, score: float) -> Detection:
         """What an image score says, still without a map."""
@@ -308,7 +320,7 @@ class Calibration:
 
     def at(self, alpha: float) -> Calibration:
         """The same scores with the threshold for another share of false alarms."""
-        threshold, promised = conformal_threshold(np.array(self.good_scores), alpha)
+        threshold, promised = sober_threshold(self.good_scores, alpha)
         return replace(self, alpha=alpha, threshold=threshold, promised=promised and self.exchangeable)
 
     def describe(self) -> str:
@@ -318,6 +330,11 @@ class Calibration:
             return f"threshold {self.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
         if self.promised:
             return f"threshold {self.threshold:.3f}: at most {self.alpha:.1%} false alarms, from {n} held-out good images."
+        if conformal_threshold(np.array(self.good_scores), self.alpha).threshold > self.threshold:
+            return (
+                f"threshold {self.threshold:.3f}, from {n} held-out good images but for one like no other, with a score of {self.good_scores[-1]:.3f}: "
+                f"at most {2 / (n + 1):.1%} false alarms, where {self.alpha:.1%} were asked for."
+            )
         return (
             f"threshold {self.threshold:.3f}: {n} held-out good images are too few to promise {self.alpha:.1%} false alarms; "
             f"the largest good score is the threshold, which promises {1 / (n + 1):.1%}."

@@ -406,16 +406,17 @@ def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], ti
 def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
     """A sentence on each held-out good image whose score lies far above those of the others: it may not be good, and may set the threshold."""
     calibration = detector.calibration
-    n, n_odd = len(calibration.good_scores), sum(score > calibration.outer_fence for score in calibration.good_scores)
+    fence = defect_maps.outer_fence(calibration.good_scores)
+    n, n_odd = len(calibration.good_scores), sum(score > fence for score in calibration.good_scores)
     if not n_odd:
         return []
     advice, sentences = "it does not set the threshold.", []
-    if calibration.threshold > calibration.outer_fence:
+    if calibration.threshold > fence:
         advice = f"such images set the threshold of {calibration.threshold:.2f}. Unless they are good ones, take them out of the training images and train again; --target-false-alarms {min(0.5, math.ceil(100 * (n_odd + 1) / (n + 1)) / 100):.2g}, also of classify_images.py, sets it without them."
     for batch in data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, 1):
         found = detector.detect(run.runtime.put(batch.images), thorough=False) if batch.paths else []
         for path, each in zip(batch.paths, found, strict=True):
-            if each.score > calibration.outer_fence:
+            if each.score > fence:
                 sentences.append(f"{path} scores {each.score:.2f}, far above the other held-out good images (half of them score below {statistics.median(calibration.good_scores):.2f}); {advice}")
     return sentences
 

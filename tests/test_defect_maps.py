@@ -46,6 +46,34 @@ def test_a_threshold_needs_a_score():
         conformal_threshold(np.array([]), 0.05)
 
 
+@pytest.mark.parametrize(("odd", "alpha", "expected"), [
+    ([], 0.05, (19.0, True)),
+    ([60.0], 0.05, (19.0, False)),  # beyond 15 + 3 * 9.5 = 43.5: set aside
+    ([40.0], 0.05, (40.0, True)),
+    ([60.0, 70.0], 0.05, (70.0, True)),  # two are no exception
+    ([60.0], 0.1, (19.0, True)),  # it would not be the threshold
+])  # fmt: skip
+def test_one_good_score_far_from_the_others_does_not_set_the_threshold(odd, alpha, expected):
+    scores = [*map(float, range(1, 20)), *odd]
+    assert defect_maps.sober_threshold(scores, alpha) == expected
+    calibration = Calibration.of({}, scores[::-1], np.arange(10.0), alpha, 0.1)
+    assert (calibration.threshold, calibration.promised) == expected
+    assert calibration.at(0.5).at(alpha).threshold == calibration.threshold
+    told = "but for one like no other, with a score of 60.000: at most 9.5% false alarms, where 5.0% were asked for"
+    assert (told in calibration.describe()) == (expected == (19.0, False))
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(9, 0.1), (19, 0.05), (22, 0.05)])
+def test_false_alarms_stay_below_two_in_n_also_where_one_like_no_other_is_set_aside(n, alpha):
+    n_draws = 2000
+    scores = np.random.default_rng(n).lognormal(sigma=2.0, size=(n_draws, n + 1))  # heavy tails
+    found = [defect_maps.sober_threshold(row[:-1].tolist(), alpha) for row in scores]
+    rate = np.mean([row[-1] > each.threshold for row, each in zip(scores, found, strict=True)])
+    bound = 2 / (n + 1)
+    assert rate <= bound + 4 * math.sqrt(bound * (1 - bound) / n_draws)
+    assert {each.promised for each in found} == {True, False}
+
+
 @pytest.mark.parametrize("n", [4, 9, 19, 22, 50])
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
 def test_false_alarms_stay_below_the_rate_asked_for(n, alpha):
@@ -79,7 +107,7 @@ def test_p_values_of_good_images_are_not_too_small():
 
 @pytest.mark.parametrize(("scores", "fence"), [(range(1, 10), 7 + 3 * 4), (range(101, 110), 1.5 * 107), (range(1, 8), math.inf)])
 def test_the_outer_fence_is_three_interquartile_ranges_and_half_of_the_upper_quartile_away(scores, fence):
-    assert defect_maps.Calibration({}, [float(score) for score in scores], 0.05, 9.0, False, 1.0).outer_fence == fence
+    assert defect_maps.outer_fence([float(score) for score in scores]) == fence
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
