@@ -641,7 +641,8 @@ class DetailLoss:
     def _cropped(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """What the pixel branch is given, in training crops of it, else of whole images; ``told``: features, their prediction and its log-variance."""
         if model.training and defect_mask is not None:
-            windows = crop_windows(defect_mask, self.settings.pixel_crop_px, self.settings.pixel_share)
+            share = self.settings.pixel_share if model.n_features else 1.0  # without features the latents learn from pixels alone
+            windows = crop_windows(defect_mask, self.settings.pixel_crop_px, share)
             trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
             images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
         return images, corrupted, defect_mask, trunk, tap_deviations(*told, model.tap_channels, trunk)

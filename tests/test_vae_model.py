@@ -439,6 +439,14 @@ def test_the_pixel_branch_trains_on_crops_of_all_it_compares(make_model, monkeyp
     assert torch.equal(seen[-1][1], damaged)
 
 
+def test_without_features_the_pixel_branch_trains_on_every_image(make_model, monkeypatch):
+    model, images = make_model("none").train(), smooth_images(4, 64, 96)
+    seen = []
+    monkeypatch.setattr(model, "decode_pixels", lambda trunk, crops, surprise: seen.append(crops) or vae_model.Painting(crops, crops, torch.zeros_like(crops[:, :1])))
+    DetailLoss(LOSS.replace(pixel_share=0.25), None)(model, images, images, 1.0, mask_of(4, 64, 96, (0, 40, 50)))
+    assert len(seen[0]) == 4
+
+
 # -------------------------------------------------------------------------------------------------- features
 
 
