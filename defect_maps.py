@@ -51,7 +51,7 @@ LEAST_INTERIOR = 0.1
 """Share of the pixels that must lie further in than all rings."""
 N_FENCED = 8
 """Held-out images that it takes to say which of them is far from the others."""
-OUTLINE_FLOOR = 0.005
+OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
 """Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see, there is little to outline."""

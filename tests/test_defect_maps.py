@@ -304,7 +304,7 @@ def test_an_outline_compares_a_place_with_its_surroundings_alone():
     found = defect_maps.outline(probability, 9)
     assert found.dtype == np.float32 and found.shape == probability.shape
     assert found[0, 10, 10] == found[0, 30, 30] == 1.0  # sure or not, each is the peak of its place
-    assert found[0, 10, 12] == pytest.approx(0.405 / 0.905) and found[0, 14, 10] == pytest.approx(0.005 / 0.905) and found[0, 34, 30] == pytest.approx(0.005 / 0.405)
+    assert found[0, 10, 12] == pytest.approx(0.42 / 0.92) and found[0, 14, 10] == pytest.approx(0.02 / 0.92) and found[0, 34, 30] == pytest.approx(0.02 / 0.42)
     assert (found[0, 20] == 1.0).all() and (found[1] == 1.0).all()
     np.testing.assert_array_equal(defect_maps.outline(probability, 0), 1.0)
 
