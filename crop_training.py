@@ -1,7 +1,7 @@
 """What learns last of all, from crops of good images with several drawn defects each: the pixel branch goes on, then the head that outlines defects learns.
 
-The latents and what they predict of features stay as they are, and with them all that the image score comes from. A crop costs these
-two a fiftieth of what it costs in a step of the whole model, so they can see many more drawn defects here; and what the head sees painted no longer changes.
+The latents and what they predict of features stay as they are, and with them all that the image score comes from. A crop costs the one a fifth,
+the other a thirtieth of what an image costs in a step of the whole model, so both see many more drawn defects here; and what the head sees painted no longer changes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Crops(NamedTuple):
     images: Tensor  # (N, 3, S, S) the same with defects
     mask: Tensor  # (N, 1, S, S) where those are, 0 or 1
     trunk: Tensor  # (N, 8 * base_channels, s, s) what the model decodes of the images
-    taps: Tensor  # (N, n_taps, s, s) ``tap_deviations``
-    features: Tensor  # (N, 2 * C, s, s) ``features_seen``
+    taps: Tensor  # (N, n_taps, s, s) ``tap_deviations``, from there too
+    features: Tensor  # (N, 2 * C, s, s) features and their deviations, as ``DetailVAE.seen`` returns them
 
 
 def n_images(settings: TrainSettings, n_shown: int) -> int:
