@@ -94,6 +94,7 @@ def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, 
     found = (told.defect_logits > 0) == (masks > 0)
     assert found[masks > 0].float().mean() > 0.9 and found[masks == 0].float().mean() > 0.97
     repaired = (told.vae.reconstruction - clean).abs()
+    assert (repaired * masks).sum() < 0.7 * ((damaged - clean).abs() * masks).sum()  # not copied
     model.load_state_dict(before, strict=False)
     assert repaired.mean() < 0.7 * (model.describe(damaged).vae.reconstruction - clean).abs().mean()
 

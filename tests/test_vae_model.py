@@ -104,6 +104,19 @@ def test_without_the_head_nothing_is_outlined(make_model):
     assert not [name for name in model.state_dict() if name.startswith("defect_head")]
 
 
+def test_the_head_sees_the_features_of_each_image_for_itself(make_model):
+    model, images = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2)
+    together = model.describe(images)
+    for row in range(2):
+        torch.testing.assert_close(model.describe(images[row : row + 1]).defect_logits, together.defect_logits[row : row + 1], atol=1e-4, rtol=1e-4)
+    taps, features = model.seen(together)
+    painting = model.decode_pixels(together.trunk, images, vae_model.feature_surprise(taps, model.tap_channels))
+    for half in (slice(None, model.n_features), slice(model.n_features, None)):  # features, then their deviations
+        other = features.clone()
+        other[:, half] += 1.0
+        assert not torch.allclose(model.defect_head(images, painting, taps, other), together.defect_logits, atol=1e-3)
+
+
 def test_the_sample_has_the_mean_and_spread_it_was_given(make_model):
     model = make_model().train()
     mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
