@@ -222,7 +222,7 @@ def _border_factors(batches: Sequence[np.ndarray], windows: Sequence[tuple[slice
 
 
 class ConformalThreshold(NamedTuple):
-    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores allow only 1/(n+1)."""
+    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores, or one set aside, allow only a higher one."""
 
     threshold: float
     promised: bool

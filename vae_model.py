@@ -433,11 +433,13 @@ class DetailVAE(nn.Module):
         output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, None, features, feature_mu, feature_logvar, trunk)
         return self.paint(images, output) if paint else output
 
+    @torch.no_grad()
     def seen(self, output: DetailOutput) -> tuple[Tensor, Tensor]:
-        """Of what ``describe`` said: ``tap_deviations`` (B, n_taps, H/8, W/8), and features beside their deviations, both cut at 10 (B, 2 * C, H/8, W/8)."""
-        told = output.features, output.feature_mu, output.feature_logvar
-        taps = tap_deviations(*told, self.tap_channels, output.trunk)
-        return taps, torch.cat([output.features, deviations(*told)], 1).clamp(-10, 10) if self.n_features else taps
+        """Of what ``describe`` said: ``tap_deviations`` (B, n_taps, H/8, W/8), and features beside their deviations, both cut at 10 (B, 2 * C, H/8, W/8); no gradient."""
+        if not self.n_features:
+            return output.trunk[:, :0], output.trunk[:, :0]
+        deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
+        return tap_roots(deviation, self.tap_channels), torch.cat([output.features, deviation], 1).clamp(-10, 10)
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
         """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
