@@ -19,10 +19,12 @@ from tqdm import tqdm
 import engine
 from config import TrainSettings
 from data_loader import GoodImages
-from vae_model import FEATURE_STRIDE, DetailLoss, DetailVAE, Painting, crop_windows, cut, feature_surprise, fold_layers
+from vae_model import FEATURE_STRIDE, DetailLoss, DetailVAE, Painting, crop_windows, cut, feature_surprise, fold_layers, sound_places
 
-N_DEFECTS = 5
-"""Defects drawn on an image at most, and crops taken of it."""
+N_DEFECTS, N_STRANGE = 5, 1
+"""Defects drawn on an image at most, and crops taken of it; so many of those lie where it deviates most although nothing is drawn (see ``strange_places``)."""
+STRANGE_FRAC = 0.01
+"""Share of the places of an image that are called strange."""
 CROP_PX = 64
 """Side of a crop."""
 MOST_IMAGES = 1000
@@ -84,12 +86,29 @@ def drawn_crops(model: DetailVAE, training: GoodImages, n: int, runtime: engine.
     with tqdm(total=n, unit="image", desc="drawing defects", leave=False) as bar:
         for drawn_on, told in runtime.each(described, drawn()):
             bar.update(len(drawn_on[0]))
-            for _ in range(N_DEFECTS):
-                windows = crop_windows(drawn_on[2], CROP_PX, 1.0)
+            strange = strange_places(drawn_on[2], told[1])
+            for number in range(N_DEFECTS):
+                windows = crop_windows(strange if number < N_STRANGE else drawn_on[2], CROP_PX, 1.0)
                 clean, images, mask = (cut(each, windows, FEATURE_STRIDE).half() for each in drawn_on)
                 trunk, taps, features = (cut(each, windows, 1) for each in told)
                 found.append((clean, images, mask, trunk.half(), taps, features.half()))
     return Crops(*(torch.cat(each) for each in zip(*found, strict=True)))
+
+
+def strange_places(defect_mask: Tensor, taps: Tensor) -> Tensor:
+    """Where a good part looks least like one: 1 at the 1 % of places whose features deviate most, but for what is drawn and near it, else 0; the mask (B, 1, H, W), without features.
+
+    Hard negatives (Felzenszwalb et al. 2010, section 4.4): a glint or an edge that has moved is rare, so that crops around defects hardly show any.
+
+    Args:
+        defect_mask: (B, 1, H, W), above 0 on drawn defects.
+        taps: (B, n_taps, H/8, W/8), as ``DetailVAE.seen`` returns them.
+    """
+    if not taps.shape[1]:
+        return defect_mask
+    deviation = taps.mean(1, keepdim=True) * sound_places(defect_mask, torch.zeros_like(taps[:, :1]))
+    largest = deviation.flatten(1).quantile(1 - STRANGE_FRAC, dim=1)[:, None, None, None]
+    return F.interpolate((deviation >= largest).float(), scale_factor=FEATURE_STRIDE)
 
 
 def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> float:

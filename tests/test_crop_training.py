@@ -11,7 +11,7 @@ import config
 import crop_training
 import data_loader
 import engine
-from crop_training import N_DEFECTS, drawn_crops, learn_last, painted
+from crop_training import N_DEFECTS, N_STRANGE, drawn_crops, learn_last, painted, strange_places
 from vae_model import DetailLoss, cut
 
 CPU = engine.Runtime(torch.device("cpu"))
@@ -56,7 +56,7 @@ def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_mod
     training = data_loader.GoodImages(paths, 256, "stretch", config.AugmentSettings(), 0.75, 0)
     model = make_model("efficientnet_lite0").eval()
     crops = drawn_crops(model, training, 2, CPU)
-    assert crops.images.shape == (2 * N_DEFECTS, 3, 64, 64) and crops.taps.shape[2:] == (8, 8) and crops.mask.flatten(1).any(1).all()
+    assert crops.images.shape == (2 * N_DEFECTS, 3, 64, 64) and crops.taps.shape[2:] == (8, 8) and crops.mask[2 * N_STRANGE :].flatten(1).any(1).all()
     for row in range(len(crops.images)):
         clean, damaged, where = training.with_defects(row % 2, N_DEFECTS)
         taps, features = (each[0] for each in model.seen(model.describe(damaged[None], paint=False)))
@@ -65,6 +65,20 @@ def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_mod
         cuts = [torch.stack([cut(whole[None], [window], part.shape[-1] // 8)[0] for window in windows]) for whole, part in pairs]
         same = [(each - part[row].float()).abs().flatten(1).amax(1) < 1e-2 for each, (_, part) in zip(cuts, pairs, strict=True)]
         assert torch.stack(same).all(0).sum() == 1
+        if row < 2 * N_STRANGE:
+            top, left, height, width = windows[int(torch.stack(same).all(0).nonzero())]
+            strange = strange_places(where[None], taps[None])[0, 0, 4::8, 4::8]
+            assert strange[top : top + height, left : left + width].any()
+
+
+def test_strange_is_what_deviates_most_of_what_is_not_drawn():
+    taps, mask = torch.rand(2, 3, 20, 20), torch.zeros(2, 1, 160, 160)
+    taps[0, :, 3, 4], taps[0, :, 12, 12], taps[1, :, 7, 7] = 9.0, 20.0, 5.0
+    mask[0, :, 110:120, 90:100] = 1.0  # which the second of them is near
+    strange = strange_places(mask, taps)
+    assert strange.shape == mask.shape and strange.sum((1, 2, 3)).tolist() == [4 * 64, 4 * 64]
+    assert (strange[0, 0, 24:32, 32:40] == 1).all() and (strange[1, 0, 56:64, 56:64] == 1).all() and not strange[0, 0, 88:136, 72:120].any()
+    assert strange_places(mask, taps[:, :0]) is mask  # without features
 
 
 def dark_square(training, number):
