@@ -101,7 +101,7 @@ def main(settings: config.TrainSettings) -> None:
             train(run)
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
-        print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.best:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
+        print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.history[run.best_epoch - 1]['val/total']:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
     print(detector.calibration.describe())
     warn(odd_images(run, detector))
@@ -284,7 +284,7 @@ def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) 
     """Validate and keep what is worth keeping; returns the rest of the epoch's line."""
     validated = validate(run)
     run.history[-1].update(engine.prefixed("val", validated))
-    is_best = keep_if_best(run, epoch, validated["total"])
+    is_best = keep_if_best(run, epoch, lasting_loss(run, validated))
     save_last(run, optimizer, scheduler)
     shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
     return f"  validation {validated['total']:.4f}  ({shown}){'  best' if is_best else ''}"
@@ -365,8 +365,13 @@ def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -
     }
 
 
+def lasting_loss(run: Run, validated: dict[str, float]) -> float:
+    """What an epoch is judged by: the validation loss without the pixel branch's terms, where that goes on learning after the last epoch."""
+    return run.loss.of_latents(validated) if run.model.n_features and run.settings.drawn_defects else validated["total"]
+
+
 def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
-    """Write models/best_model.pth when the validation loss is the lowest so far."""
+    """Write models/best_model.pth when this loss is the lowest so far."""
     if not loss < run.best:  # also where it is not a number
         return False
     run.best, run.best_epoch = loss, epoch

@@ -31,6 +31,8 @@ from perceptual_loss import load_backbone, weights_here
 
 KIND = "detail_vae"
 LOGVAR_RANGE = (-8.0, 8.0)
+LATENT_TERMS = ("kl", "kl_detail", "feature", "feature_nll")
+"""Terms of the loss that the pixel branch has no part in."""
 BATCH_NORM_MOMENTUM = 0.05
 """Small, because a step sees few images (Ioffe & Szegedy 2015 leave it open; torch takes 0.1)."""
 GATE_LEVEL, GATE_SHARPNESS = 0.95, 8.0
@@ -639,6 +641,10 @@ class DetailLoss:
         """The terms of the pixel branch alone, and "total", their weighted sum, as it paints ``corrupted`` (B, 3, H, W) from its trunk and ``tap_deviations``, H/8 x W/8."""
         terms = self._pixel_terms(model, images, corrupted, defect_mask, trunk, taps)
         return {**terms, "total": self._weigh(terms, 1.0)}
+
+    def of_latents(self, terms: dict[str, float]) -> float:
+        """The weighted sum of those terms that the pixel branch has no part in, with the whole weight of the KL divergences."""
+        return self._weigh({name: terms[name] for name in LATENT_TERMS}, 1.0)
 
     def _cropped(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """What the pixel branch is given, in training crops of it, else of whole images; ``told``: features, their prediction and its log-variance."""

@@ -542,6 +542,14 @@ def test_patience_counts_validations(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics" / "training_history.json").read_text())["best_epoch"] == 10
 
 
+@pytest.mark.parametrize(("changes", "best"), [({"backbone": "efficientnet_lite0"}, 2), ({"backbone": "efficientnet_lite0", "drawn_defects": 0.0}, 1), ({}, 1)])
+def test_an_epoch_is_judged_by_what_no_later_learning_changes(data, tmp_path, monkeypatch, tiny_backbone, changes, best):
+    told = iter([{"total": 1.0, "feature": 0.3}, {"total": 2.0, "feature": 0.2}])
+    monkeypatch.setattr(train_stage, "validate", lambda run: {"kl": 1.0, "kl_detail": 1.0, "feature_nll": 0.1, **next(told)})
+    train(data, tmp_path, epochs=2, validate_every=1, **changes)
+    assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == best
+
+
 def test_fewer_epochs_than_done_are_refused_and_nothing_is_written(data, tmp_path):
     train(data, tmp_path, epochs=2)
     before = (tmp_path / "models" / "config.yaml").read_text()

@@ -15,7 +15,7 @@ from torch import distributions
 import engine
 import vae_model
 from config import InputError, LossSettings, as_dict
-from vae_model import DetailLoss, FeatureCache, corrupt_features, crop_windows, cut, gaussian_nll, kl_divergence
+from vae_model import LATENT_TERMS, DetailLoss, FeatureCache, corrupt_features, crop_windows, cut, gaussian_nll, kl_divergence
 
 ROOT = Path(__file__).parent.parent
 BACKBONES = ("none", "efficientnet_lite0")
@@ -590,6 +590,8 @@ def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
     scale = 0.5 if "kl" in term else 1.0
     assert (heavier["total"] - plain["total"]).item() == pytest.approx(2.0 * scale * plain[term].item(), rel=1e-3)
     assert plain[term].item() != 0.0
+    lasting = [DetailLoss(settings, None).of_latents(plain).item() for settings in (base, base.replace(**{setting: getattr(base, setting) + 2.0}))]
+    assert lasting[1] - lasting[0] == pytest.approx(2.0 * plain[term].item() if term in LATENT_TERMS else 0.0, rel=1e-3)
 
 
 def test_the_terms_are_those_of_the_clean_image_not_of_the_damaged_one(make_model):
