@@ -219,6 +219,7 @@ class MapSettings(Settings):
     score_nearest: float = setting(1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0)
     score_bank: float = setting(1.0, "Share of the features' distance in the map that the image score is taken from.", minimum=0.0)
     segmentation_gate: float = setting(0.9, "How far the head that outlines defects shapes the fused map, where there is one: what stands out is multiplied by 1 - gate + gate * outline.", unit="fraction", minimum=0.0, maximum=1.0)
+    segmentation_trust: float = setting(0.5, "How far the head is believed that what stands out is a defect: multiplied by the largest probability nearby to this power; 0 takes the outline alone from the head.", minimum=0.0, maximum=4.0)
     outline_window_frac: float = setting(0.1, "Diameter of the disc within which the head's probability is compared with its largest, which makes the outline, of the side.", unit="fraction", minimum=0.0, maximum=0.5)
     link_frac: float = setting(0.16, "Length of the lines along which what is too faint for the head to shape is averaged, of the side; 0 averages nothing.", unit="fraction", minimum=0.0, maximum=0.5)
     own_level: float = setting(0.0, "The fused map is taken relative to how much stands out all over the image (in log(1 + z), see defect_maps.own_level), up to so much: for small defects, as a large one stands out all over it too; 0 leaves it as it is.", minimum=0.0)

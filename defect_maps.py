@@ -449,8 +449,8 @@ class Detector:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
         fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
         if self.gate:
-            shape = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size))
-            fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape)
+            shape, trust = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size), self.maps.segmentation_trust)
+            fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape) * trust
         if not self.maps.link_frac and not self.maps.own_level:
             return fused
         logs = linked(signed_log(fused), round(self.maps.link_frac * self.image_size))
@@ -579,14 +579,15 @@ def signed_exp(logs: np.ndarray) -> np.ndarray:
     return np.copysign(np.expm1(np.abs(logs)), logs).astype(np.float32)
 
 
-def outline(probability: np.ndarray, diameter: int) -> np.ndarray:
-    """How a defect is shaped, whether or not it is one: the probability of a defect (B, H, W) over its largest within a disc, (B, H, W) in (0, 1].
+def outline(probability: np.ndarray, diameter: int, trust: float) -> tuple[np.ndarray, np.ndarray]:
+    """How a defect is shaped, and how far the head that outlines it is believed that it is one, both (B, H, W) in (0, 1], from its probability (B, H, W).
 
-    Both have OUTLINE_FLOOR added, so that it is near 1 where the head sees nothing at all. So a place that the head takes for a defect,
-    rightly or not, gains nothing against another place; it is only told from its own surroundings.
+    The shape is the probability over its largest within a disc, so that a place is only told from its own surroundings. The largest
+    itself, to the power of ``trust``, is what the head adds: with 0 nothing, and what it takes for a defect, rightly or not, gains
+    nothing against another place. All have OUTLINE_FLOOR added, so that the shape is near 1 where the head sees nothing at all.
     """
-    largest = np.stack([_largest_within(each, diameter) for each in probability])
-    return (probability + OUTLINE_FLOOR) / (largest + OUTLINE_FLOOR)
+    largest = np.stack([_largest_within(each, diameter) for each in probability]) + OUTLINE_FLOOR
+    return (probability + OUTLINE_FLOOR) / largest, (largest / (1 + OUTLINE_FLOOR)) ** trust
 
 
 def _largest_within(values: np.ndarray, diameter: int) -> np.ndarray:

@@ -276,8 +276,9 @@ def test_raw_maps_are_what_their_names_say(make_model):
 
 
 @pytest.mark.parametrize("thorough", [True, False])
-def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough):
-    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, outline_window_frac=0.25, **NEAREST_SCORE))
+@pytest.mark.parametrize("trust", [0.0, 0.5])
+def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough, trust):
+    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, segmentation_trust=trust, outline_window_frac=0.25, **NEAREST_SCORE))
     plain = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE))
     for each in (detector, plain):
         each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
@@ -292,7 +293,8 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
         seen = whole.defect_map[:, 36:38]
         level = defect_maps.SHAPED_ABOVE
         np.testing.assert_allclose(gated.defect_map[:, 36:38], np.where(seen > level, level + beside * (seen - level), seen), rtol=1e-2, atol=1e-4)
-        np.testing.assert_allclose(gated.defect_map[:, 48:], whole.defect_map[:, 48:], rtol=1e-3, atol=1e-4)  # out of its reach
+        away, believed = whole.defect_map[:, 48:], (defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)) ** trust  # out of its reach
+        np.testing.assert_allclose(gated.defect_map[:, 48:], np.where(away > level, level + believed * (away - level), away), rtol=1e-2, atol=1e-4)
         assert gated.score == pytest.approx(whole.score)
         n_shaped += (seen > level).sum()
     assert n_shaped
@@ -301,19 +303,21 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
 def test_an_outline_compares_a_place_with_its_surroundings_alone():
     probability = np.zeros((2, 40, 40), np.float32)
     probability[0, 10, 10], probability[0, 10, 12], probability[0, 30, 30] = 0.9, 0.4, 0.4
-    found = defect_maps.outline(probability, 9)
+    found, believed = defect_maps.outline(probability, 9, 0.5)
     assert found.dtype == np.float32 and found.shape == probability.shape
     assert found[0, 10, 10] == found[0, 30, 30] == 1.0  # sure or not, each is the peak of its place
     assert found[0, 10, 12] == pytest.approx(0.42 / 0.92) and found[0, 14, 10] == pytest.approx(0.02 / 0.92) and found[0, 34, 30] == pytest.approx(0.02 / 0.42)
     assert (found[0, 20] == 1.0).all() and (found[1] == 1.0).all()
-    np.testing.assert_array_equal(defect_maps.outline(probability, 0), 1.0)
+    assert believed.shape == probability.shape and believed[0, 10, 12] == pytest.approx((0.92 / 1.02) ** 0.5) and believed[0, 20, 20] == pytest.approx((0.02 / 1.02) ** 0.5)
+    np.testing.assert_array_equal(defect_maps.outline(probability, 9, 0.0)[1], 1.0)
+    np.testing.assert_array_equal(defect_maps.outline(probability, 0, 0.0)[0], 1.0)
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (97, 131)])
 def test_a_wide_disc_reaches_as_far_in_blocks_as_in_pixels(shape):
     probability = np.zeros((1, *shape), np.float32)
     probability[0, 40, 60] = 1.0
-    low = defect_maps.outline(probability, 45)[0] < 0.5  # within reach of the one that is sure; itself is not
+    low = defect_maps.outline(probability, 45, 0.0)[0][0] < 0.5  # within reach of the one that is sure; itself is not
     rows, columns = np.indices(shape)
     away = np.hypot(rows - 40, columns - 60)
     assert low[(away > 2) & (away < 19)].all() and not low[away > 26].any()
