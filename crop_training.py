@@ -19,7 +19,17 @@ from tqdm import tqdm
 import engine
 from config import TrainSettings
 from data_loader import GoodImages
-from vae_model import FEATURE_STRIDE, DetailLoss, DetailVAE, Painting, crop_windows, cut, feature_surprise, fold_layers, sound_places
+from vae_model import (
+    FEATURE_STRIDE,
+    DetailLoss,
+    DetailVAE,
+    Painting,
+    crop_windows,
+    cut,
+    feature_surprise,
+    fold_layers,
+    sound_places,
+)
 
 N_DEFECTS, N_STRANGE = 5, 1
 """Defects drawn on an image at most, and crops taken of it; so many of those lie where it deviates most although nothing is drawn (see ``strange_places``)."""

@@ -15,7 +15,16 @@ from torch import distributions
 import engine
 import vae_model
 from config import InputError, LossSettings, as_dict
-from vae_model import LATENT_TERMS, DetailLoss, FeatureCache, corrupt_features, crop_windows, cut, gaussian_nll, kl_divergence
+from vae_model import (
+    LATENT_TERMS,
+    DetailLoss,
+    FeatureCache,
+    corrupt_features,
+    crop_windows,
+    cut,
+    gaussian_nll,
+    kl_divergence,
+)
 
 ROOT = Path(__file__).parent.parent
 BACKBONES = ("none", "efficientnet_lite0")
