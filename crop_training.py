@@ -79,7 +79,7 @@ def learn_last(model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss,
 
 
 def drawn_crops(model: DetailVAE, training: GoodImages, n: int, runtime: engine.Runtime) -> Crops:
-    """Crops around the defects drawn on n good images, and what the model, in evaluation mode, says there."""
+    """Crops around the defects drawn on n good images, some where a good part looks strange, and what the model, in evaluation mode, says there."""
     size = runtime.batch_size(0)
 
     def drawn() -> Iterator[tuple[Tensor, ...]]:
