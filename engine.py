@@ -29,7 +29,7 @@ import files
 from config import InputError, Settings, UsageError, as_dict
 from streams import ahead
 
-FORMAT = 12
+FORMAT = 13
 """Format number written into every checkpoint; a reader refuses any other."""
 
 DAMAGED_FILE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error, zipfile.BadZipFile)

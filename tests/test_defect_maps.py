@@ -415,6 +415,14 @@ def test_without_morphology_maps_are_as_they_were_computed(make_model):
         np.testing.assert_allclose(maps, raw[name][:, 0].numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_morphology_blurs_maps_but_not_the_outline_of_the_head(make_model):
+    detector, images = detector_of(make_model("efficientnet_lite0", segmentation=True)), good_images(2, seed=1)
+    output = detector.describe(images, ["pixel", "segmentation"])
+    found, raw = (made(["pixel", "segmentation"]) for made in (lambda names: detector.refined_maps(images, output, names), lambda names: defect_maps.raw_maps(names, detector.model, images, output)))
+    np.testing.assert_allclose(found["segmentation"], raw["segmentation"][:, 0].numpy(), rtol=1e-5, atol=1e-6)
+    assert np.diff(found["pixel"]).std() < 0.5 * np.diff(raw["pixel"][:, 0].numpy()).std()
+
+
 @pytest.mark.parametrize(("horizontal", "vertical", "n_views"), [(True, False, 2), (False, True, 2), (True, True, 4), (False, False, 1)])
 def test_flipped_views_are_averaged_where_training_flips(make_model, horizontal, vertical, n_views):
     plain, images = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0)), torch.rand(2, 3, 64, 64)
