@@ -425,7 +425,7 @@ class Detector:
         return [(3,)] * across + [(2,)] * upright + [(2, 3)] * (across and upright)
 
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names; the head's probability as sharp as it comes."""
+        """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names; the head's probability by less, or its outlines would be as wide as theirs."""
         if not names:
             return {}
         views = [self._view_maps(images, output, names)]
@@ -438,8 +438,8 @@ class Detector:
     def _view_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         with self._inferring():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
-        found = {name: maps[:, 0].cpu().numpy() for name, maps in raw.items()}
-        return {name: maps if name == "segmentation" else np.stack([refine(each, self.maps.smoothing_frac, self.maps.closing_frac) for each in maps]) for name, maps in found.items()}
+        usual, of_head = (self.maps.smoothing_frac, self.maps.closing_frac), (self.maps.outline_smoothing_frac, 0.0)
+        return {name: np.stack([refine(each, *(of_head if name == "segmentation" else usual)) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""

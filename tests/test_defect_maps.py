@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -415,12 +416,19 @@ def test_without_morphology_maps_are_as_they_were_computed(make_model):
         np.testing.assert_allclose(maps, raw[name][:, 0].numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_morphology_blurs_maps_but_not_the_outline_of_the_head(make_model):
-    detector, images = detector_of(make_model("efficientnet_lite0", segmentation=True)), good_images(2, seed=1)
-    output = detector.describe(images, ["pixel", "segmentation"])
-    found, raw = (made(["pixel", "segmentation"]) for made in (lambda names: detector.refined_maps(images, output, names), lambda names: defect_maps.raw_maps(names, detector.model, images, output)))
-    np.testing.assert_allclose(found["segmentation"], raw["segmentation"][:, 0].numpy(), rtol=1e-5, atol=1e-6)
-    assert np.diff(found["pixel"]).std() < 0.5 * np.diff(raw["pixel"][:, 0].numpy()).std()
+def test_the_head_is_smoothed_by_its_own_width_and_not_closed(make_model):
+    images, names = good_images(2, seed=1), ["pixel", "segmentation"]
+    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(outline_smoothing_frac=0.0))
+    output = detector.describe(images, names)
+    raw = {name: maps[:, 0].numpy() for name, maps in defect_maps.raw_maps(names, detector.model, images, output).items()}
+    found = detector.refined_maps(images, output, names)
+    np.testing.assert_allclose(found["segmentation"], raw["segmentation"], rtol=1e-5, atol=1e-6)
+    assert np.diff(found["pixel"]).std() < 0.5 * np.diff(raw["pixel"]).std()
+    detector.maps = detector.maps.replace(outline_smoothing_frac=0.03)
+    smooth = detector.refined_maps(images, output, names)
+    np.testing.assert_array_equal(smooth["pixel"], found["pixel"])
+    expected = [cv2.GaussianBlur(each, (0, 0), 0.03 * 64, borderType=cv2.BORDER_REFLECT_101) for each in raw["segmentation"]]
+    np.testing.assert_allclose(smooth["segmentation"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("horizontal", "vertical", "n_views"), [(True, False, 2), (False, True, 2), (True, True, 4), (False, False, 1)])
