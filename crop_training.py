@@ -2,6 +2,8 @@
 
 The latents and what they predict of features stay as they are, and with them all that the image score comes from. A crop costs the one a fifth,
 the other a thirtieth of what an image costs in a step of the whole model, so both see many more drawn defects here; and what the head sees painted no longer changes.
+Crops around defects are full of them, images are not: a head that learned from those alone takes many a good place for one. So it is asked
+what it is wrong about on further images, and goes on with crops of that beside the others.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 from tqdm import tqdm
 
 import engine
@@ -43,6 +45,8 @@ PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
 """Crops in a step of the pixel branch, and its steps for each image."""
 HEAD_BATCH, HEAD_STEPS_AN_IMAGE = 32, 1.0
 """The same of the head."""
+MISTAKEN_IMAGES, MISTAKEN_STEPS, MISTAKEN_LEARNING_RATE = 0.4, 0.6, 0.3
+"""Further images for what the head is wrong about, its steps with crops of those in half of each batch, and their learning rate, each as a share of what went before."""
 
 
 class Crops(NamedTuple):
@@ -71,54 +75,60 @@ def learn_last(model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss,
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        crops = drawn_crops(fold_layers(copy.deepcopy(model)), training, n, runtime)
+        crops = drawn_crops(fold_layers(copy.deepcopy(model)), training, range(n), N_STRANGE, runtime)
         losses = {"pixels": train_pixels(model, crops, n, loss, settings, runtime)}
         if settings.segmentation:
-            losses["outlines"] = train_head(model, crops, n, settings, runtime)
+            losses |= train_head(model, training, crops, n, settings, runtime)
         return losses
 
 
-def drawn_crops(model: DetailVAE, training: GoodImages, n: int, runtime: engine.Runtime) -> Crops:
-    """Crops around the defects drawn on n good images, some where a good part looks strange, and what the model, in evaluation mode, says there."""
+def drawn_crops(model: DetailVAE, training: GoodImages, numbers: range, n_strange: int, runtime: engine.Runtime) -> Crops:
+    """N_DEFECTS crops of each image of those numbers, with defects drawn on it, and what the model, in evaluation mode, says there.
+
+    ``n_strange`` of them lie where it takes a good part for something else: where the head sees defects, or features deviate without one; the others around drawn defects.
+    """
     size = runtime.batch_size(0)
 
     def drawn() -> Iterator[tuple[Tensor, ...]]:
-        for start in range(0, n, size):
-            samples = [training.with_defects(number, N_DEFECTS) for number in range(start, min(start + size, n))]
+        for start in range(0, len(numbers), size):
+            samples = [training.with_defects(number, N_DEFECTS) for number in numbers[start : start + size]]
             yield tuple(torch.stack(each) for each in zip(*samples, strict=True))
 
-    def described(batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def described(batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
         with torch.no_grad(), runtime.autocast():
-            output = model.describe(runtime.put(batch[1]), paint=False)
-            return batch, tuple(each.float().cpu() for each in (output.trunk, *model.seen(output)))
+            output = model.describe(runtime.put(batch[1]), paint=model.defect_head is not None)
+            taps, features = model.seen(output)
+            suspicion = taps if output.defect_logits is None else F.max_pool2d(output.defect_logits, FEATURE_STRIDE)
+            return batch, tuple(each.float().cpu() for each in (output.trunk, taps, features)), (suspicion.float().cpu(),)
 
     found = []
-    with tqdm(total=n, unit="image", desc="drawing defects", leave=False) as bar:
-        for drawn_on, told in runtime.each(described, drawn()):
+    with tqdm(total=len(numbers), unit="image", desc="drawing defects", leave=False) as bar:
+        for drawn_on, told, (suspicion,) in runtime.each(described, drawn()):
             bar.update(len(drawn_on[0]))
-            strange = strange_places(drawn_on[2], told[1])
+            strange = strange_places(drawn_on[2], suspicion)
             for number in range(N_DEFECTS):
-                windows = crop_windows(strange if number < N_STRANGE else drawn_on[2], CROP_PX, 1.0)
+                windows = crop_windows(strange if number < n_strange else drawn_on[2], CROP_PX, 1.0)
                 clean, images, mask = (cut(each, windows, FEATURE_STRIDE).half() for each in drawn_on)
                 trunk, taps, features = (cut(each, windows, 1) for each in told)
                 found.append((clean, images, mask, trunk.half(), taps, features.half()))
     return Crops(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
-def strange_places(defect_mask: Tensor, taps: Tensor) -> Tensor:
-    """Where a good part looks least like one: 1 at the 1 % of places whose features deviate most, but for what is drawn and near it, else 0; the mask (B, 1, H, W), without features.
+def strange_places(defect_mask: Tensor, suspicion: Tensor) -> Tensor:
+    """Where a good part looks least like one: 1 at the 1 % of places that are suspected most, but for what is drawn and near it, else 0; the mask (B, 1, H, W), without suspicions.
 
     Hard negatives (Felzenszwalb et al. 2010, section 4.4): a glint or an edge that has moved is rare, so that crops around defects hardly show any.
 
     Args:
         defect_mask: (B, 1, H, W), above 0 on drawn defects.
-        taps: (B, n_taps, H/8, W/8), as ``DetailVAE.seen`` returns them.
+        suspicion: (B, C, H/8, W/8), the mean over channels counts: ``DetailVAE.seen``'s taps, or the head's log-odds.
     """
-    if not taps.shape[1]:
+    if not suspicion.shape[1]:
         return defect_mask
-    deviation = taps.mean(1, keepdim=True) * sound_places(defect_mask, torch.zeros_like(taps[:, :1]))
-    largest = deviation.flatten(1).quantile(1 - STRANGE_FRAC, dim=1)[:, None, None, None]
-    return F.interpolate((deviation >= largest).float(), scale_factor=FEATURE_STRIDE)
+    mean = suspicion.mean(1, keepdim=True)
+    mean = mean.masked_fill(sound_places(defect_mask, torch.zeros_like(mean)) == 0, mean.min().item())
+    most = mean.flatten(1).quantile(1 - STRANGE_FRAC, dim=1)[:, None, None, None]
+    return F.interpolate((mean >= most).float(), scale_factor=FEATURE_STRIDE)
 
 
 def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> float:
@@ -134,17 +144,36 @@ def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, setti
     return mean
 
 
-def train_head(model: DetailVAE, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime) -> float:
-    """Give the model a new head and train it on the crops and what is painted of them; the mean cross-entropy in nats a pixel."""
-    painting = painted(fold_layers(copy.deepcopy(model)), crops, runtime)
+def train_head(model: DetailVAE, training: GoodImages, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime) -> dict[str, float]:
+    """Give the model a new head and train it on the crops of n images, then on those and as many of what it is wrong about on further ones; the mean cross-entropies in nats a pixel."""
+    seen = seen_by_head(model, crops, runtime)
     model.add_defect_head()
     head = runtime.put_model(model.defect_head)
+    n_steps = max(1, round(HEAD_STEPS_AN_IMAGE * n))
+    losses = {"outlines": _train(head, seen, HEAD_BATCH, n_steps, outline_terms(head), "outlines", settings, runtime)}
+    model.eval()
+    further = range(n, n + max(1, round(MISTAKEN_IMAGES * n)))
+    mistaken = seen_by_head(model, drawn_crops(fold_layers(copy.deepcopy(model)), training, further, N_DEFECTS, runtime), runtime)
+    both = TensorDataset(*(torch.cat(pair) for pair in zip(seen.tensors, mistaken.tensors, strict=True)))
+    weights = torch.cat([torch.full((len(each),), 1 / len(each)) for each in (seen, mistaken)])
+    slower = settings.replace(learning_rate=MISTAKEN_LEARNING_RATE * settings.learning_rate)
+    losses["mistakes"] = _train(head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), outline_terms(head), "mistakes", slower, runtime, weights)
+    model.eval()
+    return losses
 
+
+def seen_by_head(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> TensorDataset:
+    """Images, masks, taps, features and painting of crops: what the head learns from."""
+    painting = painted(fold_layers(copy.deepcopy(model)), crops, runtime)
+    return TensorDataset(crops.images, crops.mask, crops.taps, crops.features, *painting)
+
+
+def outline_terms(head: nn.Module) -> Callable[..., dict[str, Tensor]]:
+    """The loss of a batch of ``seen_by_head``: binary cross-entropy."""
     def terms(images: Tensor, mask: Tensor, taps: Tensor, features: Tensor, *painting: Tensor) -> dict[str, Tensor]:
         return {"total": F.binary_cross_entropy_with_logits(head(images, Painting(*painting), taps, features), mask)}
 
-    data = TensorDataset(crops.images, crops.mask, crops.taps, crops.features, *painting)
-    return _train(head, data, HEAD_BATCH, max(1, round(HEAD_STEPS_AN_IMAGE * n)), terms, "outlines", settings, runtime)
+    return terms
 
 
 def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting:
@@ -159,11 +188,13 @@ def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting
     return Painting(*(torch.cat(each) for each in zip(*runtime.each(paint, batches), strict=True)))
 
 
-def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int, terms: Callable[..., dict[str, Tensor]], what: str, settings: TrainSettings, runtime: engine.Runtime) -> float:
-    """So many steps of a part of the model, each with crops drawn at random; the mean of "total" among its terms."""
+def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int, terms: Callable[..., dict[str, Tensor]], what: str, settings: TrainSettings, runtime: engine.Runtime, weights: Tensor | None = None) -> float:
+    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of "total" among its terms."""
     optimizer = torch.optim.AdamW(part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps))
-    loader = DataLoader(crops, batch_size, sampler=RandomSampler(crops, replacement=True, num_samples=n_steps * batch_size), pin_memory=runtime.pin_memory)
+    n = n_steps * batch_size
+    sampler = RandomSampler(crops, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)
+    loader = DataLoader(crops, batch_size, sampler=sampler, pin_memory=runtime.pin_memory)
 
     def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         return terms(*(runtime.put(each).float() for each in batch)), len(batch[0])

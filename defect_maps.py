@@ -452,6 +452,7 @@ class Detector:
         if self.gate:
             shape, trust = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size), self.maps.segmentation_trust)
             fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape) * trust
+            fused += self.maps.segmentation_weight * smooth["segmentation"]
         if not self.maps.link_frac and not self.maps.own_level:
             return fused
         logs = linked(signed_log(fused), round(self.maps.link_frac * self.image_size))

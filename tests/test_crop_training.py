@@ -34,7 +34,7 @@ def test_how_many_images_it_takes():
 def test_crops_hold_the_images_and_what_the_model_says_of_them(make_model, training, backbone):
     model = make_model(backbone, base_channels=8).eval()
     model.fit_feature_scale(training.plain_batches(4))
-    crops = drawn_crops(model, training, 3, CPU)
+    crops = drawn_crops(model, training, range(3), N_STRANGE, CPU)
     assert len(crops.mask) == 3 * N_DEFECTS
     assert crops.taps.shape[1:] == (len(model.tap_channels), 8, 8) and crops.features.shape[1:] == (2 * model.n_features, 8, 8)
     numbers = [0, 1] * N_DEFECTS + [2] * N_DEFECTS  # batches of two, cropped in rounds; a crop is all of an image of 64 px
@@ -55,7 +55,7 @@ def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_mod
     paths = [save(tmp_path / f"{index}.png", picture(256, 256, index)) for index in range(3)]
     training = data_loader.GoodImages(paths, 256, "stretch", config.AugmentSettings(), 0.75, 0)
     model = make_model("efficientnet_lite0").eval()
-    crops = drawn_crops(model, training, 2, CPU)
+    crops = drawn_crops(model, training, range(2), N_STRANGE, CPU)
     assert crops.images.shape == (2 * N_DEFECTS, 3, 64, 64) and crops.taps.shape[2:] == (8, 8) and crops.mask[2 * N_STRANGE :].flatten(1).any(1).all()
     for row in range(len(crops.images)):
         clean, damaged, where = training.with_defects(row % 2, N_DEFECTS)
@@ -81,6 +81,25 @@ def test_strange_is_what_deviates_most_of_what_is_not_drawn():
     assert strange_places(mask, taps[:, :0]) is mask  # without features
 
 
+def test_a_head_is_shown_where_it_takes_a_good_place_for_a_defect(make_model, tmp_path):
+    paths = [save(tmp_path / f"{index}.png", picture(256, 256, index)) for index in range(3)]
+    training = data_loader.GoodImages(paths, 256, "stretch", config.AugmentSettings(), 0.75, 0)
+    model = make_model("efficientnet_lite0")
+    model.add_defect_head()
+    model.eval()
+    crops = drawn_crops(model, training, range(4, 6), N_DEFECTS, CPU)
+    assert len(crops.mask) == 2 * N_DEFECTS
+    for row in range(len(crops.images)):
+        _, damaged, where = training.with_defects(4 + row % 2, N_DEFECTS)
+        with torch.no_grad():
+            logits = model.describe(damaged[None], paint=True).defect_logits
+        suspected = strange_places(where[None], torch.nn.functional.max_pool2d(logits, 8))
+        sure = logits[(suspected > 0) & (where[None] == 0)].max()
+        same = [(cut(damaged[None], [(top, left, 8, 8)], 8)[0] - crops.images[row].float()).abs().max() < 1e-3 for top in range(25) for left in range(25)]
+        top, left = divmod(same.index(True), 25)
+        assert cut(suspected, [(top, left, 8, 8)], 8).any() and sure > logits.mean()
+
+
 def dark_square(training, number):
     """An image (3, 64, 64), the same with a dark square, and where that is, (1, 64, 64)."""
     y, x = np.random.default_rng(number).integers(0, 52, 2)
@@ -98,7 +117,7 @@ def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     chance = torch.get_rng_state()
     losses = learn_last(model, training, 120, LOSS, SETTINGS, CPU)
-    assert torch.equal(torch.get_rng_state(), chance) and losses.keys() == {"pixels", "outlines"} and 0 < losses["outlines"] < 0.69
+    assert torch.equal(torch.get_rng_state(), chance) and losses.keys() == {"pixels", "outlines", "mistakes"} and 0 < losses["outlines"] < 0.69
     of_pixels = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
     assert {name.partition(".")[0] for name in of_pixels} == {"up4", "up2", "detail4", "detail2", "skip4", "skip2", "skip1", "pixel_head", *(["stem2", "stem4"] if model.n_features else [])}
     assert {name.partition(".")[0] for name in model.state_dict().keys() - before.keys()} == {"defect_head"}

@@ -277,9 +277,10 @@ def test_raw_maps_are_what_their_names_say(make_model):
 
 
 @pytest.mark.parametrize("thorough", [True, False])
-@pytest.mark.parametrize("trust", [0.0, 0.5])
-def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough, trust):
-    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.9, segmentation_trust=trust, outline_window_frac=0.25, **NEAREST_SCORE))
+@pytest.mark.parametrize(("trust", "weight"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.7)])
+def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough, trust, weight):
+    shaped = PIXELS.replace(segmentation_gate=0.9, segmentation_trust=trust, segmentation_weight=weight, outline_window_frac=0.25, outline_smoothing_frac=0.0, **NEAREST_SCORE)
+    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), shaped)
     plain = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE))
     for each in (detector, plain):
         each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
@@ -290,7 +291,7 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
     n_shaped = 0
     images = torch.cat([good_images(1), torch.rand(1, 3, 64, 64)])
     for gated, whole in zip(detector.detect(images, thorough), plain.detect(images, thorough), strict=True):
-        np.testing.assert_allclose(gated.defect_map[:, :24], whole.defect_map[:, :24], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(gated.defect_map[:, :24], whole.defect_map[:, :24] + weight, rtol=1e-3, atol=1e-4)  # and the sure half is raised
         seen = whole.defect_map[:, 36:38]
         level = defect_maps.SHAPED_ABOVE
         np.testing.assert_allclose(gated.defect_map[:, 36:38], np.where(seen > level, level + beside * (seen - level), seen), rtol=1e-2, atol=1e-4)
