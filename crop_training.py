@@ -94,16 +94,16 @@ def drawn_crops(model: DetailVAE, training: GoodImages, numbers: range, n_strang
             samples = [training.with_defects(number, N_DEFECTS) for number in numbers[start : start + size]]
             yield tuple(torch.stack(each) for each in zip(*samples, strict=True))
 
-    def described(batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    def described(batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         with torch.no_grad(), runtime.autocast():
             output = model.describe(runtime.put(batch[1]), paint=model.defect_head is not None)
             taps, features = model.seen(output)
             suspicion = taps if output.defect_logits is None else F.max_pool2d(output.defect_logits, FEATURE_STRIDE)
-            return batch, tuple(each.float().cpu() for each in (output.trunk, taps, features)), (suspicion.float().cpu(),)
+            return batch, tuple(each.float().cpu() for each in (output.trunk, taps, features)), suspicion.float().cpu()
 
     found = []
     with tqdm(total=len(numbers), unit="image", desc="drawing defects", leave=False) as bar:
-        for drawn_on, told, (suspicion,) in runtime.each(described, drawn()):
+        for drawn_on, told, suspicion in runtime.each(described, drawn()):
             bar.update(len(drawn_on[0]))
             strange = strange_places(drawn_on[2], suspicion)
             for number in range(N_DEFECTS):
