@@ -139,9 +139,7 @@ def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, setti
         return loss.of_pixels(model, clean, images, mask, trunk, taps)
 
     data = TensorDataset(*crops[:5])
-    mean = _train(model.pixel_branch, data, PIXEL_BATCH, max(1, round(PIXEL_STEPS_AN_IMAGE * n)), terms, "painting", settings, runtime)
-    model.eval()
-    return mean
+    return _train(model.pixel_branch, data, PIXEL_BATCH, max(1, round(PIXEL_STEPS_AN_IMAGE * n)), terms, "painting", settings, runtime)
 
 
 def train_head(model: DetailVAE, training: GoodImages, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime) -> dict[str, float]:
@@ -149,16 +147,18 @@ def train_head(model: DetailVAE, training: GoodImages, crops: Crops, n: int, set
     seen = seen_by_head(model, crops, runtime)
     model.add_defect_head()
     head = runtime.put_model(model.defect_head)
+
+    def terms(images: Tensor, mask: Tensor, taps: Tensor, features: Tensor, *painting: Tensor) -> dict[str, Tensor]:
+        return {"total": F.binary_cross_entropy_with_logits(head(images, Painting(*painting), taps, features), mask)}
+
     n_steps = max(1, round(HEAD_STEPS_AN_IMAGE * n))
-    losses = {"outlines": _train(head, seen, HEAD_BATCH, n_steps, outline_terms(head), "outlines", settings, runtime)}
-    model.eval()
+    losses = {"outlines": _train(head, seen, HEAD_BATCH, n_steps, terms, "outlines", settings, runtime)}
     further = range(n, n + max(1, round(MISTAKEN_IMAGES * n)))
     mistaken = seen_by_head(model, drawn_crops(fold_layers(copy.deepcopy(model)), training, further, N_DEFECTS, runtime), runtime)
     both = TensorDataset(*(torch.cat(pair) for pair in zip(seen.tensors, mistaken.tensors, strict=True)))
     weights = torch.cat([torch.full((len(each),), 1 / len(each)) for each in (seen, mistaken)])
     slower = settings.replace(learning_rate=MISTAKEN_LEARNING_RATE * settings.learning_rate)
-    losses["mistakes"] = _train(head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), outline_terms(head), "mistakes", slower, runtime, weights)
-    model.eval()
+    losses["mistakes"] = _train(head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), terms, "mistakes", slower, runtime, weights)
     return losses
 
 
@@ -166,14 +166,6 @@ def seen_by_head(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Ten
     """Images, masks, taps, features and painting of crops: what the head learns from."""
     painting = painted(fold_layers(copy.deepcopy(model)), crops, runtime)
     return TensorDataset(crops.images, crops.mask, crops.taps, crops.features, *painting)
-
-
-def outline_terms(head: nn.Module) -> Callable[..., dict[str, Tensor]]:
-    """The loss of a batch of ``seen_by_head``: binary cross-entropy."""
-    def terms(images: Tensor, mask: Tensor, taps: Tensor, features: Tensor, *painting: Tensor) -> dict[str, Tensor]:
-        return {"total": F.binary_cross_entropy_with_logits(head(images, Painting(*painting), taps, features), mask)}
-
-    return terms
 
 
 def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting:
@@ -189,7 +181,7 @@ def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting
 
 
 def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int, terms: Callable[..., dict[str, Tensor]], what: str, settings: TrainSettings, runtime: engine.Runtime, weights: Tensor | None = None) -> float:
-    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of "total" among its terms."""
+    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of "total" among its terms. The part is left in evaluation mode."""
     optimizer = torch.optim.AdamW(part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps))
     n = n_steps * batch_size
@@ -199,4 +191,6 @@ def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int,
     def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         return terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
 
-    return engine.train_epoch(part, tqdm(loader, unit="step", desc=what, leave=False), of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]
+    mean = engine.train_epoch(part, tqdm(loader, unit="step", desc=what, leave=False), of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]
+    part.eval()
+    return mean
