@@ -167,6 +167,22 @@ def iter_image_batches(
         yield batch()
 
 
+def draw_on(images: torch.Tensor, windows: Iterable[tuple[slice, slice]], area_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
+    """Images (B, 3, H, W) in [0, 1], on the CPU, with a defect drawn within the window of each, but for mere strips, and where it is, bool (B, H, W).
+
+    ``area_share``: areas are that many times as large a share of the image as in training.
+    """
+    drawn = []
+    for image, inside in zip(images, windows, strict=True):
+        pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+        mask = np.zeros(pixels.shape[:2], bool)
+        if min(mask[inside].shape) >= drawn_defects.SMALLEST_SIDE_PX:
+            pixels[inside], mask[inside] = drawn_defects.draw_defect(pixels[inside], rng, area_frac=tuple(area_share * frac for frac in drawn_defects.AREA_FRAC))
+        drawn.append((pixels, mask))
+    pixels, masks = zip(*drawn, strict=True)
+    return to_tensor(pixels), np.stack(masks)
+
+
 # --------------------------------------------------------------------------------------------- training
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from config import MapSettings, from_dict
 from data_loader import assert_images
 from engine import Runtime, load_checkpoint, make_runtime, reading_contents
-from evaluation import ssim_map
+from evaluation import best_pixel_threshold, count_pixels, ssim_map
 from perceptual_loss import PerceptualLoss, weights_here
 from tiles import Blend, tile_corners, window
 from vae_model import (
@@ -45,6 +45,8 @@ SIDE_MULTIPLE_PX = 32
 """Sides that the model takes: it halves them five times."""
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
+USUAL_FALSE_POSITIVES = 0.001
+"""Share of good pixels above the pixel threshold where no share is given and no defect is drawn."""
 RING_PX, N_RINGS, RING_QUANTILE = 8, 4, 0.99
 """Pixels and number of the rings along the border of an image in which a map may be larger than further in, and the quantile that says by how much."""
 LEAST_INTERIOR = 0.1
@@ -308,10 +310,11 @@ class Calibration:
 
     @classmethod
     def of(cls, scales: dict[str, MapScale], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
-        """Thresholds from the image scores and the maps, of any shape, of held-out good images."""
+        """Thresholds from the image scores and the maps, of any shape, of held-out good images; ``pixel_false_positives`` of 0 is USUAL_FALSE_POSITIVES."""
         scores = sorted(scores)
         threshold, promised = sober_threshold(scores, alpha)
-        return cls(scales, scores, alpha, threshold, promised and exchangeable, float(np.quantile(maps, 1 - pixel_false_positives)), exchangeable)
+        pixel_threshold = float(np.quantile(maps, 1 - (pixel_false_positives or USUAL_FALSE_POSITIVES)))
+        return cls(scales, scores, alpha, threshold, promised and exchangeable, pixel_threshold, exchangeable)
 
     def judge(self, score: float) -> Detection:
         """What an image score says, still without a map."""
@@ -536,27 +539,38 @@ class Detector:
         return whole, reconstruction
 
 
-def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[tuple[slice, slice]] | None = None) -> Calibration:
-    """Fit map scales, good scores and threshold on batches of held-out good images (B, 3, H, W), of one size within a batch.
+def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[tuple[slice, slice]] | None = None, drawn: Iterable[tuple[Tensor, np.ndarray]] = ()) -> Calibration:
+    """Fit map scales, good scores and thresholds on batches of held-out good images (B, 3, H, W), of one size within a batch.
 
     Args:
         windows: of each image, in order, the rows and columns that its picture takes (see ``image_files.picture_window``). Scales and the
             pixel threshold come from there, scores from whole images; None: from whole images, too.
+        drawn: batches of the same images in the same order, once or several times over, with drawn defects, and where those are, bool (B, H, W).
+            Where there are any, and no ``pixel_false_positives``, the pixel threshold is the one at which they are outlined best (``evaluation.best_pixel_threshold``).
     """
     names = detector.needed
     found = [detector.all_maps(images, names) for images in batches]
     scales = {name: MapScale.of([maps[name] for maps in found], windows) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
     fused = pixels_within([detector.defect_maps(maps, scales) for maps in found], windows)
-    return Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
+    calibration = Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
+    outlined = [] if detector.maps.pixel_false_positives else [(detector.defect_maps(detector.all_maps(images, detector.shown), scales), masks) for images, masks in drawn]
+    if not outlined:
+        return calibration
+    n_rounds = sum(len(masks) for _, masks in outlined) // len(scores)
+    counts = count_pixels(*(list(within(each, windows and [*windows] * n_rounds)) for each in zip(*outlined, strict=True)))
+    return replace(calibration, pixel_threshold=best_pixel_threshold(counts))
+
+
+def within(batches: Iterable[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> Iterator[np.ndarray]:
+    """Each of batches of maps (B, H, W), within its window or whole."""
+    every = itertools.chain.from_iterable(batches)
+    return every if windows is None else (each[window] for each, window in zip(every, windows, strict=True))
 
 
 def pixels_within(batches: Iterable[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> np.ndarray:
     """All values, in one row, of batches of maps (B, H, W) within the window of each map, or of whole maps."""
-    if windows is None:
-        return np.concatenate([maps.ravel() for maps in batches])
-    every = itertools.chain.from_iterable(batches)
-    return np.concatenate([each[window].ravel() for each, window in zip(every, windows, strict=True)])
+    return np.concatenate([each.ravel() for each in within(batches, windows)])
 
 
 def fuse(smooth: dict[str, np.ndarray], scales: dict[str, MapScale], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:

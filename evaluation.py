@@ -431,6 +431,14 @@ def _pixel_metrics_chunk(counts: PixelCounts, weights: np.ndarray, threshold: fl
     return {name: np.where(one_class, np.nan, value) for name, value in found.items()}
 
 
+def best_pixel_threshold(counts: PixelCounts) -> float:
+    """The threshold at which the mean over images of the F1 of "value > threshold" is largest: so a large defect, or an odd image, counts no more than another."""
+    curve = _curve(counts.positive, counts.negative)
+    f1 = _ratio(2 * curve.true_positive, curve.true_positive + curve.false_positive + curve.n_positive, undefined=0.0).mean(0)
+    n_edges = len(counts.edges)
+    return float(counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())])  # the curve falls from the highest bin, above the last edge
+
+
 def _above(counts: PixelCounts, curve: _Curve, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     n_above = len(counts.edges) - int(np.searchsorted(counts.edges, np.float32(threshold)))
     if n_above == 0 or counts.edges[-n_above] != np.float32(threshold):

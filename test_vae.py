@@ -25,7 +25,7 @@ import evaluation
 import files
 import image_folders
 import plots
-from drawn_defects import AREA_FRAC, SMALLEST_SIDE_PX, draw_defect
+from drawn_defects import SMALLEST_SIDE_PX
 from tiles import tile_corners, window
 
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
@@ -109,25 +109,16 @@ def measure_good(results: Results, detector: defect_maps.Detector, image: torch.
     results.quality["ssim"].append(evaluation.ssim(painted_tiles, tiles, data_range=1.0).mean().item() if smallest > 2 * evaluation.SSIM_RADIUS_PX else np.nan)
     if smallest < SMALLEST_SIDE_PX:
         return
-    pixels = (image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    share = detector.tile_share(*pixels.shape[:2])  # as large as in training
-    drawn = [drawn_inside(pixels, inside, rng, tuple(share * frac for frac in AREA_FRAC)) for _ in range(N_DRAWN)]
-    damaged = data_loader.to_tensor([each for each, _ in drawn]).to(image.device)
+    damaged, masks = data_loader.draw_on(image.expand(N_DRAWN, -1, -1, -1), [inside] * N_DRAWN, detector.tile_share(*image.shape[2:]), rng)
+    damaged = damaged.to(image.device)
     found = detector.detect(damaged)
-    for category, each, mask in (("good", detection, np.zeros(pixels.shape[:2], bool)), *(("drawn", each, mask) for each, (_, mask) in zip(found, drawn, strict=True))):
+    for category, each, mask in (("good", detection, np.zeros_like(masks[0])), *(("drawn", *each) for each in zip(found, masks, strict=True))):
         results.drawn.append((category, each._replace(reconstruction=None, defect_map=each.defect_map[inside]), mask[inside]))
     images = torch.cat([image, damaged])
     reconstruction = torch.cat([plain, torch.from_numpy(np.stack([each.reconstruction for each in found])).to(image.device)])
-    pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, (_, mask) in enumerate(drawn, 1))
+    pairs = (([0, index], torch.from_numpy(mask).to(image.device)) for index, mask in enumerate(masks, 1))
     leaks = [evaluation.surviving_contrast(reconstruction[pair], images[pair], mask) for pair, mask in pairs]
     results.skip_leak.append(tuple(map(sum, zip(*leaks, strict=True))))
-
-
-def drawn_inside(pixels: np.ndarray, inside: tuple[slice, slice], rng: np.random.Generator, area_frac: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """What ``draw_defect`` makes of that part of an image, the rest as it is; both of the size of the whole."""
-    damaged, mask = pixels.copy(), np.zeros(pixels.shape[:2], bool)
-    damaged[inside], mask[inside] = draw_defect(pixels[inside], rng, area_frac=area_frac)
-    return damaged, mask
 
 
 def cut_tiles(image: torch.Tensor, side: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -52,6 +53,8 @@ HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
 """Settings that a run with the weights of another has of its own, beside those of maps."""
 N_PICTURED = 4
 """Images in one reconstruction picture."""
+N_DRAWN = 2
+"""Times that a defect is drawn on each held-out image, for the pixel threshold."""
 N_STATISTICS, N_HELD_TILES = 2048, 256
 """At most so many training images (or tiles) say what features are usual, so many held-out tiles take part in the validation loss."""
 N_REFERENCE = 64
@@ -333,7 +336,7 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime)
-        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run), run.held_windows)
+        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run), run.held_windows, drawn_held_out(run, detector) if run.finished else ())
         run.calibrated = epoch, detector
     return run.calibrated[1]
 
@@ -344,6 +347,16 @@ def whole_held_out(run: Run) -> Iterator[Tensor]:
         return (images for images, _ in run.held_out)
     batches = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting)
     return (run.runtime.put(batch.images) for batch in batches if len(batch.images))
+
+
+def drawn_held_out(run: Run, detector: defect_maps.Detector) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """The same images, N_DRAWN times over, each time with another defect drawn on each, and where those are, bool (B, H, W); nothing where training draws none."""
+    rng = np.random.default_rng(run.settings.seed)
+    for _ in range(N_DRAWN if run.settings.drawn_defects else 0):
+        windows = iter(run.held_windows or itertools.repeat((slice(None), slice(None))))
+        for images in whole_held_out(run):
+            drawn, masks = data_loader.draw_on(images, itertools.islice(windows, len(images)), detector.tile_share(*images.shape[2:]), rng)
+            yield run.runtime.put(drawn), masks
 
 
 def save_model(run: Run, name: str, epoch: int) -> None:

@@ -464,3 +464,19 @@ def test_help_does_not_wait_for_torch():
     code = "import sys, runpy; sys.argv = ['data_loader.py', '--help']\ntry: runpy.run_path('data_loader.py', run_name='__main__')\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "--image-size" in done.stdout and done.stdout.strip().endswith("False")
+
+
+def test_defects_are_drawn_within_the_window_of_each_image():
+    images = dl.to_tensor([picture(64, 64, seed=seed) for seed in range(3)])
+    windows = [(slice(16, 48), slice(None)), (slice(None), slice(8, 56)), (slice(0, 10), slice(None))]  # the last a mere strip
+    drawn, masks = dl.draw_on(images, windows, 1.0, np.random.default_rng(0))
+    changed = (drawn != images).any(1).numpy()
+    assert masks[0].any() and masks[1].any() and not masks[2].any() and torch.equal(drawn[2], images[2])
+    for window, mask, where in zip(windows, masks, changed, strict=True):
+        outside = np.ones((64, 64), bool)
+        outside[window] = False
+        assert not mask[outside].any() and not where[outside].any() and where[mask].all()
+    again = dl.draw_on(images, windows, 1.0, np.random.default_rng(0))
+    assert torch.equal(drawn, again[0]) and np.array_equal(masks, again[1])
+    larger = dl.draw_on(images[:2], windows[:2], 20.0, np.random.default_rng(0))[1]
+    assert larger.sum() > 2 * masks.sum()

@@ -482,6 +482,26 @@ def test_scales_and_the_pixel_threshold_come_from_the_windows_that_pictures_take
     assert calibrate(detector, images.split(5), [(slice(0, 64), slice(0, 64))] * 12) == calibrate(detector, images.split(5))
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model, monkeypatch, windowed):
+    detector = detector_of(make_model("none", segmentation=False), PIXELS.replace(map_ssim=0.0, smoothing_frac=0.0, closing_frac=0.0, link_frac=0.0))
+    rng = np.random.default_rng(0)
+    good, masks = torch.from_numpy(rng.uniform(0.1, 0.2, (8, 1, 64, 64)).astype(np.float32)), np.zeros((8, 64, 64), bool)
+    masks[:, 20:24, 20:26] = True
+    windows = [(slice(4 + index % 2, 40), slice(None)) for index in range(8)] if windowed else None
+    drawn = good + 0.5 * torch.from_numpy(masks[:, None])
+    least = drawn.numpy()[:, 0][masks].min()
+    masks[:, 40:] = windowed  # what lies in a bar is no matter
+    monkeypatch.setattr(Detector, "all_maps", lambda self, images, names: {"pixel": images[:, 0].numpy()})
+    rounds = [(drawn[:5], masks[:5]), (drawn[5:], masks[5:])] * 2
+    plain, found = (calibrate(detector, good.split(4), windows, each) for each in ((), rounds))
+    assert plain.pixel_threshold == pytest.approx(1.0, abs=0.02)  # the top 0.1 % of good pixels
+    assert 1.05 < found.pixel_threshold < found.scales["pixel"].read(np.full((1, 64, 64), least)).max() + 1e-4
+    assert found == dataclasses.replace(plain, pixel_threshold=found.pixel_threshold)
+    detector.maps = detector.maps.replace(pixel_false_positives=0.02)
+    assert calibrate(detector, good.split(4), windows, rounds) == calibrate(detector, good.split(4), windows)
+
+
 RINGS = np.minimum.outer(*[np.minimum(np.arange(160), np.arange(160)[::-1])] * 2) // 8  # of 8 px, 0 outermost
 
 

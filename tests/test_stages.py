@@ -405,6 +405,21 @@ def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
     assert (np.concatenate([each.ravel() for each in maps]) > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-3)
 
 
+def test_a_finished_model_outlines_what_was_drawn_on_held_out_images(data, tmp_path):
+    """Its pixel threshold comes from there, that of an unfinished one, or where nothing is drawn, or a share is given, from good pixels alone."""
+    def thresholds(**changes):
+        settings = config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(tmp_path), **changes})
+        run = train_stage.prepare(settings)
+        found = [train_stage.calibrated_detector(run).calibration]
+        run.finished, run.calibrated = True, None
+        return [each.pixel_threshold for each in [*found, train_stage.calibrated_detector(run).calibration]]
+
+    unfinished, finished = thresholds()
+    assert unfinished != finished
+    assert thresholds(pixel_false_positives=0.001) == [unfinished] * 2
+    assert len(set(thresholds(drawn_defects=0.0))) == 1
+
+
 def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
