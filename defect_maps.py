@@ -555,7 +555,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[t
     fused = pixels_within([detector.defect_maps(maps, scales) for maps in found], windows)
     calibration = Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
     outlined = [] if detector.maps.pixel_false_positives else [(detector.defect_maps(detector.all_maps(images, detector.shown), scales), masks) for images, masks in drawn]
-    if not outlined:
+    if not any(masks.any() for _, masks in outlined):
         return calibration
     n_rounds = sum(len(masks) for _, masks in outlined) // len(scores)
     counts = count_pixels(*(list(within(each, windows and [*windows] * n_rounds)) for each in zip(*outlined, strict=True)))

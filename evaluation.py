@@ -288,8 +288,12 @@ def _curve_average_precision(curve: _Curve) -> np.ndarray:
     return _ratio((curve.positive * precision).sum(1), curve.n_positive[:, 0])
 
 
+def _curve_f1(curve: _Curve) -> np.ndarray:
+    return _ratio(2 * curve.true_positive, curve.true_positive + curve.false_positive + curve.n_positive)
+
+
 def _curve_f1_max(curve: _Curve) -> np.ndarray:
-    return _ratio(2 * curve.true_positive, curve.true_positive + curve.false_positive + curve.n_positive).max(1)
+    return _curve_f1(curve).max(1)
 
 
 def _curve_aupro(curve: _Curve, regions: np.ndarray, n_regions: np.ndarray) -> np.ndarray:
@@ -433,8 +437,7 @@ def _pixel_metrics_chunk(counts: PixelCounts, weights: np.ndarray, threshold: fl
 
 def best_pixel_threshold(counts: PixelCounts) -> float:
     """The threshold at which the mean over images of the F1 of "value > threshold" is largest: so a large defect, or an odd image, counts no more than another."""
-    curve = _curve(counts.positive, counts.negative)
-    f1 = _ratio(2 * curve.true_positive, curve.true_positive + curve.false_positive + curve.n_positive, undefined=0.0).mean(0)
+    f1 = np.nan_to_num(_curve_f1(_curve(counts.positive, counts.negative))).mean(0)
     n_edges = len(counts.edges)
     return float(counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())])  # the curve falls from the highest bin, above the last edge
 

@@ -25,7 +25,6 @@ import evaluation
 import files
 import image_folders
 import plots
-from drawn_defects import SMALLEST_SIDE_PX
 from tiles import tile_corners, window
 
 FIGURES = (("image", "auroc"), ("image", "average_precision"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"),
@@ -107,9 +106,9 @@ def measure_good(results: Results, detector: defect_maps.Detector, image: torch.
     results.quality["psnr"].append(evaluation.psnr(painted_tiles, tiles, data_range=1.0).mean().item())
     smallest = min(tiles.shape[2:])
     results.quality["ssim"].append(evaluation.ssim(painted_tiles, tiles, data_range=1.0).mean().item() if smallest > 2 * evaluation.SSIM_RADIUS_PX else np.nan)
-    if smallest < SMALLEST_SIDE_PX:
-        return
     damaged, masks = data_loader.draw_on(image.expand(N_DRAWN, -1, -1, -1), [inside] * N_DRAWN, detector.tile_share(*image.shape[2:]), rng)
+    if not masks.any():
+        return
     damaged = damaged.to(image.device)
     found = detector.detect(damaged)
     for category, each, mask in (("good", detection, np.zeros_like(masks[0])), *(("drawn", *each) for each in zip(found, masks, strict=True))):

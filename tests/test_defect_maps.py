@@ -498,6 +498,7 @@ def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model
     assert plain.pixel_threshold == pytest.approx(1.0, abs=0.02)  # the top 0.1 % of good pixels
     assert 1.05 < found.pixel_threshold < found.scales["pixel"].read(np.full((1, 64, 64), least)).max() + 1e-4
     assert found == dataclasses.replace(plain, pixel_threshold=found.pixel_threshold)
+    assert calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain  # mere strips, on which nothing could be drawn
     detector.maps = detector.maps.replace(pixel_false_positives=0.02)
     assert calibrate(detector, good.split(4), windows, rounds) == calibrate(detector, good.split(4), windows)
 
