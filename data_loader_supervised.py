@@ -594,7 +594,8 @@ def make_demo(root: str | Path = "data/demo_series", progress: Progress = lambda
 # ------------------------------------------------------------------------------------------ the commands
 
 
-def _bar(title: str) -> Progress:
+def progress_bar(title: str) -> Progress:
+    """A bar on stderr that counts plots, as ``render_folder``, ``generate`` and ``make_demo`` take it."""
     from tqdm import tqdm
 
     return lambda items, total: tqdm(items, total=total, desc=title, unit="plot", file=sys.stderr)
@@ -605,7 +606,7 @@ def render_main(settings: config.RenderSettings) -> None:
     if len(settings.source) != 1:
         raise config.UsageError(f"render takes one folder; got {len(settings.source)}.")
     out = Path(settings.output_dir) / settings.out
-    report = render_folder(settings.source[0], out, settings.num_workers, _bar("render"))
+    report = render_folder(settings.source[0], out, settings.num_workers, progress_bar("render"))
     for row in report["skipped"]:
         print(f"skipped: {row['source']} {row['reason']}.", file=sys.stderr)
     print(f"{out}: {report['rendered']} plots drawn, {report['kept']} already there, {len(report['skipped'])} CSVs skipped; details in {out / RENDER_REPORT}")
@@ -616,7 +617,7 @@ def render_main(settings: config.RenderSettings) -> None:
 def generate_main(settings: config.GenerateSettings) -> None:
     """The generate command: make series and plots, then say what there is."""
     out = Path(settings.output_dir) / settings.out
-    manifest = generate(out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, _bar("generate"))
+    manifest = generate(out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, progress_bar("generate"))
     print(f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in {series_folder(out)}, parameters in {out / MANIFEST}")
 
 

@@ -48,10 +48,6 @@ MEASURES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
 MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap", "data_dir"}
 
 
-def bar(title: str):
-    return lambda items, total: tqdm(items, total=total, desc=title, unit="plot", file=sys.stderr)
-
-
 def say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
@@ -132,7 +128,7 @@ def use_demo(settings: config.TrainClassifierSettings) -> config.TrainClassifier
         return settings.replace(data_dir="data")
     root = Path(settings.output_dir) / "data" / "demo_series"
     say(f"No --data-dir given: using the built-in demo in {root} with configs/classifier_demo.yaml.")
-    plot_loader.make_demo(root, bar("demo series"))
+    plot_loader.make_demo(root, plot_loader.progress_bar("demo series"))
     preset = config.read_yaml(str(Path(__file__).parent / "configs" / "classifier_demo.yaml"))
     return settings.with_preset(preset).replace(data_dir=str(root))
 
@@ -145,7 +141,7 @@ def make_runtime(settings: config.TrainClassifierSettings) -> engine.Runtime:
 def prepare(settings: config.TrainClassifierSettings) -> Run:
     """Read and make the data, build the model."""
     runtime = make_runtime(settings)
-    data = read_data(settings, bar, say)
+    data = read_data(settings, plot_loader.progress_bar, say)
     n_validation = ", ".join(f"{len(group.labels)} {name}" for name, group in data.validation.items())
     say(f"{len(data.folder.classes)} classes: {data.n_real} training plots and {len(data.training.labels) - data.n_real} generated ones; validation: {n_validation}.")
     engine.seed_everything(settings.seed)
@@ -346,7 +342,7 @@ def finish(run: Run) -> None:
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)
     results = {"best_epoch": run.best_epoch, "epochs": run.settings.epochs, "alpha": run.settings.target_false_alarms}
     groups = {("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()}
-    test = read_plots(run.data.folder.test, run.settings, run.data.cache, bar("test plots"), say) if run.data.folder.test else None
+    test = read_plots(run.data.folder.test, run.settings, run.data.cache, plot_loader.progress_bar("test plots"), say) if run.data.folder.test else None
     scored = "test" if test is not None and len(test.labels) else "validation"
     if scored == "validation":
         say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")
