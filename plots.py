@@ -7,6 +7,7 @@ H x W x 3, floats in [0, 1] or uint8. Cyan always outlines what was predicted, a
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ RATES = ("accuracy", "f1", "precision", "recall")
 """Terms of a history that lie between 0 and 1, macro averages of them too: drawn on a linear axis however far they rise."""
 OUTLINE_MARGIN_FRAC = 0.012
 CLOSE_UP_FRAC = 0.25
+PEAK_FRAC = 0.08
+"""Side of the brackets around the largest value of a map that passes its threshold nowhere, as a share of the longer side of the image."""
 SMALL_PERCENT = 1.0
 HEAT_NEAR_FRAC = 0.7
 HEAT_ALPHA = 0.45
@@ -148,13 +151,15 @@ def defect_panel(
     title: str,
     map_max: float,
     threshold: float | None = None,
+    defective: bool = False,
 ) -> Figure:
     """Everything about one image side by side: original with outlines, close-up, reconstruction, map, masks.
 
-    The close-up shows the strongest predicted region when it is small; the ground truth is left out when None.
+    The close-up shows the strongest predicted region when it is small, or, where none is predicted in what is called
+    ``defective``, where the map is largest; the ground truth is left out when None.
     A threshold is marked on the colour bar of the map, which runs from 0 to map_max (to 1 where that is not above 0).
     """
-    window = _close_up_window(defect_map, predicted_mask)
+    window = _close_up_window(defect_map, predicted_mask, defective)
     n_panels = 4 + (window is not None) + (truth_mask is not None)
     with matplotlib.rc_context(_STYLE):
         figure, grid = _grid(1, n_panels, PANEL_IN, extra_width_in=0.9, extra_height_in=0.75)
@@ -182,14 +187,16 @@ def defect_panel(
 def overlay_image(
     image: np.ndarray, defect_map: np.ndarray, predicted_mask: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """The photo with heat where the map nears or passes the threshold, and a line around each predicted region.
+    """A photo called defective, with heat where the map nears or passes the threshold, and a line around each predicted region.
+
+    Where none is predicted, brackets say where the map is largest.
 
     Args:
         image: H x W x 3 uint8 of any size.
         defect_map, predicted_mask: of any size; both are stretched over the photo.
 
     Returns:
-        H x W x 3 uint8; pixels far below the threshold and away from a region are the photo's own.
+        H x W x 3 uint8; pixels far below the threshold and away from a region, or from the brackets, are the photo's own.
     """
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
         f"image is {image.dtype} {image.shape}; expected H x W x 3 uint8"
@@ -207,11 +214,21 @@ def overlay_image(
     colour = matplotlib.colormaps[HEAT](level)[:, :3] * 255.0
     blended[warm] = np.rint(image[warm] * (1.0 - strength) + colour * strength).astype(np.uint8)
     thickness_px = max(1, round(max(height, width) / 300))
-    rings = _region_rings(mask, extra_px=thickness_px)
     halo = thickness_px + 2 * max(1, thickness_px // 2)
-    cv2.drawContours(blended, rings, -1, (0, 0, 0), halo, cv2.LINE_8)
-    cv2.drawContours(blended, rings, -1, _rgb(PREDICTED_COLOUR), thickness_px, cv2.LINE_8)
+    lines, closed = (_region_rings(mask, extra_px=thickness_px), True) if mask.any() else (_peak_brackets(heat), False)
+    for colour, width_px in (((0, 0, 0), halo), (_rgb(PREDICTED_COLOUR), thickness_px)):
+        cv2.polylines(blended, lines, closed, colour, width_px, cv2.LINE_8)
     return blended
+
+
+def _peak_brackets(heat: np.ndarray) -> list[np.ndarray]:
+    """The four corners of a square around the largest value of a map (H, W), each as points (3, 1, 2) in x, y."""
+    row, column = np.unravel_index(np.argmax(heat), heat.shape)
+    side = max(4, round(PEAK_FRAC * max(heat.shape)))
+    top, left = (int(np.clip(at - side // 2, 0, max(0, length - 1 - side))) for at, length in zip((row, column), heat.shape, strict=True))
+    corner = np.array([[side // 3, 0], [0, 0], [0, side // 3]])
+    turned = [np.where(flip, side - corner, corner) for flip in itertools.product((False, True), repeat=2)]
+    return [(np.array([left, top]) + each).astype(np.int32)[:, None] for each in turned]
 
 
 def _printable(title: str) -> str:
@@ -330,9 +347,11 @@ def _heat_bar(figure: Figure, drawn, axes: list[Axes], shown_max: float, thresho
         bar.set_label("Deviation from good (line: threshold)")
 
 
-def _close_up_window(defect_map: np.ndarray, predicted_mask: np.ndarray) -> tuple[int, int, int] | None:
-    """(top, left, side) in px around the strongest predicted region; None when there is none or it is large."""
+def _close_up_window(defect_map: np.ndarray, predicted_mask: np.ndarray, defective: bool) -> tuple[int, int, int] | None:
+    """(top, left, side) in px around the strongest predicted region, or in what is ``defective`` without one around the largest value; None when there is nothing to show or it is large."""
     mask = (np.asarray(predicted_mask) > 0).astype(np.uint8)
+    if not mask.any() and defective:
+        mask[np.unravel_index(np.argmax(defect_map), mask.shape)] = 1
     if not mask.any():
         return None
     peak = np.unravel_index(np.argmax(np.where(mask, defect_map, -np.inf)), mask.shape)

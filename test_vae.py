@@ -147,7 +147,7 @@ def write_image(out: Path, name: str, calibration: defect_maps.Calibration, item
     if settings.pictures:
         title = f"{item.category}/{item.path.name}: {detection.label}, score {detection.score:.2f} (threshold {calibration.threshold:.2f}), p = {detection.p_value:.3f}"
         limit = calibration.pixel_threshold
-        figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, detection.defect_map > limit, mask, title, 3 * limit, limit)
+        figure = plots.defect_panel(image, detection.reconstruction, detection.defect_map, detection.defect_map > limit, mask, title, 3 * limit, limit, detection.label == "defective")
         plots.save(figure, out / item.category / f"{name}.png")
     if settings.save_maps:
         path = out / "maps" / item.category / f"{name}.npy"

@@ -96,6 +96,10 @@ def test_panel_of_a_good_image_has_no_outline_and_a_large_region_no_close_up(sce
     good = plots.defect_panel(image, reconstruction, defect_map, np.zeros_like(mask), None, "good", 4.0)
     assert titles(good) == ["Original", "Reconstruction", "Defect map", "Predicted defect"]
     assert not good.axes[0].lines and good.axes[3].get_xlabel() == "nothing"
+    called = plots.defect_panel(image, reconstruction, defect_map, np.zeros_like(mask), None, "called defective all the same", 4.0, defective=True)
+    row, column = np.unravel_index(np.argmax(defect_map), defect_map.shape)
+    window = shown(dict(zip(titles(called), called.axes, strict=False))["Close-up, 4\u00d7"])
+    np.testing.assert_allclose(window, np.moveaxis(image, 0, 2)[row - 8 : row + 8, column - 8 : column + 8])
     large = np.zeros_like(mask)
     large[5:60, 5:60] = True
     assert len(titles(plots.defect_panel(image, reconstruction, defect_map, large, None, "", 4.0))) == 4
@@ -119,7 +123,6 @@ def test_overlay_leaves_pixels_far_below_the_threshold_untouched(size):
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     before = photo.copy()
     defect_map, mask = np.full((40, 40), 0.2, np.float32), np.zeros((40, 40), bool)
-    np.testing.assert_array_equal(plots.overlay_image(photo, defect_map, mask, 1.0), photo)
     defect_map[18:22, 18:22] = 3.0
     mask[18:22, 18:22] = True
     overlay = plots.overlay_image(photo, defect_map, mask, 1.0)
@@ -139,10 +142,24 @@ def test_overlay_leaves_pixels_far_below_the_threshold_untouched(size):
 def test_overlay_warms_the_photo_near_the_threshold_only():
     photo = np.full((50, 50, 3), 100, np.uint8)
     defect_map = np.tile(np.linspace(0, 2, 50, dtype=np.float32), (50, 1))
-    changed = (plots.overlay_image(photo, defect_map, np.zeros((50, 50)), 1.0) != photo).any(2)
+    mask = np.zeros((50, 50), bool)
+    mask[25, 49] = True
+    changed = (plots.overlay_image(photo, defect_map, mask, 1.0) != photo).any(2)
     assert not changed[:, defect_map[0] <= 0.7].any() and changed[:, defect_map[0] > 0.75].all()
     with pytest.raises(AssertionError, match="H x W x 3 uint8"):
         plots.overlay_image(photo / 255.0, defect_map, defect_map, 1.0)
+
+
+@pytest.mark.parametrize(("size", "peak"), [((200, 300), (120, 80)), ((200, 300), (0, 299)), ((300, 12), (150, 6)), ((8, 8), (7, 0))])
+def test_overlay_without_a_region_has_brackets_around_the_largest_value_alone(size, peak):
+    photo, defect_map = np.full((*size, 3), 100, np.uint8), np.zeros(size, np.float32)
+    defect_map[peak] = 0.5
+    overlay = plots.overlay_image(photo, defect_map, np.zeros(size, bool), 1.0)
+    rows, columns = np.nonzero((overlay == plots._rgb(plots.PREDICTED_COLOUR)).all(2))
+    assert len(rows) and rows.min() <= peak[0] <= rows.max() and columns.min() <= peak[1] <= columns.max()
+    assert max(np.ptp(rows), np.ptp(columns)) <= 0.1 * max(size) + 5
+    if min(size) > 100:
+        assert (overlay[max(0, peak[0] - 3) : peak[0] + 4, max(0, peak[1] - 3) : peak[1] + 4] == 100).all() or 0 in peak, "what they surround stays to be seen"
 
 
 # ------------------------------------------------------------------------------ training, tables
