@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
+import data_loader_supervised as plot_loader
 import engine
 import evaluation
 import files
@@ -122,7 +123,7 @@ def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
 def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
     """Train one method and score it; figures with intervals, seconds, plots/s from memory, parameters."""
     run = stage.prepare(settings)
-    test = read_plots(run.data.folder.test, settings, run.data.cache, stage.bar("test plots"), stage.say) if run.data.folder.test else None
+    test = read_plots(run.data.folder.test, settings, run.data.cache, plot_loader.progress_bar("test plots"), stage.say) if run.data.folder.test else None
     groups = {**({"test": test} if test is not None and len(test.labels) else {}), **run.data.validation}
     started = time.perf_counter()
     METHODS[name](run)
