@@ -1,4 +1,4 @@
-"""DetailVAE beside PatchCore and PaDiM: same backbone weights, good images, threshold rule and cores; a table and a JSON file.
+"""DetailVAE beside anomalib's PatchCore and PaDiM: same backbone weights, good images, threshold rule and cores; a table and a JSON file.
 
 Each method runs in a process of its own, so that its peak memory is its own.
 """
@@ -15,17 +15,18 @@ if __name__ == "__main__":
     config.answer_early(config.DetectionBenchmarkSettings, __doc__)
 
 import contextlib
+import importlib.util
 import itertools
 import multiprocessing
 import shutil
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data_loader
@@ -35,88 +36,83 @@ import evaluation
 import files
 import image_folders
 import train_with_validation
-from perceptual_loss import load_backbone
-from vae_model import farthest_points, resized, rows_of
+from perceptual_loss import Backbone, load_backbone
+from vae_model import farthest_points
 
 MEASURED = (("image", "auroc"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"), ("pixel", "aupro"), ("pixel", "pointing"))
+LAYER = "grid"  # what anomalib's models call the features they are given
 N_CHANNELS = 100
-CORESET_SHARE, N_NEIGHBOURS = 0.1, 9
+CORESET_SHARE = 0.1
 BATCH_SIZE = 8
 N_RESAMPLES = 1000
 
 # --------------------------------------------------------------------------------------------- baselines
 
 
-class PatchCore:
-    """Distance of every patch to the nearest of a coreset of good patches (Roth et al. 2022).
+class NamedGrid(torch.nn.Module):
+    """A backbone's grid as the one layer of anomalib's models, which ask for features by the names of layers."""
 
-    Features are averaged over 3 x 3 places; a tenth of the patches is chosen greedily, each the farthest from those chosen, in a random
-    projection to 64 dimensions; the image score is the largest distance, re-weighted by the bank's density there (eq. 7).
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {LAYER: self.backbone.grid(images)}
+
+
+def require_anomalib() -> None:
+    """Raises InputError where anomalib is not installed."""
+    if importlib.util.find_spec("anomalib") is None:
+        raise config.InputError("PatchCore and PaDiM are anomalib's, which is not installed; expected pip install -r benchmarks/requirements.txt, or --methods detailvae.")
+
+
+def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> torch.nn.Module:
+    """anomalib's PatchCore (Roth et al. 2022) or PaDiM (Defard et al. 2021, over 100 random channels), fitted to ``images`` (N, 3, H, W).
+
+    Both see the grid of ``backbone`` in place of a network of their own. PatchCore's coreset is a tenth of the places, each the farthest from those
+    chosen before, as in anomalib, but found by ``vae_model.farthest_points`` in a random projection to 64 dimensions for anomalib's 300.
+
+    Returns:
+        A module that takes images (B, 3, H, W) to ``pred_score`` (B,) and ``anomaly_map`` (B, 1, H, W).
+
+    Raises:
+        InputError: anomalib is not installed.
     """
+    require_anomalib()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports of what is deprecated
+        from anomalib.models.image.padim.torch_model import PadimModel
+        from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def fit(self, grids: Tensor) -> None:
-        """Choose the coreset from features (n, C, h, w) of good images."""
-        patches = self._patches(grids).flatten(0, 1)
-        self.bank = patches[farthest_points(patches, max(1, round(CORESET_SHARE * len(patches))), self.generator)]
-
-    def judge(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Image scores (B,) and maps (B, h, w) of features (B, C, h, w)."""
-        patches = self._patches(grids)
-        distances, indices = zip(*(torch.cdist(each, self.bank).min(1) for each in patches), strict=True)
-        scores = torch.stack([self._reweighted(*each) for each in zip(patches, distances, indices, strict=True)])
-        return scores, torch.stack(distances).view(len(grids), *grids.shape[-2:])
-
-    def _patches(self, grids: Tensor) -> Tensor:
-        return rows_of(F.avg_pool2d(grids, 3, 1, 1, count_include_pad=False)).contiguous()
-
-    def _reweighted(self, patches: Tensor, distances: Tensor, indices: Tensor) -> Tensor:
-        worst = distances.argmax()
-        nearest = self.bank[indices[worst]]
-        around = torch.cdist(nearest[None], self.bank)[0].topk(min(N_NEIGHBOURS, len(self.bank)), largest=False).indices
-        spread = torch.cdist(patches[worst][None], self.bank[around])[0]
-        return (1 - torch.softmax(spread, 0)[0]) * distances[worst]
-
-
-class PaDiM:
-    """Mahalanobis distance to a Gaussian of its own at every place (Defard et al. 2021), over 100 random channels."""
-
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def fit(self, grids: Tensor) -> None:
-        """Fit the Gaussians to features (n, C, h, w) of good images."""
-        self.channels = torch.randperm(grids.shape[1], generator=self.generator)[:N_CHANNELS]
-        rows = grids[:, self.channels].flatten(2).permute(2, 0, 1)  # (places, n, C)
-        self.means = rows.mean(1)
-        offset = rows - self.means[:, None]
-        covariance = offset.transpose(1, 2) @ offset / max(1, rows.shape[1] - 1) + 0.01 * torch.eye(rows.shape[2])
-        self.factors = torch.linalg.inv(torch.linalg.cholesky(covariance))
-
-    def judge(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Image scores (B,) and maps (B, h, w) of features (B, C, h, w)."""
-        offset = grids[:, self.channels].flatten(2).permute(2, 1, 0) - self.means[..., None]
-        maps = (self.factors @ offset).norm(dim=1).T.view(len(grids), *grids.shape[-2:])
-        return maps.flatten(1).amax(1), maps
+    torch.manual_seed(seed)
+    model = (PatchcoreModel if name == "patchcore" else PadimModel)(backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False)  # replaced at once
+    model.feature_extractor, model.layers = NamedGrid(backbone), [LAYER]
+    if name == "padim":
+        model.idx = torch.randperm(backbone.channels)[:N_CHANNELS]
+    with torch.inference_mode():
+        for batch in images.split(BATCH_SIZE):
+            model.train()(batch)
+        if name == "padim":
+            model.fit()
+        else:
+            places = torch.cat(model.embedding_store)
+            model.embedding_store.clear()
+            model.memory_bank = places[farthest_points(places, max(1, round(CORESET_SHARE * len(places))), torch.Generator().manual_seed(seed))]
+    return model.eval()
 
 
 @dataclass
 class Baseline:
     """A feature method with a threshold from held-out good images; ``detect`` as ``defect_maps.Detector`` has it."""
 
-    method: PatchCore | PaDiM
-    backbone: torch.nn.Module
-    smoothing_frac: float
+    model: torch.nn.Module
     calibration: defect_maps.Calibration | None = None
 
     def maps(self, images: Tensor) -> tuple[list[float], np.ndarray]:
-        """Scores and smoothed maps (B, H, W) of images (B, 3, H, W)."""
+        """Scores and maps (B, H, W) of images (B, 3, H, W)."""
         with torch.inference_mode():
-            scores, coarse = self.method.judge(self.backbone.grid(images))
-            fine = resized(coarse[:, None], images)[:, 0].numpy()
-        return scores.tolist(), np.stack([defect_maps.refine(each, self.smoothing_frac, 0.0) for each in fine])
+            found = self.model(images)
+        return found.pred_score.flatten().tolist(), found.anomaly_map[:, 0].numpy()
 
     def detect(self, images: Tensor) -> list[defect_maps.Detection]:
         return [self.calibration.judge(score)._replace(defect_map=each) for score, each in zip(*self.maps(images), strict=True)]
@@ -136,11 +132,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
         if not len(batch.images):
             raise config.InputError(f"None of the {len(some)} {kind} images of {settings.data_dir} can be read.")
-    backbone = load_backbone(settings.backbone, settings.vgg16_weights)
-    method = {"patchcore": PatchCore, "padim": PaDiM}[name](settings.seed)
-    with torch.inference_mode():
-        method.fit(torch.cat([backbone.grid(batch) for batch in training.images.split(BATCH_SIZE)]))
-    baseline = Baseline(method, backbone, settings.smoothing_frac)
+    baseline = Baseline(anomalib_model(name, load_backbone(settings.backbone, settings.vgg16_weights), training.images, settings.seed))
     scores, maps = zip(*(baseline.maps(batch) for batch in held.images.split(BATCH_SIZE)), strict=True)
     all_scores = itertools.chain.from_iterable(scores)
     pixels = defect_maps.pixels_within(maps, held.windows(settings.resize, folder.letterboxed))
@@ -262,6 +254,8 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
     image_folders.MVTecFolder(settings.data_dir).require_test()
+    if set(settings.methods) != {"detailvae"}:
+        require_anomalib()
     out, rows = Path(settings.output_dir) / "benchmark_results", []
     print("  ".join(["method    ", "seed", "images", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
     for n_images, seed in itertools.product(settings.train_images or (0,), settings.seeds or (settings.seed,)):

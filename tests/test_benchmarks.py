@@ -1,9 +1,10 @@
-"""The baselines of the benchmarks against plain arithmetic, and both commands on tiny data."""
+"""The benchmarks on tiny data; what needs anomalib is skipped where that is not installed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,51 +24,56 @@ import vae_classifier
 from benchmarks import ablation, classifier, detection, drawn_sets
 
 
-def test_the_coreset_takes_the_patch_farthest_from_those_chosen():
-    grids = torch.zeros(1, 2, 9, 9)
-    grids[0, 0, :3, :3], grids[0, 1, 6:, 6:] = 5.0, 9.0  # two odd corners, the rest alike
-    method = detection.PatchCore(seed=0)
-    method.fit(grids)
-    assert len(method.bank) == 8  # a tenth of 81 patches
-    corners = {tuple(round(value) for value in patch) for patch in method.bank.tolist()}
-    assert {(0, 9), (5, 0)} <= corners
+@pytest.fixture
+def anomalib():
+    return pytest.importorskip("anomalib", reason="the baselines are anomalib's: pip install -r benchmarks/requirements.txt", exc_type=ImportError)
 
 
-def test_patchcore_finds_the_place_that_no_good_image_has():
-    good = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.1
-    method = detection.PatchCore(seed=0)
-    method.fit(good)
+def good_images(n, seed=1):
+    return 0.5 + 0.02 * torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["patchcore", "padim"])
+def test_a_baseline_finds_the_place_that_no_good_image_has(anomalib, tiny_backbone, name):
+    good = good_images(6)
+    model = detection.anomalib_model(name, tiny_backbone, good, seed=0)
     seen = good[:2].clone()
-    seen[0, :, 4, 5] += 10.0
-    scores, maps = method.judge(seen)
-    assert maps.shape == (2, 8, 8) and scores[0] > 3 * scores[1]
-    y, x = divmod(int(maps[0].argmax()), 8)
-    assert abs(y - 4) <= 1 and abs(x - 5) <= 1
-    nearest = torch.cdist(method._patches(seen)[1], method.bank).amin(1).view(8, 8)
-    torch.testing.assert_close(maps[1], nearest)
+    seen[0, :, 32:40, 40:48] = 1.0
+    found = model(seen)
+    assert found.anomaly_map.shape == (2, 1, 64, 64) and found.pred_score[0] > 3 * found.pred_score[1]
+    y, x = divmod(int(found.anomaly_map[0].argmax()), 64)
+    assert abs(y - 36) <= 8 and abs(x - 44) <= 8
 
 
-def test_padim_is_the_mahalanobis_distance_of_every_place():
-    good = torch.randn(30, 3, 2, 2, generator=torch.Generator().manual_seed(2))
-    method = detection.PaDiM(seed=0)
-    method.fit(good)
-    one = torch.randn(1, 3, 2, 2)
-    _, maps = method.judge(one)
-    rows = good[:, :, 1, 0].numpy()
-    covariance = np.cov(rows.T) + 0.01 * np.eye(3)
-    offset = one[0, :, 1, 0].numpy() - rows.mean(0)
-    assert np.isclose(maps[0, 1, 0].item(), np.sqrt(offset @ np.linalg.solve(covariance, offset)), rtol=1e-3)
+def test_the_coreset_holds_the_place_unlike_all_others(anomalib, tiny_backbone):
+    good = good_images(4)
+    good[2, :, :8, :8] = 0.0
+    bank = detection.anomalib_model("patchcore", tiny_backbone, good, seed=0).memory_bank
+    assert bank.shape == (round(4 * 8 * 8 / 10), tiny_backbone.channels)
+    odd = torch.nn.functional.avg_pool2d(tiny_backbone.grid(good[2:3]), 3, 1, 1)[0, :, 0, 0]
+    assert (bank - odd).norm(dim=1).min() < 1e-5
 
 
-def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_path, capsys):
+def test_without_anomalib_its_methods_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection.importlib.util, "find_spec", lambda name: None)
+    settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path))
+    with pytest.raises(config.InputError, match=r"expected pip install -r benchmarks/requirements.txt, or --methods detailvae"):
+        detection.main(settings)
+    assert (Path(detection.__file__).parent / "requirements.txt").is_file()
+
+
+@pytest.mark.parametrize("methods", [("detailvae",), ("detailvae", "patchcore", "padim")])
+def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_path, capsys, request, methods):
+    if len(methods) > 1:
+        request.getfixturevalue("anomalib")
     settings = config.DetectionBenchmarkSettings(
-        data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", methods=("detailvae", "padim"), train_samples=4
+        data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", methods=methods, train_samples=4
     )
     detection.main(settings)
     rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["detailvae", "padim"]
+    assert [row["method"] for row in rows] == list(methods)
     assert all(0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows)
-    assert sum(line.startswith(("detailvae", "padim")) for line in capsys.readouterr().out.splitlines()) == 2
+    assert sum(line.startswith(methods) for line in capsys.readouterr().out.splitlines()) == len(methods)
 
 
 def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
@@ -90,12 +96,17 @@ def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
     assert [int(each.sum()) for each in masks] == [80, 0] and masks[0][8:16, 20:30].all()
 
 
-def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_backbone):
+def brightness(name, backbone, images, seed):
+    """Stands in for ``anomalib_model``: how bright is how odd."""
+    return lambda seen: SimpleNamespace(pred_score=seen.amax((1, 2, 3)), anomaly_map=seen.mean(1, keepdim=True))
+
+
+def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for index in range(12):
         image_files.write_png(tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu")
-    monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
+    monkeypatch.setattr(detection, "anomalib_model", brightness)
     baseline = detection.train_baseline("padim", settings)
     held = image_folders.split_holdout(image_folders.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
     _, maps = baseline.maps(data_loader.load_images(held, 64, "letterbox").images)
@@ -103,9 +114,9 @@ def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch, tiny_ba
 
 
 @pytest.mark.parametrize("n_broken", [1, 3, 12])
-def test_a_baseline_says_which_images_it_skips_and_that_none_is_left(tmp_path, monkeypatch, capsys, tiny_backbone, n_broken):
+def test_a_baseline_says_which_images_it_skips_and_that_none_is_left(tmp_path, monkeypatch, capsys, n_broken):
     settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), image_size=64, device="cpu")
-    monkeypatch.setattr(detection, "load_backbone", lambda *args: tiny_backbone)
+    monkeypatch.setattr(detection, "anomalib_model", brightness)
     training, held = image_folders.split_holdout(image_folders.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed)
     broken = {1: training[:1], 3: held, 12: training}[n_broken]
     for path in broken:
@@ -126,6 +137,7 @@ def test_a_method_that_fails_does_not_end_the_others(tmp_path, monkeypatch, caps
         return {"method": name, "seed": settings.seed, "train_images": 12, "images_per_s": 1.0, "training_s": 1.0, "peak_memory_mb": None, **{f"{level} {key}": None for level, key in detection.MEASURED}}
 
     monkeypatch.setattr(detection, "in_own_process", measure)
+    monkeypatch.setattr(detection, "require_anomalib", lambda: None)
     settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), seeds=(0, 1, 2))
     detection.main(settings)
     rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
