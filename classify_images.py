@@ -42,7 +42,11 @@ class Classified(NamedTuple):
 
 
 def main(settings: config.ClassifySettings) -> None:
-    """Classify, write results.csv and overlays, print the summary."""
+    """Classify, write results.csv and overlays, print the summary.
+
+    Raises:
+        InputError: there is no image, or none can be read; the table then says why of each.
+    """
     detector = load_detector(settings.model, settings.device, settings.precision)
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
@@ -66,6 +70,8 @@ def main(settings: config.ClassifySettings) -> None:
     seconds = time.perf_counter() - started
     print(f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; {len(paths) / seconds:.1f} images/s")
     print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
+    if counts["error"] == len(paths):
+        raise config.InputError(f"No image can be read; the last, {result.path}, {result.error}.")
 
 
 def classify(detector: Detector, paths: Sequence[Path], batch_size: int = 0, thorough: bool = False) -> Iterator[Classified]:

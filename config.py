@@ -515,13 +515,14 @@ def read_yaml(path: str) -> dict:
     known = {field.name for cls in all_settings() for field in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            raise UsageError(f"Unknown setting '{key}' in {path}{_nearest(key, known)}.")
+            raise UsageError(f"Unknown setting '{key}' in {path}{_nearest(key, known)}")
     return values
 
 
 def _nearest(word: str, known) -> str:
+    """The end of a sentence about an unknown word."""
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -564,7 +565,7 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)}. See {parser.prog} --help.")
+        raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)} See {parser.prog} --help.")
     given = vars(found)
     config_file = given.pop("config", None)
     values = {**(read_yaml(config_file) if config_file else {}), **given}

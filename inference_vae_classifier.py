@@ -189,7 +189,11 @@ def main(settings: config.InferClassifierSettings) -> None:
 
 
 def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], device: torch.device, settings: config.InferClassifierSettings) -> list[Predicted]:
-    """Predict every file; returns the results without pictures where a latent flag needs them, else nothing."""
+    """Predict every file; returns the results without pictures where a latent flag needs them, else nothing.
+
+    Raises:
+        InputError: none can be read; the table then says why of each.
+    """
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
     keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
@@ -205,6 +209,8 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     seconds = time.perf_counter() - started - tally.picture_s
     print(summary(tally, len(paths), seconds, model))
     print(f"table: {out / 'predictions.csv'}" + (f"   pictures: {out} ({tally.n_pictures} of {len(paths)}, {tally.picture_s:.1f} s; --max-pictures sets how many)" if tally.n_pictures else ""))
+    if tally.names["error"] == len(paths):
+        raise config.InputError(f"No file can be read; the last, {each.path}, {each.error}.")
     return kept
 
 

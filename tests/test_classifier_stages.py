@@ -374,6 +374,14 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     assert "a.csv: 2 of 5 rows hold no number." in said.err and "b.csv" in said.err and "Traceback" not in said.err
 
 
+def test_where_no_plot_can_be_read_the_table_says_why_and_inference_fails(trained, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert run_inference(tmp_path / "broken.png", "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--encode") == 1
+    assert "error: No file can be read; the last, " in capsys.readouterr().err
+    (row,) = read_rows(tmp_path / "results" / "vae_classifier_predictions" / "predictions.csv")
+    assert row["predicted"] == "error" and row["reason"]
+
+
 def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, capsys):
     data, out = trained
     assert run_inference(data / "train", "--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures") == 0

@@ -249,6 +249,15 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     assert "2 unreadable" in capsys.readouterr().out
 
 
+def test_where_no_image_can_be_read_the_table_says_why_and_classifying_fails(trained, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    settings = config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path))
+    with pytest.raises(config.InputError, match=r"No image can be read; the last, .*empty.png, is empty"):
+        classify_images.main(settings)
+    (row,) = csv.DictReader((tmp_path / "classification_results" / "results.csv").open())
+    assert row["label"] == "error" and "is empty" in row["reason"]
+
+
 def test_the_longest_file_names_cost_nothing(data, trained, tmp_path):
     shutil.copytree(data / "train", tmp_path / "data" / "train")
     (tmp_path / "data" / "test" / "good").mkdir(parents=True)
