@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -449,15 +449,17 @@ def as_dict(settings: Settings) -> dict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()}
 
 
-def from_dict(settings_class: type[Settings], values: dict) -> Settings:
-    """Rebuild settings from ``as_dict``; keys of other classes are ignored, types are checked.
+def from_dict(settings_class: type[Settings], values: dict, given: Iterable[str] = ()) -> Settings:
+    """Rebuild settings from ``as_dict``; keys of other classes are ignored, types are checked; ``given`` as ``Settings.given``.
 
     Raises:
         UsageError: a value has the wrong type or lies outside its bounds.
     """
     hints = typing.get_type_hints(settings_class)
     known = {field.name for field in dataclasses.fields(settings_class)}
-    return settings_class(**{key: _coerce(key, value, hints[key]) for key, value in values.items() if key in known})
+    settings = settings_class(**{key: _coerce(key, value, hints[key]) for key, value in values.items() if key in known})
+    object.__setattr__(settings, "given", known.intersection(given))
+    return settings
 
 
 def save(settings: Settings, path: Path) -> None:
@@ -569,11 +571,10 @@ def parse(settings_class: type[Settings], description: str, argv: Sequence[str] 
     given = vars(found)
     config_file = given.pop("config", None)
     values = {**(read_yaml(config_file) if config_file else {}), **given}
-    settings = from_dict(settings_class, values)
+    settings = from_dict(settings_class, values, given=values)
     missing = [field.name for field in dataclasses.fields(settings_class) if field.metadata["positional"] == "+" and not getattr(settings, field.name)]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    object.__setattr__(settings, "given", frozenset(values.keys() & as_dict(settings).keys()))
     return settings
 
 

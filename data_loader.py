@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ import config
 import drawn_defects
 import files
 from image_files import ImageError, fit_image, fit_mask, picture_window, read_defects, read_image, write_png
-from image_folders import REPORT_NAME, MVTecFolder, find_images, images_under, kept_rows
+from image_folders import REPORT_NAME, MVTecFolder, files_under, find_images, kept_rows
 from streams import ahead
 from tiles import tile_corners, window
 
@@ -315,10 +315,10 @@ class GoodImages:
 
 
 class EpochSampler:
-    """Keys ``epoch * n + index`` in an order shuffled by (seed, epoch); ranks take turns and get equally many."""
+    """Keys ``epoch * n + index`` in an order shuffled by (seed, epoch)."""
 
-    def __init__(self, n: int, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1):
-        self.n, self.seed, self.epoch, self.rank, self.world_size = n, seed, epoch, rank, world_size
+    def __init__(self, n: int, seed: int, epoch: int = 0):
+        self.n, self.seed, self.epoch = n, seed, epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for another epoch from the next iteration on."""
@@ -326,11 +326,10 @@ class EpochSampler:
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        order = np.resize(order, len(self) * self.world_size)  # repeats the first few to fill the last round
-        return iter((self.epoch * self.n + order[self.rank :: self.world_size]).tolist())
+        return iter((self.epoch * self.n + order).tolist())
 
     def __len__(self) -> int:
-        return -(-self.n // self.world_size)
+        return self.n
 
 
 def resolve_num_workers(num_workers: int, device: str | torch.device) -> int:
@@ -344,31 +343,20 @@ def _one_thread(worker_id: int) -> None:
     cv2.setNumThreads(1)
 
 
-def training_loader(
-    dataset: GoodImages,
-    batch_size: int,
-    seed: int,
-    epoch: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> torch.utils.data.DataLoader:
-    """Batches of one epoch; ``loader.sampler.set_epoch(e)`` turns the same loader to another epoch.
+def training_loader(dataset: torch.utils.data.Dataset, sampler: Sized, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
+    """Batches of one epoch in the sampler's order; ``loader.sampler.set_epoch(e)`` turns the same loader to another epoch.
 
     A last batch of a single image is dropped when there are others: batch normalisation cannot use it.
     """
     import torch
 
-    sampler = EpochSampler(len(dataset), seed, epoch, rank, world_size)
-    drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        drop_last=drop_last,
+        drop_last=len(sampler) > batch_size and len(sampler) % batch_size == 1,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # of its own: the run's random numbers do not depend on workers
         worker_init_fn=_one_thread,
@@ -483,7 +471,7 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
     test = set(np.random.default_rng(settings.seed).permutation(len(good))[:n_test].tolist())
     placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
     bad_dir = Path(settings.bad_dir)
-    for path in images_under(bad_dir) if settings.bad_dir else []:
+    for path in files_under(bad_dir) if settings.bad_dir else []:
         placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
     return placed
 

@@ -147,22 +147,13 @@ def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path
 def _expand(given: str | Path) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        return _files_under(path, image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)
+        return image_folders.files_under(path, suffixes=image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)
     if path.exists():
         return [path]
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
     matches = map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207 (absolute patterns)
     return [file for match in matches for file in (_expand(match) if match.is_dir() else filter(image_folders.is_readable_kind, [match]))]
-
-
-def _files_under(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with such a suffix at any depth, sorted; hidden files and folders are left out."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-    return sorted(filter(image_folders.is_readable_kind, found), key=lambda path: path.as_posix())
 
 
 def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0) -> Iterator[PlotBatch]:
@@ -229,7 +220,7 @@ class ClassFolder:
     def _items(self, folders: list[Path]) -> list[tuple[Path, int]]:
         items = []
         for folder in folders:
-            images = _files_under(folder, image_folders.IMAGE_SUFFIXES)
+            images = image_folders.files_under(folder)
             if not images:
                 raise config.InputError(f"The class folder {folder} holds no image; expected files ending in {', '.join(image_folders.IMAGE_SUFFIXES)}.")
             items += [(path, self.classes.index(folder.name)) for path in images]
@@ -446,7 +437,7 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise config.InputError(f"{source} is no folder; expected class folders of CSV series.")
-    found = _files_under(source, SERIES_SUFFIXES)
+    found = image_folders.files_under(source, suffixes=SERIES_SUFFIXES)
     if not found:
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(found, source, out))

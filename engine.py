@@ -12,13 +12,10 @@ import json
 import math
 import platform
 import random
-import struct
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import numpy as np
@@ -31,9 +28,8 @@ from streams import ahead
 
 FORMAT = 13
 """Format number written into every checkpoint; a reader refuses any other."""
-
-DAMAGED_FILE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error, zipfile.BadZipFile)
-"""What ``torch.load`` was seen to raise for files that are cut, damaged or of another program."""
+LEAST_LOSS_SCALE = 2.0**-14
+"""Loss scale that float16 needs no less than: the scaler starts at 2**16 and halves it at every step with an infinite gradient."""
 
 
 class DivergedError(InputError):
@@ -194,6 +190,8 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, ru
         raise DivergedError("The gradient became infinite; training stops (try a lower --learning-rate).")
     runtime.scaler.step(optimizer)
     runtime.scaler.update()
+    if runtime.scaler.is_enabled() and runtime.scaler.get_scale() < LEAST_LOSS_SCALE:
+        raise DivergedError("The gradient stays infinite in float16; training stops (try a lower --learning-rate or --precision float32).")
     scheduler.step()
 
 
@@ -281,7 +279,7 @@ def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> d
         raise InputError(f"There is no checkpoint at {path}; expected the file that training writes.")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED_FILE:
+    except (OSError, *files.DAMAGED_CHECKPOINT):
         raise InputError(f"{path} is not a readable checkpoint: it is truncated, of another program, or holds code, which is never run.") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
         raise InputError(f"{path} is not a checkpoint of format {FORMAT}; expected a file written by this version's training.")

@@ -139,7 +139,6 @@ def bootstrap_interval(
     n_images: int,
     n_resamples: int,
     seed: int,
-    strata: Sequence | None = None,
 ) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of a statistic of image indices (Efron and Tibshirani 1993, ch. 13).
 
@@ -147,7 +146,7 @@ def bootstrap_interval(
     """
     if n_images == 0 or n_resamples == 0:
         return None
-    values = [statistic(index) for index in resample_indices(n_images, n_resamples, seed, strata)]
+    values = [statistic(index) for index in resample_indices(n_images, n_resamples, seed)]
     return _percentile_interval(np.array([np.nan if value is None else value for value in values], dtype=float))
 
 
@@ -174,16 +173,6 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
     low = 0.0 if successes == 0 else float(centre - half)
     high = 1.0 if successes == n else float(centre + half)
     return low, high
-
-
-def binomial_band(rate: float, n: int) -> tuple[int, int]:
-    """Central 95 % band of the count of events among n that each happen at this rate.
-
-    >>> binomial_band(0.05, 100)
-    (1, 10)
-    """
-    low, high = stats.binom.ppf((0.025, 0.975), n, rate)
-    return int(low), int(high)
 
 
 def figure(value: float | None, interval: tuple[float, float] | None) -> dict | None:
@@ -239,14 +228,13 @@ def precision_recall_f1(
     return precision, recall, float(metrics.f1_score(truth, called)) if both else None
 
 
-def best_f1(labels: Sequence[bool], scores: Sequence[float]) -> tuple[float, float] | None:
-    """(largest F1, its threshold t for "score >= t"), chosen on these very labels; None with one class only."""
+def best_f1(labels: Sequence[bool], scores: Sequence[float]) -> float | None:
+    """The largest F1 of any threshold on these very labels; None with one class only."""
     if not _both_classes(labels):
         return None
-    precision, recall, thresholds = metrics.precision_recall_curve(labels, scores)
+    precision, recall, _ = metrics.precision_recall_curve(labels, scores)
     total = precision + recall
-    values = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)[:-1]
-    return float(values.max()), float(thresholds[values.argmax()])
+    return float(np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0).max())
 
 
 def _both_classes(labels: Sequence[bool]) -> bool:
@@ -561,12 +549,11 @@ def _image_report(
     defective: np.ndarray, scores: np.ndarray, predicted: np.ndarray, n_resamples: int, seed: int
 ) -> dict:
     precision, _, f1 = precision_recall_f1(defective, predicted)
-    best = best_f1(defective, scores)
     values = {
         "auroc": image_auroc(defective, scores),
         "average_precision": average_precision(defective, scores),
         "f1": f1,
-        "f1_max": best and best[0],
+        "f1_max": best_f1(defective, scores),
         "precision": precision,
     }
     weights = _resample_weights(defective, n_resamples, seed)
@@ -581,9 +568,9 @@ def _image_report(
 def _image_draws(
     defective: np.ndarray, scores: np.ndarray, predicted: np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    values, bins = np.unique(scores, return_inverse=True)
-    one_hot = np.eye(len(values))[bins]
-    curve = _curve(weights @ (one_hot * defective[:, None]), weights @ (one_hot * ~defective[:, None]))
+    order = np.argsort(scores)
+    first_of_ties = np.flatnonzero(np.diff(scores[order], prepend=np.nan))
+    curve = _curve(*(np.add.reduceat((weights * some)[:, order], first_of_ties, 1) for some in (defective, ~defective)))
     hits, calls, truths = weights @ (defective & predicted), weights @ predicted, weights @ defective
     return {
         "auroc": _curve_auroc(curve),

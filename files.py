@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import re
+import struct
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 from config import InputError
 
+DAMAGED_CHECKPOINT = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
+"""What ``torch.load`` was seen to raise for files that are cut, damaged or of another program, beside OSError."""
 LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 
 

@@ -21,14 +21,14 @@ REPORT_NAME = "preprocess_report.json"
 # --------------------------------------------------------------------------------------- finding images
 
 
-def images_under(folder: Path, deep: bool = True) -> list[Path]:
-    """Files with an image suffix, sorted; hidden files and folders are left out, linked folders followed once."""
+def files_under(folder: Path, deep: bool = True, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """Files with such a suffix, sorted; hidden files and folders are left out, linked folders followed once."""
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
         folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [Path(where, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+            found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
         seen.add(real)
     return sorted(filter(is_readable_kind, found), key=lambda path: path.as_posix())
 
@@ -73,13 +73,13 @@ def unique_files(inputs: Sequence[str | Path], expand: Callable[[str | Path], li
 def _expand(given: str | Path) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        return images_under(path)
+        return files_under(path)
     if path.exists():
         return [path]
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a folder or a glob.")
     matches = [Path(match) for match in glob.glob(str(given), recursive=True)]  # noqa: PTH207 (absolute patterns)
-    inside = [image for match in matches if match.is_dir() for image in images_under(match)]
+    inside = [image for match in matches if match.is_dir() for image in files_under(match)]
     return inside + [match for match in matches if match.is_file() and match.name.lower().endswith(IMAGE_SUFFIXES)]
 
 
@@ -118,8 +118,8 @@ class MVTecFolder:
         if not self.root.is_dir():
             raise config.InputError(f"The data folder {root} does not exist; expected a folder with train/good, or one of good images.")
         good = self.root / "train" / "good"
-        self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(images_under(self.root, deep=False))
-        self.train_good = images_under(self.root, deep=False) if self.flat else images_under(good)
+        self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(files_under(self.root, deep=False))
+        self.train_good = files_under(self.root, deep=False) if self.flat else files_under(good)
         self.validation_good = [] if self.flat else self._find_validation()
         self.test = [] if self.flat else self._find_test()
         if self.flat:
@@ -152,25 +152,25 @@ class MVTecFolder:
 
     def _find_validation(self) -> list[Path]:
         folder = self.root / "validation" / "good"
-        images = images_under(folder)
+        images = files_under(folder)
         if folder.is_dir() and not images:
             self.warnings.append(f"{folder} holds no images; some of train/good are held out.")
         return images
 
     def _warn_of_deeper(self, bad_dir: str) -> None:
-        bad = {os.path.realpath(path) for path in images_under(Path(bad_dir))} if bad_dir else set()
-        n_deeper = sum(path.parent != self.root and os.path.realpath(path) not in bad for path in images_under(self.root))
+        bad = {os.path.realpath(path) for path in files_under(Path(bad_dir))} if bad_dir else set()
+        n_deeper = sum(path.parent != self.root and os.path.realpath(path) not in bad for path in files_under(self.root))
         if n_deeper:
             self.warnings.append(f"{self.root} holds {n_deeper} image(s) in folders below it; they are left out.")
 
     def _find_test(self) -> list[MVTecItem]:
         test = self.root / "test"
         folders = sorted(path for path in test.iterdir() if path.is_dir() and not path.name.startswith(".")) if test.is_dir() else []
-        if test.is_dir() and images_under(test, deep=False):
+        if test.is_dir() and files_under(test, deep=False):
             self.warnings.append(f"{test} holds images outside any category folder; they are left out.")
         items = []
         for folder in folders:
-            images = images_under(folder)
+            images = files_under(folder)
             masks, others = ({}, []) if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
             items += [MVTecItem(path, folder.name, masks.get(path, ())) for path in images]
             if not images:
@@ -198,7 +198,7 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[d
         named.setdefault(image.stem, []).append(image.relative_to(folder))
     places = {image.parent for same in named.values() for image in same}
     found: dict[Path, dict[int, list[Path]]] = {}
-    masks = images_under(mask_folder)
+    masks = files_under(mask_folder)
     for mask in masks:
         image, kind = _image_of(mask.relative_to(mask_folder), named, places)
         if image:

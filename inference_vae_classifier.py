@@ -70,7 +70,7 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
     """One result a file, image or CSV, in the order of the paths; memory does not grow with their number.
 
     Args:
-        device: where to compute; None for where the model lies.
+        device: where to compute, and where the model is put; None for where it lies.
         flips_below: average over four flips where the class is less sure than this; None does as calibrated.
 
     Raises:
@@ -84,7 +84,10 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
 
 
 def _runtime(model: VAEClassifier, device: torch.device | str | None) -> engine.Runtime:
-    return engine.Runtime(next(model.parameters()).device if device is None else engine.resolve_device(device))
+    """Where to compute, and the model is put there."""
+    runtime = engine.Runtime(next(model.parameters()).device if device is None else engine.resolve_device(device))
+    model.to(runtime.device)
+    return runtime
 
 
 def _require_names(model: VAEClassifier, class_names: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ import io
 import logging
 import pickle
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
@@ -275,17 +274,6 @@ _WAYS_OUT = (
     "give a file with --vgg16-weights PATH, fetch them ahead with `python perceptual_loss.py`, "
     "or switch the perceptual term off with --perceptual-weight 0"
 )
-_DAMAGED_FILE = (  # what torch.load was seen to raise for files with random changes
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
 _log = logging.getLogger(__name__)
 
 
@@ -433,7 +421,7 @@ def _read_state_file(path: Path, exact: bool = False) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _Unfit(f"{path} cannot be read ({error.strerror or _one_line(error)})") from None
-    except _DAMAGED_FILE:
+    except files.DAMAGED_CHECKPOINT:
         raise _Unfit(f"{path} is no PyTorch file of plain tensors, or a damaged one") from None
     return _verified_state(state, str(path), exact)
 

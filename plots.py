@@ -112,33 +112,23 @@ def reconstruction_grid(
     defect_maps: Sequence[np.ndarray],
     titles: Sequence[str],
     map_max: float,
-    truth_masks: Sequence[np.ndarray | None] | None = None,
 ) -> Figure:
-    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max (to 1 where that is not above 0).
-
-    A truth mask (H x W) is outlined in amber on the original.
-    """
+    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max (to 1 where that is not above 0)."""
     n_images = len(images)
     assert len(reconstructions) == len(defect_maps) == len(titles) == n_images > 0, (
         "expected one entry an image in each list"
     )
-    masks = [None] * n_images if truth_masks is None else truth_masks
     with matplotlib.rc_context(_STYLE):
         figure, grid = _grid(n_images, 3, PANEL_IN, extra_width_in=0.9)
-        rows = zip(grid, images, reconstructions, defect_maps, masks, titles, strict=True)
-        for axes, image, reconstruction, defect_map, mask, title in rows:
+        for axes, image, reconstruction, defect_map, title in zip(grid, images, reconstructions, defect_maps, titles, strict=True):
             _show_photo(axes[0], image, "")
             _show_photo(axes[1], reconstruction, "")
             drawn = _show_map(axes[2], defect_map, map_max, "")
             axes[0].set_ylabel(_printable(title))
-            if mask is not None:
-                _outline(axes[0], mask, TRUTH_COLOUR, dashed=True)
         for axis, name in zip(grid[0], ("Original", "Reconstruction", "Defect map"), strict=True):
             axis.set_title(name)
         shown_max = max(float(np.max(defect_map)) for defect_map in defect_maps)
         _heat_bar(figure, drawn, list(grid[:, 2]), shown_max, None)
-        if any(mask is not None and np.any(mask) for mask in masks):
-            _outline_legend(figure, predicted=False, truth=True)
     return figure
 
 

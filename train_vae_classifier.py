@@ -160,9 +160,8 @@ def make_loader(run: Run) -> DataLoader:
     s, training, n_real = run.settings, run.data.training, run.data.n_real
     dataset = plot_loader.LabelledImages(training.images, training.labels, s, s.seed)
     sampler = MixedSampler(n_real, len(training.labels) - n_real, s.real_share, s.epoch_samples, s.seed)
-    n_workers = data_loader.resolve_num_workers(s.num_workers, run.runtime.device)
-    lone = len(sampler) > s.batch_size and len(sampler) % s.batch_size == 1
-    return DataLoader(dataset, s.batch_size, sampler=sampler, num_workers=n_workers, pin_memory=run.runtime.pin_memory, drop_last=lone, persistent_workers=n_workers > 0, generator=torch.Generator())  # of its own: the run's random numbers do not depend on workers
+    return data_loader.training_loader(dataset, sampler, s.batch_size, data_loader.resolve_num_workers(s.num_workers, run.runtime.device), run.runtime.pin_memory)
+
 
 
 def train(run: Run) -> list[dict]:

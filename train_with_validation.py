@@ -225,7 +225,7 @@ def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named terms for each epoch."""
     s, runtime = run.settings, run.runtime
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    loader = data_loader.training_loader(run.training, s.batch_size, s.seed, 0, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
+    loader = data_loader.training_loader(run.training, data_loader.EpochSampler(len(run.training), s.seed), s.batch_size, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)

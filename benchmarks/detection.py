@@ -143,7 +143,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
 def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.Detector:
     """What ``train_with_validation.py`` leaves behind."""
     with contextlib.redirect_stdout(sys.stderr):
-        train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings)))
+        train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings), settings.given))
     return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth", precision=settings.precision)
 
 
@@ -171,10 +171,12 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     good = [source.train_good[i] for i in sorted(rng.permutation(len(source.train_good))[: n_images - n_bad])]
     hidden = {defective[i].path for i in rng.permutation(len(defective))[:n_bad]}
     shutil.rmtree(folder, ignore_errors=True)
-    for path in [*good, *sorted(hidden)]:
+    for path in sorted(hidden):
         link(path, folder / "train" / "good" / source.relative(path))
-    for path in source.validation_good:
+    for path in [*good, *source.validation_good]:
         link(path, folder / source.relative(path))
+    if (source.root / image_folders.REPORT_NAME).is_file():  # says where its images have grey bars
+        link(source.root / image_folders.REPORT_NAME, folder / image_folders.REPORT_NAME)
     for item in source.test:
         if item.path not in hidden:
             for path in (item.path, *item.mask_paths):
@@ -253,6 +255,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
+    settings = train_with_validation.fitted_as_on_disk(settings)
     image_folders.MVTecFolder(settings.data_dir).require_test()
     if set(settings.methods) != {"detailvae"}:
         require_anomalib()

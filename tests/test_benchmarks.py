@@ -161,6 +161,25 @@ def test_the_detection_benchmark_trains_every_method_itself(tmp_path):
         detection.main(config.DetectionBenchmarkSettings(data_dir=str(tmp_path), weights="models/best_model.pth"))
 
 
+@pytest.mark.parametrize("given", [frozenset(), frozenset({"resize"})])
+def test_images_preprocessed_with_grey_bars_are_judged_as_training_sees_them(tmp_path, monkeypatch, given):
+    parts = make_parts(tmp_path / "parts")
+    for path in image_folders.find_images(parts):
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (160, 64)))
+    data_loader.preprocess(config.PreprocessSettings(source=(str(parts),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+    measured, trained = [], []
+    monkeypatch.setattr(detection, "in_own_process", lambda name, settings: measured.append(settings) or {"method": name, **dict.fromkeys(("seed", "train_images", "images_per_s", "training_s"), 1), "peak_memory_mb": None, **{f"{level} {key}": None for level, key in detection.MEASURED}})
+    settings = config.from_dict(config.DetectionBenchmarkSettings, {"data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path), "image_size": 64, "methods": ["detailvae"], "train_images": [6]}, given)
+    detection.main(settings)
+    assert measured[0].resize == ("stretch" if given else "letterbox")
+    found = image_folders.MVTecFolder(measured[0].data_dir)
+    assert {found.letterboxed[path] for path in found.train_good} == {(64, 160)} and all(item.path in found.letterboxed for item in found.test)
+    monkeypatch.setattr(detection.train_with_validation, "main", trained.append)
+    monkeypatch.setattr(detection.defect_maps, "load_detector", lambda *args, **kwargs: None)
+    detection.train_detailvae(measured[0])
+    assert detection.train_with_validation.fitted_as_on_disk(trained[0]).resize == measured[0].resize
+
+
 def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_for(tmp_path):
     parts = make_parts(tmp_path / "parts")
     deeper = parts / "test" / "scratch" / "deeper"  # of the same name as another

@@ -482,20 +482,21 @@ def test_a_file_is_no_folder_for_predictions(trained, model, tmp_path):
         inference.batch_predict(trained[0] / "test", model, CLASSES, output_dir=tmp_path / "out")
 
 
-def test_without_a_device_the_models_own_is_used(trained, model, tmp_path, monkeypatch):
+def test_model_and_images_meet_on_the_device_asked_for_or_the_models_own(trained, tmp_path, monkeypatch):
     class Judged(Exception):
         pass
 
     def judge(model, images, flips_below):
+        assert images.device == next(model.parameters()).device
         raise Judged(images.device.type)
 
     monkeypatch.setattr(vae_classifier, "judge", judge)
-    model.to("meta")
+    monkeypatch.setattr(engine, "resolve_device", torch.device)
     for call, path in ((inference.predict_single_image, trained[0] / "test" / "flat" / "0.png"), (inference.batch_predict, trained[0] / "test"), (inference.predict_from_csv, series_csv(tmp_path / "s.csv"))):
-        with pytest.raises(Judged, match="meta"):
-            call(path, model, CLASSES)
-        with pytest.raises(Judged, match="cpu"):
-            call(path, model, CLASSES, torch.device("cpu"))
+        model = inference.load_vae_classifier(trained[1] / training.BEST)[0]
+        for asked, expected in ((None, "cpu"), ("meta", "meta"), (None, "meta")):
+            with pytest.raises(Judged, match=expected):
+                call(path, model, CLASSES, asked)
 
 
 def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):

@@ -507,7 +507,7 @@ def test_samples_depend_on_seed_epoch_and_index_only():
 
 def test_training_batches_smaller_than_a_batch():
     data = loader.LabelledImages(np.zeros((3, 32, 32, 3), np.uint8), [0, 1, 1], config.SupervisedDataSettings(), seed=0)
-    (batch,) = list(data_loader.training_loader(data, batch_size=32, seed=0))
+    (batch,) = list(data_loader.training_loader(data, data_loader.EpochSampler(len(data), 0), 32))
     assert batch.images.shape == (3, 3, 32, 32) and sorted(batch.labels.tolist()) == [0, 1, 1]
 
 

@@ -89,6 +89,17 @@ def test_a_scaled_loss_makes_the_same_clipped_step():
     assert moved[0] == pytest.approx([-0.6, -0.8], rel=1e-4) and moved[1] == pytest.approx(moved[0])
 
 
+def test_scaled_gradients_that_stay_infinite_end_the_training():
+    weight = nn.Parameter(torch.zeros(1))
+    runtime = engine.Runtime(torch.device("cpu"), None, torch.amp.GradScaler("cpu", enabled=True))
+    optimizer, n_skipped = torch.optim.SGD([weight], lr=1.0), 0
+    with pytest.raises(engine.DivergedError, match="stays infinite in float16"):
+        while n_skipped < 100:
+            engine.optimizer_step((weight * math.inf).nan_to_num(0.0, 0.0).sum() + torch.sqrt(weight).sum(), optimizer, NoSchedule(), runtime, 1.0)
+            n_skipped += 1
+    assert n_skipped == 30 and weight.item() == 0.0
+
+
 def test_small_gradients_are_not_blown_up_by_clipping():
     weight = nn.Parameter(torch.zeros(1))
     engine.optimizer_step(0.1 * weight.sum(), torch.optim.SGD([weight], lr=1.0), NoSchedule(), RUNTIME, 5.0)
