@@ -1,7 +1,7 @@
 """Data sets for measuring how general a method is, in the MVTec layout, where no photographs may be shared.
 
-Varied metal surfaces and a part that always lies the same way, both drawn by code, and pieces of the user's own photographs of textures. The
-defects are drawn and have nothing to do with those that training draws.
+Varied metal surfaces, a part that always lies the same way and a woven fabric, all drawn by code, and pieces of the user's own photographs of textures.
+The defects are drawn and have nothing to do with those that training draws.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from image_files import read_image, write_png
 SIDE = 512
 BACKGROUND = (70, 66, 62)
 N_HOLES, N_SCREWS, N_RIBS = 12, 4, 24
+YARN_PX = (11.0, 12.5)
+"""Width of the fabric's yarns that run down and across."""
 TRAINING_PART, PIECE_FRAC, LEAST_PIECE_PX = 0.6, 0.35, 128
 """Share of a photograph, from the left, that training images are pieces of; the side of a piece as a share of the photograph's shorter one, and at least."""
 
@@ -288,6 +290,48 @@ CAP_DEFECTS: dict[str, Callable[[np.random.Generator, np.ndarray], Drawn]] = {
 }
 
 
+# -------------------------------------------------------------------------------------- a woven fabric
+
+
+def fabric(rng: np.random.Generator, side: int = SIDE, broken: float | None = None, thick: float | None = None) -> Drawn:
+    """A plain weave, a little turned and warped, of yarns of uneven brightness; where asked, with a yarn broken, or thick, for a length, so far across or down, 0 to 1."""
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    angle = np.deg2rad(rng.normal(0, 1.5))
+    across = x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, 200) + 1.4 * grain(rng, side, 35, 35)
+    down = -x * np.sin(angle) + y * np.cos(angle) + rng.uniform(0, 200) + 1.4 * grain(rng, side, 35, 35)
+    yarns = across / YARN_PX[0], down / YARN_PX[1]
+    warp, weft = (np.floor(at).astype(int) + 100 for at in yarns)
+    warp_at, weft_at = (np.sin(np.pi * (at - np.floor(at))) for at in yarns)  # 1 along the middle of a yarn
+    warp_tone, weft_tone = (rng.normal(0, 7, 400).astype(np.float32) for _ in range(2))
+    over = (warp + weft) % 2 == 0
+    image = np.where(over, 95 + 60 * warp_at * (0.6 + 0.4 * weft_at) + warp_tone[warp % 400], 75 + 60 * weft_at * (0.6 + 0.4 * warp_at) + weft_tone[weft % 400])
+    mask = np.zeros((side, side), bool)
+    if broken is not None:
+        mask = (warp == warp[side // 2, int(side * broken)]) & _a_length(rng, y)
+        image = np.where(mask, 55 + 8 * weft_at, image)
+    if thick is not None:
+        mask = (weft == weft[int(side * thick), side // 2]) & _a_length(rng, x)
+        image = np.where(mask, image + 28, image)
+    image = image + 3 * grain(rng, side, 0.7, 0.7) + 4 * grain(rng, side, 2, 2)
+    image = image * light(rng, side, rng.uniform(0.05, 0.25)) * rng.uniform(0.93, 1.07)
+    return np.clip(image[..., None] * np.array([0.78, 0.9, 1.0], np.float32), 0, 255).astype(np.float32), mask
+
+
+def _a_length(rng: np.random.Generator, along: np.ndarray) -> np.ndarray:
+    """Where a coordinate (side, side) lies in a random stretch of it, 0.16 to 0.6 of the side."""
+    side = len(along)
+    return np.abs(along - side * rng.uniform(0.3, 0.7)) < side * rng.uniform(0.08, 0.3)
+
+
+FABRIC_DEFECTS: dict[str, Callable[[np.random.Generator, int], Drawn]] = {
+    "gap": lambda rng, side: fabric(rng, side, broken=rng.uniform(0.2, 0.8)),
+    "thick": lambda rng, side: fabric(rng, side, thick=rng.uniform(0.2, 0.8)),
+    "stain": lambda rng, side: tinted(rng, fabric(rng, side)[0]),
+    "hole": lambda rng, side: pierced(rng, fabric(rng, side)[0]),
+    "thread": lambda rng, side: threaded(rng, fabric(rng, side)[0]),
+}
+
+
 def photographed(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> Drawn:
     """Turned and moved by a little, lit unevenly, with the grain of a camera."""
     side = len(image)
@@ -332,6 +376,17 @@ def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, 
             write(root, f"test/{kind}", number, *photographed(rng, *draw(rng, cap(rng, side=side))))
 
 
+def write_fabrics(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
+    """Pieces of a woven fabric; so many to train, good ones to test, and defective ones of each kind."""
+    rng = np.random.default_rng(2 * seed + 21)
+    for folder, n in (("train/good", n_train), ("test/good", n_good)):
+        for number in range(n):
+            write(root, folder, number, fabric(rng, side)[0])
+    for number in range(n_each):
+        for kind, draw in FABRIC_DEFECTS.items():
+            write(root, f"test/{kind}", number, *draw(rng, side))
+
+
 def write_pieces(root: Path, photo: np.ndarray, seed: int = 0, n_train: int = 200, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
     """Pieces of a photograph (H, W, 3), BGR: of its left part to train, of its right part to test, defective ones of each kind.
 
@@ -359,7 +414,7 @@ def main(settings: config.DrawnSetsSettings) -> None:
         InputError: a photograph cannot be read or is too small.
     """
     out, photos = Path(settings.output_dir) / settings.out, [Path(path) for path in settings.photos]
-    names = [path.stem for path in photos] + ["surfaces", "cap"]
+    names = [path.stem for path in photos] + ["surfaces", "cap", "fabric"]
     if len(set(names)) < len(names):
         raise config.UsageError(f"The sets would be named {', '.join(names)}; expected photographs of different names.")
     for path in photos:
@@ -370,7 +425,8 @@ def main(settings: config.DrawnSetsSettings) -> None:
         print(f"pieces of {path}: {out / path.stem}")
     write_surfaces(out / "surfaces", settings.seed)
     write_caps(out / "cap", settings.seed)
-    print(f"metal surfaces: {out / 'surfaces'}   an aligned part: {out / 'cap'}")
+    write_fabrics(out / "fabric", settings.seed)
+    print(f"metal surfaces: {out / 'surfaces'}   an aligned part: {out / 'cap'}   a fabric: {out / 'fabric'}")
 
 
 if __name__ == "__main__":

@@ -340,6 +340,17 @@ def drawings():
             yield name, image, *draw(rng, image)
 
 
+@pytest.mark.parametrize("kind", ["broken", "thick"])
+def test_a_yarn_of_the_fabric_differs_for_a_length_and_nothing_else(kind):
+    whole, (changed, mask) = (drawn_sets.fabric(np.random.default_rng(2), 256, **given) for given in ({}, {kind: 0.4}))
+    down, across = np.ptp(np.argwhere(mask), axis=0) + 1
+    length, width = (down, across) if kind == "broken" else (across, down)
+    assert 0.15 * 256 < length < 0.65 * 256 and 8 < width < 24  # a yarn of 11 or 12 px, a little turned
+    before, after = ([each[mask == inside].mean() for inside in (True, False)] for each in (whole[0], changed))
+    assert (after[0] < before[0] - 20) if kind == "broken" else (after[0] > before[0] + 10)
+    assert after[1] == pytest.approx(before[1], rel=0.1)
+
+
 def test_a_drawn_sets_masks_cover_what_was_changed():
     for name, before, after, mask in drawings():
         change = np.abs(after - before).max(2)
@@ -367,6 +378,7 @@ def test_a_piece_to_test_is_of_no_part_of_the_photo_that_was_trained_on(tmp_path
 def test_a_photo_that_makes_no_set_is_named(tmp_path, monkeypatch, capsys, shape, words):
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: None)
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: None)
+    monkeypatch.setattr(drawn_sets, "write_fabrics", lambda root, seed: None)
     monkeypatch.setattr(drawn_sets, "PIECE_FRAC", 0.35 if shape != (800, 500) else 0.45)
     path = tmp_path / "wall.png"
     if shape:
@@ -381,7 +393,7 @@ def test_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
     def pieces(root, *args, side):
         drawn_sets.write_pieces(root, PHOTO, *args, side=side)
 
-    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps), ("pieces", pieces)):
+    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps), ("fabric", drawn_sets.write_fabrics), ("pieces", pieces)):
         for run in ("first", "second"):
             write(tmp_path / run / name, 3, 3, 2, 1, side=128)
         write(tmp_path / "other" / name, 4, 1, 0, 0, side=128)
@@ -403,9 +415,10 @@ def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: written.append((root, seed)))
+    monkeypatch.setattr(drawn_sets, "write_fabrics", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_pieces", lambda root, photo, seed: written.append((root, photo[0, 0].tolist(), seed)))
     image_files.write_png(tmp_path / "a wall.png", np.full((8, 8, 3), (1, 2, 3), np.uint8))
     drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4, photos=(str(tmp_path / "a wall.png"),)))
-    assert written == [(tmp_path / "sets" / "a wall", [3, 2, 1], 4), (tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4)]
+    assert written == [(tmp_path / "sets" / "a wall", [3, 2, 1], 4), (tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4), (tmp_path / "sets" / "fabric", 4)]
     with pytest.raises(config.UsageError, match="expected photographs of different names"):
         drawn_sets.main(config.DrawnSetsSettings(photos=("here/cap.jpg",)))
