@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,20 @@ def make_model(tiny_backbone):
         return vae_model.DetailVAE(config.ModelSettings(**{**narrow, **changes}))
 
     return make
+
+
+@pytest.fixture
+def run_readme_code(tmp_path, monkeypatch):
+    """``run_readme_code("load_detector")`` runs README's Python block that has this word, in a folder of its own, and returns its names."""
+
+    def run(word):
+        (code,) = (block for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), re.S) if word in block)
+        monkeypatch.chdir(tmp_path)
+        names = {}
+        exec(code, names)
+        return names
+
+    return run
 
 
 def picture(height=48, width=64, seed=0):

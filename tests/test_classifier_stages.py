@@ -470,6 +470,16 @@ def test_a_model_and_its_class_names_belong_together(trained, model, tmp_path):
             call(path, new, CLASSES)
 
 
+def test_readmes_lines_run(trained, tmp_path, run_readme_code):
+    (tmp_path / "vae_models").mkdir()
+    shutil.copy(trained[1] / training.BEST, tmp_path / "vae_models" / "best_vae_classifier.pth")
+    shutil.copy(trained[0] / "test" / "flat" / "0.png", tmp_path / "one.png")
+    series_csv(tmp_path / "series.csv")
+    names = run_readme_code("load_vae_classifier")
+    assert set(names["probs"]) == set(CLASSES) and names["predicted"] in CLASSES and names["reconstruction"].shape[0] == 3
+    assert (tmp_path / "result.png").is_file() and (tmp_path / "results" / "vae_classifier_predictions" / "series_plot.png").is_file()
+
+
 def test_the_callers_own_class_names_are_those_of_the_table(trained, model, tmp_path):
     results = inference.batch_predict(trained[0] / "test", model, ["eben", "Sprung", "Anstieg"], output_dir=tmp_path)
     rows = read_rows(tmp_path / "predictions.csv")

@@ -853,6 +853,14 @@ def test_readme_commands_are_understood(words):
         config.parse(SCRIPTS[words[0]], "", words[1:])
 
 
+def test_readmes_notebook_lines_run(data, trained, tmp_path, run_readme_code, capsys):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    shutil.copytree(data / "test", tmp_path / "data" / "demo_textures" / "test")
+    run_readme_code("load_detector")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(image_folders.find_images(data / "test")) and all(" p=" in line and ".png " in line for line in said)
+
+
 @pytest.mark.parametrize(("drawn_defects", "head"), [(0.75, True), (0.0, False)])
 def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path, drawn_defects, head):
     detector = classify_images.load_detector(train(data, tmp_path, epochs=1, drawn_defects=drawn_defects, segmentation=True))
