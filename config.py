@@ -458,7 +458,7 @@ def from_dict(settings_class: type[Settings], values: dict, given: Iterable[str]
     hints = typing.get_type_hints(settings_class)
     known = {field.name for field in dataclasses.fields(settings_class)}
     settings = settings_class(**{key: _coerce(key, value, hints[key]) for key, value in values.items() if key in known})
-    object.__setattr__(settings, "given", known.intersection(given))
+    object.__setattr__(settings, "given", frozenset(known.intersection(given)))
     return settings
 
 
