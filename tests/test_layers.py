@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import operator
+import re
 import statistics
 from pathlib import Path
 
@@ -198,6 +200,18 @@ def test_the_median_function_is_small():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_find_their_names(name):
     assert NOTEBOOKS[name] <= set(dir(importlib.import_module(name)))
+
+
+def readme_names():
+    """Every ``module.name`` in README's table of where the steps are."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| step | in the code |")[1].split("\n\n")[0]
+    return re.findall(r"`(\w+)\.([\w.]+)`", table)
+
+
+def test_readmes_steps_are_in_the_code():
+    assert len(readme_names()) > 20
+    for module, name in readme_names():
+        assert operator.attrgetter(name)(importlib.import_module(module)) is not None
 
 
 def test_pytest_never_takes_a_script_for_a_test():
