@@ -9,9 +9,10 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import BinaryIO
 
 from config import InputError
 
@@ -20,8 +21,9 @@ DAMAGED_CHECKPOINT = (UnpicklingError, RuntimeError, EOFError, ValueError, Looku
 LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 
 
-def write_whole(path: Path, content: bytes | memoryview, sync: bool = False) -> None:
-    """Write a file, whole or not at all, making its folder: a temporary file beside it, then a rename.
+@contextlib.contextmanager
+def whole_file(path: Path, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write into that is there whole or not at all, its folder made: a temporary one beside it, renamed where the block ends without an error.
 
     Args:
         sync: wait until the disk has it, so that not even a power cut leaves a part.
@@ -33,7 +35,7 @@ def write_whole(path: Path, content: bytes | memoryview, sync: bool = False) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            file.write(content)
+            yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -43,6 +45,12 @@ def write_whole(path: Path, content: bytes | memoryview, sync: bool = False) -> 
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def write_whole(path: Path, content: bytes | memoryview, sync: bool = False) -> None:
+    """Write a file as ``whole_file`` does and raises."""
+    with whole_file(path, sync) as file:
+        file.write(content)
 
 
 def write_json(path: Path, values: dict) -> None:
