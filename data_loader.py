@@ -513,6 +513,8 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
         return {**row, "source": error.args[0], "reason": error.reason}
     except FileNotFoundError:
         return {**row, "reason": "is gone"}
+    except OSError as error:
+        return {**row, "reason": f"cannot be read ({error.strerror or error})"}
     write_png(out / job.output, pixels)
     return {**row, "height": whole.shape[0], "width": whole.shape[1], "signature": signature, **({"warnings": warnings} if warnings else {})}
 

@@ -290,6 +290,14 @@ def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def kept_rows(report: dict) -> list[dict]:
-    """The rows of a report on what was written, without what is no such row."""
+    """The rows of a report on what was written, without what is no such row or names no file in the set's folders."""
     rows = report.get("kept")
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("output"), str)] if isinstance(rows, list) else []
+    return [row for row in rows if isinstance(row, dict) and _is_inside(row.get("output"))] if isinstance(rows, list) else []
+
+
+def _is_inside(output: object) -> bool:
+    """Whether it is a path as ``train/good/a.png``: a deletion must not follow one that leads elsewhere."""
+    if not isinstance(output, str) or "\0" in output:
+        return False
+    path = Path(output)
+    return len(path.parts) >= 3 and not path.is_absolute() and ".." not in path.parts

@@ -478,3 +478,24 @@ def test_defects_are_drawn_within_the_window_of_each_image():
     assert torch.equal(drawn, again[0]) and np.array_equal(masks, again[1])
     larger = dl.draw_on(images[:2], windows[:2], 20.0, np.random.default_rng(0))[1]
     assert larger.sum() > 2 * masks.sum()
+
+
+@pytest.mark.parametrize("output", ["../victim.txt", "train/good/../../../victim.txt", "{root}/victim.txt", "train", "a\0b", 5])
+def test_preprocessing_removes_nothing_that_a_report_names_elsewhere(tmp_path, output):
+    for name in "abcdef":
+        save(tmp_path / "raw" / f"{name}.png")
+    victim = tmp_path / "victim.txt"
+    victim.write_text("kept")
+    row = {"output": output.format(root=tmp_path) if isinstance(output, str) else output}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "preprocess_report.json").write_text(json.dumps({"kept": [row]}))
+    dl.preprocess(config.PreprocessSettings(source=(str(tmp_path / "raw"),), out=str(tmp_path / "set"), image_size=64))
+    assert victim.read_text() == "kept"
+
+
+def test_a_link_to_itself_costs_preprocessing_nothing_else(tmp_path):
+    for name in "abcdef":
+        save(tmp_path / "raw" / f"{name}.png")
+    (tmp_path / "raw" / "self.png").symlink_to("self.png")
+    report = dl.preprocess(config.PreprocessSettings(source=(str(tmp_path / "raw"),), out=str(tmp_path / "set"), image_size=64))
+    assert len(report["kept"]) == 6 and "cannot be read" in report["skipped"][0]["reason"]
