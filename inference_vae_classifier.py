@@ -167,6 +167,7 @@ class Tally:
     """What the command counts on its way."""
 
     names: Counter = field(default_factory=Counter)
+    n_unreadable: int = 0
     n_unknown: int = 0
     n_pictures: int = 0
     picture_s: float = 0.0
@@ -212,7 +213,7 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     seconds = time.perf_counter() - started - tally.picture_s
     print(summary(tally, len(paths), seconds, model))
     print(f"table: {out / 'predictions.csv'}" + (f"   pictures: {out} ({tally.n_pictures} of {len(paths)}, {tally.picture_s:.1f} s; --max-pictures sets how many)" if tally.n_pictures else ""))
-    if tally.names["error"] == len(paths):
+    if tally.n_unreadable == len(paths):
         raise config.InputError(f"No file can be read; the last, {each.path}, {each.error}.")
     return kept
 
@@ -226,6 +227,7 @@ def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Se
         for number, each in enumerate(results, 1):
             writer.writerow(row(each, class_names))
             tally.names[each.name] += 1
+            tally.n_unreadable += bool(each.error)
             tally.n_unknown += is_unknown(each, model)
             if tally.n_pictures < max_pictures and not each.error:
                 begun = time.perf_counter()
@@ -256,7 +258,7 @@ def top_three(each: Predicted, model: VAEClassifier) -> str:
 def summary(tally: Tally, n_files: int, seconds: float, model: VAEClassifier) -> str:
     lines = [f"{name:<24s}{tally.names[name]:>7d}" for name in [*model.class_names, "error"] if tally.names[name]] if n_files > FEW_FILES else []
     alpha, note = model.calibration.alpha, "" if model.calibration.promised else "; too few validation plots to call anything so"
-    lines.append(f"{n_files} files, {tally.names['error']} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s")
+    lines.append(f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s")
     return "\n".join(lines)
 
 
