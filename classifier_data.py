@@ -1,4 +1,6 @@
-"""Which plots the classifier learns from, is validated and tested on: real ones, generated ones, and how both are mixed."""
+"""Which plots the classifier learns from, is validated and tested on: real ones, generated ones, and how both are
+mixed.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +36,31 @@ class Data:
     folder: plot_loader.ClassFolder
     training: Plots  # those of the data set first, then the generated ones
     n_real: int
-    validation: dict[str, Plots]  # "real": held out of the training plots; "fresh": present-style series, where there are any
+    validation: dict[
+        str, Plots
+    ]  # "real": held out of the training plots; "fresh": present-style series, where there are any
     cache: Path
 
 
-def read_plots(items: Sequence[tuple[Path, int]], settings: config.TrainClassifierSettings, cache: Path, progress: plot_loader.Progress, say: Callable[[str], None]) -> Plots:
+def read_plots(
+    items: Sequence[tuple[Path, int]],
+    settings: config.TrainClassifierSettings,
+    cache: Path,
+    progress: plot_loader.Progress,
+    say: Callable[[str], None],
+) -> Plots:
     """Plots of the readable ones among (path, label) items; of each unreadable one ``say`` is told."""
-    loaded = plot_loader.load_plots([path for path, _ in items], settings.image_size, settings.crop_axes, cache, progress)
+    loaded = plot_loader.load_plots(
+        [path for path, _ in items], settings.image_size, settings.crop_axes, cache, progress
+    )
     for path, reason in loaded.errors:
         say(f"warning: {path} is skipped: {reason}")
     return Plots(loaded.images, np.array([items[i][1] for i in loaded.kept], dtype=np.int64))
 
 
 def read_data(settings: config.TrainClassifierSettings, bar: Bar, say: Callable[[str], None]) -> Data:
-    """Training and validation plots of the data set, and the generated ones that are mixed in; what looks wrong, ``say`` is told in whole sentences.
+    """Training and validation plots of the data set, and the generated ones that are mixed in; what looks wrong,
+    ``say`` is told in whole sentences.
 
     Raises:
         InputError: the folders are not as they should be, or a class has no two readable plots.
@@ -55,12 +68,18 @@ def read_data(settings: config.TrainClassifierSettings, bar: Bar, say: Callable[
     folder = plot_loader.ClassFolder(settings.data_dir)
     cache = Path(settings.output_dir) / "data" / "cache"
     if n_shared := folder.n_shared():
-        say(f"warning: {n_shared} of {len(folder.test)} test plots also lie in the training set, with the same content: figures on them say too much.")
+        say(
+            f"warning: {n_shared} of {len(folder.test)} test plots also lie in the training set, with the same "
+            "content: figures on them say too much."
+        )
     everything = read_plots(folder.train, settings, cache, bar("training plots"), say)
     for k, name in enumerate(folder.classes):
         n = int((everything.labels == k).sum())
         if n < 2:
-            raise config.InputError(f"{folder.root / 'train' / name} holds {n} readable plot(s); expected at least two, one of them for validation.")
+            raise config.InputError(
+                f"{folder.root / 'train' / name} holds {n} readable plot(s); expected at least two, one of them for "
+                "validation."
+            )
     training, held = plot_loader.stratified_split(everything.labels, settings.validation_frac, settings.seed)
     real, validation = (Plots(everything.images[rows], everything.labels[rows]) for rows in (training, held))
     generated, fresh = make_generated(settings, folder.classes, cache, bar, say)
@@ -72,31 +91,60 @@ def joined(parts: Sequence[Plots]) -> Plots:
     return parts[0] if len(parts) == 1 else Plots(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def make_generated(settings: config.TrainClassifierSettings, classes: list[str], cache: Path, bar: Bar, say: Callable[[str], None]) -> tuple[list[Plots], Plots]:
-    """(plots to mix into training, fresh plots for validation); both empty where the classes are not betise's nine kinds."""
+def make_generated(
+    settings: config.TrainClassifierSettings, classes: list[str], cache: Path, bar: Bar, say: Callable[[str], None]
+) -> tuple[list[Plots], Plots]:
+    """(plots to mix into training, fresh plots for validation); both empty where the classes are not betise's nine
+    kinds.
+    """
     side = settings.image_size
     none = Plots(np.zeros((0, side, side, 3), np.uint8), np.zeros(0, np.int64))
     wanted = settings.generated_home + settings.generated_present + settings.fresh_per_class
     if tuple(classes) != series_generator.KINDS:
         if wanted:
-            say(f"The {len(classes)} classes of {settings.data_dir} are not the nine kinds that betise makes: no generated plots are mixed in.")
+            say(
+                f"The {len(classes)} classes of {settings.data_dir} are not the nine kinds that betise makes: no "
+                "generated plots are mixed in."
+            )
         return [], none
     shares = (("home", settings.generated_home), ("present", settings.generated_present))
-    mixed_in = [generated_plots(settings, style, per_class, TRAIN_TAG, cache, bar(f"{style} series")) for style, per_class in shares if per_class]
-    fresh = generated_plots(settings, "present", settings.fresh_per_class, FRESH_TAG, cache, bar("present series")) if settings.fresh_per_class else none
+    mixed_in = [
+        generated_plots(settings, style, per_class, TRAIN_TAG, cache, bar(f"{style} series"))
+        for style, per_class in shares
+        if per_class
+    ]
+    fresh = (
+        generated_plots(settings, "present", settings.fresh_per_class, FRESH_TAG, cache, bar("present series"))
+        if settings.fresh_per_class
+        else none
+    )
     return mixed_in, fresh
 
 
-def generated_plots(settings: config.TrainClassifierSettings, style: str, per_class: int, tag: int, cache: Path, progress: plot_loader.Progress) -> Plots:
-    """``per_class`` generated series of each kind as plots, made once for these settings and then read from the cache."""
+def generated_plots(
+    settings: config.TrainClassifierSettings,
+    style: str,
+    per_class: int,
+    tag: int,
+    cache: Path,
+    progress: plot_loader.Progress,
+) -> Plots:
+    """``per_class`` generated series of each kind as plots,
+    made once for these settings and then read from the cache."""
     labels = np.repeat(np.arange(len(series_generator.KINDS)), per_class)
     side = settings.image_size
     code = "".join(inspect.getsource(module) for module in (series_generator, series_plots, plot_loader))
-    key = json.dumps([series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code])
+    key = json.dumps(
+        [series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code]
+    )
     file = cache / f"generated_{style}_{side}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     images = read_array(file)
     if images is None or images.shape != (len(labels), side, side, 3):
-        jobs = [(kind, style, (settings.seed, tag, k, i), side, settings.crop_axes) for k, kind in enumerate(series_generator.KINDS) for i in range(per_class)]
+        jobs = [
+            (kind, style, (settings.seed, tag, k, i), side, settings.crop_axes)
+            for k, kind in enumerate(series_generator.KINDS)
+            for i in range(per_class)
+        ]
         made = plot_loader.in_processes(draw_generated, jobs, -1)
         images = np.empty((len(jobs), side, side, 3), np.uint8)
         for i, image in enumerate(progress(made, len(jobs))):
@@ -147,8 +195,13 @@ class MixedSampler:
         keys: list[int] = []
         for start, size, drawn in self.streams:
             first = (self.epoch - 1) * drawn
-            rounds = {turn: np.random.default_rng((self.seed, start, turn)).permutation(size) for turn in range(first // size, (first + drawn - 1) // size + 1)}
-            keys += [(at // size) * self.n + start + int(rounds[at // size][at % size]) for at in range(first, first + drawn)]
+            rounds = {
+                turn: np.random.default_rng((self.seed, start, turn)).permutation(size)
+                for turn in range(first // size, (first + drawn - 1) // size + 1)
+            }
+            keys += [
+                (at // size) * self.n + start + int(rounds[at // size][at % size]) for at in range(first, first + drawn)
+            ]
         return iter(np.random.default_rng((self.seed, self.epoch, 7)).permutation(keys).tolist())
 
     def __len__(self) -> int:

@@ -58,39 +58,59 @@ def main(settings: config.ClassifySettings) -> None:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     files.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
-    with (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(paths), unit="image", file=sys.stderr) as bar:
+    with (
+        (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        tqdm(total=len(paths), unit="image", file=sys.stderr) as bar,
+    ):
         writer = csv.writer(file)
         writer.writerow(["image", "score", "p_value", "label", "reason"])
         for number, result in enumerate(classify(detector, paths, settings.batch_size), 1):
             writer.writerow(row(result))
             counts[label_of(result)] += 1
             if settings.overlays and label_of(result) == "defective":
-                write_overlay(result, detector, out / "overlays" / f"{number:05d}_{files.short_stem(result.path.stem)}.jpg")
+                write_overlay(
+                    result, detector, out / "overlays" / f"{number:05d}_{files.short_stem(result.path.stem)}.jpg"
+                )
             bar.update()
     seconds = time.perf_counter() - started
-    print(f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; {len(paths) / seconds:.1f} images/s")
-    print(f"table: {out / 'results.csv'}" + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else ""))
+    print(
+        f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; "
+        f"{len(paths) / seconds:.1f} images/s"
+    )
+    print(
+        f"table: {out / 'results.csv'}"
+        + (f"   overlays: {out / 'overlays'}" if counts["defective"] and settings.overlays else "")
+    )
     if counts["error"] == len(paths):
         raise config.InputError(f"No image can be read; the last, {result.path}, {result.error}.")
 
 
-def classify(detector: Detector, paths: Sequence[Path], batch_size: int = 0, thorough: bool = False) -> Iterator[Classified]:
+def classify(
+    detector: Detector, paths: Sequence[Path], batch_size: int = 0, thorough: bool = False
+) -> Iterator[Classified]:
     """One result a file, in batches in the order of the paths, unreadable ones first; memory does not grow with n.
 
     Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
     """
-    batches = data_loader.iter_image_batches(paths, detector.image_size, detector.resize, detector.runtime.batch_size(batch_size))
+    batches = data_loader.iter_image_batches(
+        paths, detector.image_size, detector.resize, detector.runtime.batch_size(batch_size)
+    )
 
     def detected(batch: data_loader.ImageBatch) -> list[Classified]:
         detections = detector.detect(detector.runtime.put(batch.images), thorough) if len(batch.images) else []
-        return [Classified(path, None, reason) for path, reason in batch.errors] + [Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)]
+        return [Classified(path, None, reason) for path, reason in batch.errors] + [
+            Classified(path, detection) for path, detection in zip(batch.paths, detections, strict=True)
+        ]
 
     for found in detector.runtime.each(detected, batches):
         yield from found
 
 
-def classify_folder(folder: str | Path, detector: Detector, batch_size: int = 0, thorough: bool = True) -> list[Classified]:
-    """Results for every image below a folder (or in a list of files), for notebooks; about 16 bytes a pixel of the images as the network sees them.
+def classify_folder(
+    folder: str | Path, detector: Detector, batch_size: int = 0, thorough: bool = True
+) -> list[Classified]:
+    """Results for every image below a folder (or in a list of files), for notebooks; about 16 bytes a pixel of the
+    images as the network sees them.
 
     Raises:
         InputError: there is no image.
@@ -105,7 +125,13 @@ def label_of(result: Classified) -> str:
 def row(result: Classified) -> list[str]:
     if result.detection is None:
         return [str(result.path), "", "", "error", result.error]
-    return [str(result.path), f"{result.detection.score:.6g}", f"{result.detection.p_value:.6g}", result.detection.label, ""]
+    return [
+        str(result.path),
+        f"{result.detection.score:.6g}",
+        f"{result.detection.p_value:.6g}",
+        result.detection.label,
+        "",
+    ]
 
 
 def write_overlay(result: Classified, detector: Detector, path: Path) -> None:

@@ -1,9 +1,11 @@
-"""What learns last of all, from crops of good images with several drawn defects each: the pixel branch goes on, then the head that outlines defects learns.
+"""What learns last of all, from crops of good images with several drawn defects each: the pixel branch goes on, then
+the head that outlines defects learns.
 
-The latents and what they predict of features stay as they are, and with them all that the image score comes from. A crop costs the one a fifth,
-the other a thirtieth of what an image costs in a step of the whole model, so both see many more drawn defects here; and what the head sees painted no longer changes.
-Crops around defects are full of them, images are not: a head that learned from those alone takes many a good place for one. So it is asked
-what it is wrong about on further images, and goes on with crops of that beside the others.
+The latents and what they predict of features stay as they are, and with them all that the image score comes from. A
+crop costs the one a fifth, the other a thirtieth of what an image costs in a step of the whole model, so both see many
+more drawn defects here; and what the head sees painted no longer changes. Crops around defects are full of them, images
+are not: a head that learned from those alone takes many a good place for one. So it is asked what it is wrong about on
+further images, and goes on with crops of that beside the others.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from vae_model import (
 )
 
 N_DEFECTS, N_STRANGE = 5, 1
-"""Defects drawn on an image at most, and crops taken of it; so many of those lie where it deviates most although nothing is drawn (see ``strange_places``)."""
+"""Defects drawn on an image at most, and crops taken of it; so many of those lie where it deviates most although
+nothing is drawn (see ``strange_places``).
+"""
 STRANGE_FRAC = 0.01
 """Share of the places of an image that are called strange."""
 CROP_PX = 64
@@ -46,7 +50,9 @@ PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
 HEAD_BATCH, HEAD_STEPS_AN_IMAGE = 32, 1.0
 """The same of the head."""
 MISTAKEN_IMAGES, MISTAKEN_STEPS, MISTAKEN_LEARNING_RATE = 0.4, 0.6, 0.3
-"""Further images for what the head is wrong about, its steps with crops of those in half of each batch, and their learning rate, each as a share of what went before."""
+"""Further images for what the head is wrong about, its steps with crops of those in half of each batch, and their
+learning rate, each as a share of what went before.
+"""
 
 
 class Crops(NamedTuple):
@@ -65,10 +71,14 @@ def n_images(settings: TrainSettings, n_shown: int) -> int:
     return settings.crop_images or max(1, min(MOST_IMAGES, n_shown // 4))
 
 
-def learn_last(model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> dict[str, float]:
-    """Let the pixel branch of a trained model go on learning from crops of n images, and give it a head that outlines defects, where it is to have one.
+def learn_last(
+    model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime
+) -> dict[str, float]:
+    """Let the pixel branch of a trained model go on learning from crops of n images, and give it a head that outlines
+    defects, where it is to have one.
 
-    Nothing else of the model changes, nor does the state of the random numbers. Returns the mean loss of all steps of each.
+    Nothing else of the model changes, nor does the state of the random numbers. Returns the mean loss of all steps of
+    each.
 
     Raises:
         DivergedError: a loss or its gradient is not finite.
@@ -82,10 +92,14 @@ def learn_last(model: DetailVAE, training: GoodImages, n: int, loss: DetailLoss,
         return losses
 
 
-def drawn_crops(model: DetailVAE, training: GoodImages, numbers: range, n_strange: int, runtime: engine.Runtime) -> Crops:
-    """N_DEFECTS crops of each image of those numbers, with defects drawn on it, and what the model, in evaluation mode, says there.
+def drawn_crops(
+    model: DetailVAE, training: GoodImages, numbers: range, n_strange: int, runtime: engine.Runtime
+) -> Crops:
+    """N_DEFECTS crops of each image of those numbers, with defects drawn on it, and what the model, in evaluation mode,
+    says there.
 
-    ``n_strange`` of them lie where it takes a good part for something else: where the head sees defects, or features deviate without one; the others around drawn defects.
+    ``n_strange`` of them lie where it takes a good part for something else: where the head sees defects, or features
+        deviate without one; the others around drawn defects.
     """
     size = runtime.batch_size(0)
 
@@ -115,9 +129,11 @@ def drawn_crops(model: DetailVAE, training: GoodImages, numbers: range, n_strang
 
 
 def strange_places(defect_mask: Tensor, suspicion: Tensor) -> Tensor:
-    """Where a good part looks least like one: 1 at the 1 % of places that are suspected most, but for what is drawn and near it, else 0; the mask (B, 1, H, W), without suspicions.
+    """Where a good part looks least like one: 1 at the 1 % of places that are suspected most, but for what is drawn and
+    near it, else 0; the mask (B, 1, H, W), without suspicions.
 
-    Hard negatives (Felzenszwalb et al. 2010, section 4.4): a glint or an edge that has moved is rare, so that crops around defects hardly show any.
+    Hard negatives (Felzenszwalb et al. 2010, section 4.4): a glint or an edge that has moved is rare, so that crops
+    around defects hardly show any.
 
     Args:
         defect_mask: (B, 1, H, W), above 0 on drawn defects.
@@ -131,7 +147,9 @@ def strange_places(defect_mask: Tensor, suspicion: Tensor) -> Tensor:
     return F.interpolate((mean >= most).float(), scale_factor=FEATURE_STRIDE)
 
 
-def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime) -> float:
+def train_pixels(
+    model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, settings: TrainSettings, runtime: engine.Runtime
+) -> float:
     """Let the pixel branch paint the crops as if there were no defect on them; the mean of its loss."""
     model.eval()
 
@@ -139,11 +157,24 @@ def train_pixels(model: DetailVAE, crops: Crops, n: int, loss: DetailLoss, setti
         return loss.of_pixels(model, clean, images, mask, trunk, taps)
 
     data = TensorDataset(*crops[:5])
-    return _train(model.pixel_branch, data, PIXEL_BATCH, max(1, round(PIXEL_STEPS_AN_IMAGE * n)), terms, "painting", settings, runtime)
+    return _train(
+        model.pixel_branch,
+        data,
+        PIXEL_BATCH,
+        max(1, round(PIXEL_STEPS_AN_IMAGE * n)),
+        terms,
+        "painting",
+        settings,
+        runtime,
+    )
 
 
-def train_head(model: DetailVAE, training: GoodImages, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime) -> dict[str, float]:
-    """Give the model a new head and train it on the crops of n images, then on those and as many of what it is wrong about on further ones; the mean cross-entropies in nats a pixel."""
+def train_head(
+    model: DetailVAE, training: GoodImages, crops: Crops, n: int, settings: TrainSettings, runtime: engine.Runtime
+) -> dict[str, float]:
+    """Give the model a new head and train it on the crops of n images, then on those and as many of what it is wrong
+    about on further ones; the mean cross-entropies in nats a pixel.
+    """
     seen = seen_by_head(model, crops, runtime)
     model.add_defect_head()
     head = runtime.put_model(model.defect_head)
@@ -154,11 +185,15 @@ def train_head(model: DetailVAE, training: GoodImages, crops: Crops, n: int, set
     n_steps = max(1, round(HEAD_STEPS_AN_IMAGE * n))
     losses = {"outlines": _train(head, seen, HEAD_BATCH, n_steps, terms, "outlines", settings, runtime)}
     further = range(n, n + max(1, round(MISTAKEN_IMAGES * n)))
-    mistaken = seen_by_head(model, drawn_crops(fold_layers(copy.deepcopy(model)), training, further, N_DEFECTS, runtime), runtime)
+    mistaken = seen_by_head(
+        model, drawn_crops(fold_layers(copy.deepcopy(model)), training, further, N_DEFECTS, runtime), runtime
+    )
     both = TensorDataset(*(torch.cat(pair) for pair in zip(seen.tensors, mistaken.tensors, strict=True)))
     weights = torch.cat([torch.full((len(each),), 1 / len(each)) for each in (seen, mistaken)])
     slower = settings.replace(learning_rate=MISTAKEN_LEARNING_RATE * settings.learning_rate)
-    losses["mistakes"] = _train(head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), terms, "mistakes", slower, runtime, weights)
+    losses["mistakes"] = _train(
+        head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), terms, "mistakes", slower, runtime, weights
+    )
     return losses
 
 
@@ -170,6 +205,7 @@ def seen_by_head(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Ten
 
 def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting:
     """What the model, in evaluation mode, paints of the crops, on the CPU, in half the precision."""
+
     def paint(rows: Tensor) -> list[Tensor]:
         images, trunk, taps = (runtime.put(each[rows]).float() for each in (crops.images, crops.trunk, crops.taps))
         with torch.no_grad(), runtime.autocast():
@@ -180,17 +216,41 @@ def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting
     return Painting(*(torch.cat(each) for each in zip(*runtime.each(paint, batches), strict=True)))
 
 
-def _train(part: nn.Module, crops: TensorDataset, batch_size: int, n_steps: int, terms: Callable[..., dict[str, Tensor]], what: str, settings: TrainSettings, runtime: engine.Runtime, weights: Tensor | None = None) -> float:
-    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of "total" among its terms. The part is left in evaluation mode."""
-    optimizer = torch.optim.AdamW(part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+def _train(
+    part: nn.Module,
+    crops: TensorDataset,
+    batch_size: int,
+    n_steps: int,
+    terms: Callable[..., dict[str, Tensor]],
+    what: str,
+    settings: TrainSettings,
+    runtime: engine.Runtime,
+    weights: Tensor | None = None,
+) -> float:
+    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of
+    "total" among its terms. The part is left in evaluation mode.
+    """
+    optimizer = torch.optim.AdamW(
+        part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps))
     n = n_steps * batch_size
-    sampler = RandomSampler(crops, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)
+    sampler = (
+        RandomSampler(crops, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)
+    )
     loader = DataLoader(crops, batch_size, sampler=sampler, pin_memory=runtime.pin_memory)
 
     def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         return terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
 
-    mean = engine.train_epoch(part, tqdm(loader, unit="step", desc=what, leave=False), of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]
+    mean = engine.train_epoch(
+        part,
+        tqdm(loader, unit="step", desc=what, leave=False),
+        of_batch,
+        optimizer,
+        scheduler,
+        runtime,
+        settings.gradient_clip,
+    )["total"]
     part.eval()
     return mean

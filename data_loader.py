@@ -82,8 +82,12 @@ class ImageBatch(NamedTuple):
     original_sizes: list[tuple[int, int]]  # height, width; ``read_image(path)`` gives the pixels again
     errors: list[tuple[Path, str]]
 
-    def windows(self, resize: str, letterboxed: Mapping[Path, tuple[int, int]] = MappingProxyType({})) -> list[tuple[slice, slice]]:
-        """``picture_window`` of every image, made with that ``resize``; of those that ``MVTecFolder.letterboxed`` knows, too, without the bars in the file."""
+    def windows(
+        self, resize: str, letterboxed: Mapping[Path, tuple[int, int]] = MappingProxyType({})
+    ) -> list[tuple[slice, slice]]:
+        """``picture_window`` of every image, made with that ``resize``; of those that ``MVTecFolder.letterboxed``
+        knows, too, without the bars in the file.
+        """
         sizes = (letterboxed.get(path, size) for path, size in zip(self.paths, self.original_sizes, strict=True))
         return [picture_window(size, self.images.shape[-1], resize) for size in sizes]
 
@@ -114,14 +118,19 @@ def _empty_tensor(image_size: int) -> torch.Tensor:
     return to_tensor(np.zeros((0, image_size, image_size, 3), np.uint8))
 
 
-def load_images(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> LoadedImages:
+def load_images(
+    paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0
+) -> LoadedImages:
     """Images (N, 3, S, S) in [0, 1], their paths and what was skipped, as ``load_batch`` reads them."""
     batch = load_batch(paths, image_size, resize, n_tiles)
     return LoadedImages(batch.images, batch.paths, batch.errors)
 
 
-def load_batch(paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0) -> ImageBatch:
-    """Every readable image as one tensor, in order, with the list of those skipped; of one path, a folder or a glob what ``find_images`` finds.
+def load_batch(
+    paths: str | Path | Sequence[str | Path], image_size: int, resize: str = "stretch", n_tiles: int = 0
+) -> ImageBatch:
+    """Every readable image as one tensor, in order, with the list of those skipped; of one path, a folder or a glob
+    what ``find_images`` finds.
 
     For "tile": every tile of it, or ``n_tiles`` at most, evenly spread; its path and size are repeated.
     """
@@ -132,7 +141,9 @@ def load_batch(paths: str | Path | Sequence[str | Path], image_size: int, resize
         else:
             image, size = result
             corners = tile_corners(*image.shape[:2], image_size)
-            tiles = [np.ascontiguousarray(image[window(*corners[row], image_size)]) for row in evenly(len(corners), n_tiles)]
+            tiles = [
+                np.ascontiguousarray(image[window(*corners[row], image_size)]) for row in evenly(len(corners), n_tiles)
+            ]
             images += tiles
             kept += [path] * len(tiles)
             sizes += [size] * len(tiles)
@@ -155,7 +166,9 @@ def iter_image_batches(
         images = to_tensor([row[1] for row in rows]) if rows else _empty_tensor(image_size)
         return ImageBatch(images, [row[0] for row in rows], [row[2] for row in rows], list(errors))
 
-    for path, result in ahead(lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 * batch_size, n_threads):
+    for path, result in ahead(
+        lambda path: _read_fitted(path, image_size, resize), map(Path, paths), 2 * batch_size, n_threads
+    ):
         if isinstance(result, ImageError):
             errors.append((path, result.reason))
             continue
@@ -167,8 +180,11 @@ def iter_image_batches(
         yield batch()
 
 
-def draw_on(images: torch.Tensor, windows: Iterable[tuple[slice, slice]], area_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
-    """Images (B, 3, H, W) in [0, 1], on the CPU, with a defect drawn within the window of each, but for mere strips, and where it is, bool (B, H, W).
+def draw_on(
+    images: torch.Tensor, windows: Iterable[tuple[slice, slice]], area_share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Images (B, 3, H, W) in [0, 1], on the CPU, with a defect drawn within the window of each, but for mere strips,
+    and where it is, bool (B, H, W).
 
     ``area_share``: areas are that many times as large a share of the image as in training.
     """
@@ -177,7 +193,9 @@ def draw_on(images: torch.Tensor, windows: Iterable[tuple[slice, slice]], area_s
         pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
         mask = np.zeros(pixels.shape[:2], bool)
         if min(mask[inside].shape) >= drawn_defects.SMALLEST_SIDE_PX:
-            pixels[inside], mask[inside] = drawn_defects.draw_defect(pixels[inside], rng, area_frac=tuple(area_share * frac for frac in drawn_defects.AREA_FRAC))
+            pixels[inside], mask[inside] = drawn_defects.draw_defect(
+                pixels[inside], rng, area_frac=tuple(area_share * frac for frac in drawn_defects.AREA_FRAC)
+            )
         drawn.append((pixels, mask))
     pixels, masks = zip(*drawn, strict=True)
     return to_tensor(pixels), np.stack(masks)
@@ -232,8 +250,8 @@ class GoodImages:
         augment: ranges of the random changes (``config.TrainSettings`` is one).
         defect_share: share of samples that get a drawn defect, 0..1.
         seed: seed of all random choices.
-        n_variants: every image has so many variants, which come round again; 0 for a new one in every epoch. The first is the image as it is:
-            what is interpolated and re-lit is a little softer than what is judged later.
+        n_variants: every image has so many variants, which come round again; 0 for a new one in every epoch. The first
+            is the image as it is: what is interpolated and re-lit is a little softer than what is judged later.
 
     Attributes:
         paths: the readable ones; skipped: (path, reason) of the others.
@@ -243,13 +261,24 @@ class GoodImages:
         InputError: fewer than 2 images can be read.
     """
 
-    def __init__(self, paths: Sequence[Path], image_size: int, resize: str, augment: config.AugmentSettings, defect_share: float, seed: int, n_variants: int = 0):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_size: int,
+        resize: str,
+        augment: config.AugmentSettings,
+        defect_share: float,
+        seed: int,
+        n_variants: int = 0,
+    ):
         self.n_variants = n_variants
         self.image_size, self.resize, self.augment = image_size, resize, augment
         self.defect_share, self.seed = defect_share, seed
         self.paths: list[Path] = []
         self.skipped: list[tuple[Path, str]] = []
-        self.tiles: list[tuple[int, int, int]] = []  # number of the image, top and left within it; one an image without "tile"
+        self.tiles: list[
+            tuple[int, int, int]
+        ] = []  # number of the image, top and left within it; one an image without "tile"
         images, n_bytes = [], 0
         for path, result in _read_all(paths, image_size, resize):
             if isinstance(result, ImageError):
@@ -264,7 +293,9 @@ class GoodImages:
                 images.clear()
         if len(self.paths) < 2:
             why = f"; {self.skipped[0][0]} {self.skipped[0][1]}" if self.skipped else ""
-            raise config.InputError(f"{len(self.paths)} of {len(paths)} training images can be read, expected 2 or more{why}.")
+            raise config.InputError(
+                f"{len(self.paths)} of {len(paths)} training images can be read, expected 2 or more{why}."
+            )
         self.images = images or None
         self._last: tuple[int, np.ndarray | None] = (-1, None)  # the image decoded last, where not all are kept
 
@@ -279,13 +310,16 @@ class GoodImages:
         return whole[window(top, left, self.image_size)]
 
     def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
-        """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in [0, 1]."""
+        """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in
+        [0, 1].
+        """
         rows = evenly(len(self), n_images)
         for start in range(0, len(rows), batch_size):
             yield to_tensor([self._image(index) for index in rows[start : start + batch_size]])
 
     def with_defects(self, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A good image, one of four as it is and the others augmented, the same with at most ``n`` drawn defects, and where they are, float32 (3, S, S) twice and (1, S, S).
+        """A good image, one of four as it is and the others augmented, the same with at most ``n`` drawn defects, and
+        where they are, float32 (3, S, S) twice and (1, S, S).
 
         The same for the same ``number``, but none of the samples that ``__getitem__`` makes.
         """
@@ -311,7 +345,9 @@ class GoodImages:
             donors = self.images if self.images is not None else ()
             corrupted, mask = drawn_defects.draw_defect(clean, rng, donors)
         pair = to_tensor([clean, corrupted])
-        return TrainSample(pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None]), variant * len(self) + index)
+        return TrainSample(
+            pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None]), variant * len(self) + index
+        )
 
 
 class EpochSampler:
@@ -343,8 +379,11 @@ def _one_thread(worker_id: int) -> None:
     cv2.setNumThreads(1)
 
 
-def training_loader(dataset: torch.utils.data.Dataset, sampler: Sized, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
-    """Batches of one epoch in the sampler's order; ``loader.sampler.set_epoch(e)`` turns the same loader to another epoch.
+def training_loader(
+    dataset: torch.utils.data.Dataset, sampler: Sized, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> torch.utils.data.DataLoader:
+    """Batches of one epoch in the sampler's order; ``loader.sampler.set_epoch(e)`` turns the same loader to another
+    epoch.
 
     A last batch of a single image is dropped when there are others: batch normalisation cannot use it.
     """
@@ -379,10 +418,14 @@ class _Job:
 
     def signature(self) -> list:
         """What must be unchanged for the output to be still right."""
-        return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in (*self.sources, self.image) if path]
+        return [
+            [str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in (*self.sources, self.image) if path
+        ]
 
 
-def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> dict:
+def preprocess(
+    settings: config.PreprocessSettings, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items
+) -> dict:
     """Resize a raw folder into the MVTec layout under ``settings.out``; returns the report that is also written there.
 
     Outputs that are already there, made from the same file with the same settings, are left alone; outputs of an
@@ -404,7 +447,14 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     files.make_folder(out)
     for output in written.keys() - {job.output for job in jobs}:
         (out / output).unlink(missing_ok=True)
-    report = {"source": str(source), "made_with": made_with, "settings": config.as_dict(settings), "kept": [], "skipped": [], "warnings": warnings}
+    report = {
+        "source": str(source),
+        "made_with": made_with,
+        "settings": config.as_dict(settings),
+        "kept": [],
+        "skipped": [],
+        "warnings": warnings,
+    }
     try:
         done = ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
         for n_done, (_, result) in enumerate(progress(done, len(jobs)), 1):
@@ -419,7 +469,10 @@ def preprocess(settings: config.PreprocessSettings, progress: Callable[[Iterable
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
     if n_good < 3:
-        raise config.InputError(f"Only {n_good} good training image(s) of {source} could be used; expected 3 or more (see {out / REPORT_NAME}).")
+        raise config.InputError(
+            f"Only {n_good} good training image(s) of {source} could be used; expected 3 or more (see "
+            f"{out / REPORT_NAME})."
+        )
     return report
 
 
@@ -453,11 +506,17 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
 
 def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:
     if not folder.flat:
-        raise config.UsageError(f"The source folder {folder.root} is in the MVTec layout, with its defective images in test/; expected a flat one with --bad-dir.")
+        raise config.UsageError(
+            f"The source folder {folder.root} is in the MVTec layout, with its defective images in test/; expected a "
+            "flat one with --bad-dir."
+        )
     if not bad_dir.is_dir():
         raise config.InputError(f"The folder of defective images {bad_dir} does not exist.")
     if folder.root.resolve().is_relative_to(bad_dir.resolve()):
-        raise config.InputError(f"The folder of defective images {bad_dir} holds the good ones of {folder.root} too; expected a folder of defective ones alone.")
+        raise config.InputError(
+            f"The folder of defective images {bad_dir} holds the good ones of {folder.root} too; expected a folder of "
+            "defective ones alone."
+        )
 
 
 def _place_mvtec(folder: MVTecFolder) -> dict[Path, str]:
@@ -478,7 +537,9 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
 
 def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:
     """a.png and a.jpg become a_png.png and a_jpg.png; case does not tell files apart everywhere."""
-    placed = {path: Path(place).with_name(files.short_stem(Path(place).name)).as_posix() for path, place in placed.items()}
+    placed = {
+        path: Path(place).with_name(files.short_stem(Path(place).name)).as_posix() for path, place in placed.items()
+    }
     counts = Counter(place.lower() for place in placed.values())
     taken = {place for place, n in counts.items() if n == 1}
     outputs = {}
@@ -516,7 +577,13 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
     except OSError as error:
         return {**row, "reason": f"cannot be read ({error.strerror or error})"}
     write_png(out / job.output, pixels)
-    return {**row, "height": whole.shape[0], "width": whole.shape[1], "signature": signature, **({"warnings": warnings} if warnings else {})}
+    return {
+        **row,
+        "height": whole.shape[0],
+        "width": whole.shape[1],
+        "signature": signature,
+        **({"warnings": warnings} if warnings else {}),
+    }
 
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:
@@ -541,7 +608,9 @@ def main(settings: config.PreprocessSettings) -> None:
     """The preprocess stage: run, then say what happened."""
     from tqdm import tqdm
 
-    report = preprocess(settings, lambda items, total: tqdm(items, total=total, desc="preprocess", unit="file", file=sys.stderr))
+    report = preprocess(
+        settings, lambda items, total: tqdm(items, total=total, desc="preprocess", unit="file", file=sys.stderr)
+    )
     for sentence in report["warnings"]:
         print(f"warning: {sentence}", file=sys.stderr)
     for row in report["skipped"]:

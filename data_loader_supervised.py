@@ -1,7 +1,7 @@
 """Class folders and CSV series -> plots -> tensors; run directly it renders or generates.
 
-Plots come from one function, ``series_plots.render_series``, and reach the network through one, ``prepare_image``, whether
-they were files or CSVs, in training or at inference.
+Plots come from one function, ``series_plots.render_series``, and reach the network through one, ``prepare_image``,
+whether they were files or CSVs, in training or at inference.
 
     python data_loader_supervised.py render CSV_DIR --out DST
     python data_loader_supervised.py generate --per-class N --out DST
@@ -55,8 +55,8 @@ Progress = Callable[[Iterable, int], Iterable]
 def crop_to_axes(image: np.ndarray) -> np.ndarray:
     """The inside of a plot's axes, from a uint8 H x W x 3 picture of it; the whole picture where no axes are found.
 
-    Looks for a thin dark line down the left third and one along the bottom third, each over half of the picture and with
-    light beside it: the left and the bottom spine. They also tell where the axes end at the top and at the right.
+    Looks for a thin dark line down the left third and one along the bottom third, each over half of the picture and
+    with light beside it: the left and the bottom spine. They also tell where the axes end at the top and at the right.
     """
     height, width = image.shape[:2]
     left = _spine(image[:, : width // 3, 2] < DARK, first=True)
@@ -91,7 +91,8 @@ def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.nda
 
 
 def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
-    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and how many of its rows are not in it, where there are any.
+    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and how many of its rows are not in it,
+    where there are any.
 
     Raises:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
@@ -100,7 +101,9 @@ def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
         return image_files.read_image(path), ""
     series = series_plots.read_series(path)
     n_rows = len(series.values) + series.n_dropped
-    return series_plots.render_series(series.values), f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
+    return series_plots.render_series(
+        series.values
+    ), f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
 
 
 class _Prepared(NamedTuple):
@@ -129,7 +132,8 @@ class PlotBatch(NamedTuple):
 
 
 def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
-    """Images and CSV series named by files, folders (recursive) and globs, in order, without duplicates or hidden files.
+    """Images and CSV series named by files, folders (recursive) and globs, in order, without duplicates or hidden
+    files.
 
     Args:
         outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
@@ -140,7 +144,10 @@ def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     found = image_folders.unique_files(inputs, _expand, outputs)
     if not found:
-        raise config.InputError(f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)}.")
+        raise config.InputError(
+            f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
+            f"{', '.join(image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)}."
+        )
     return found
 
 
@@ -153,10 +160,16 @@ def _expand(given: str | Path) -> list[Path]:
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
     matches = map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207 (absolute patterns)
-    return [file for match in matches for file in (_expand(match) if match.is_dir() else filter(image_folders.is_readable_kind, [match]))]
+    return [
+        file
+        for match in matches
+        for file in (_expand(match) if match.is_dir() else filter(image_folders.is_readable_kind, [match]))
+    ]
 
 
-def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0) -> Iterator[PlotBatch]:
+def iter_plots(
+    paths: Iterable[str | Path], image_size: int, crop_axes: bool, batch_size: int = 32, n_threads: int = 0
+) -> Iterator[PlotBatch]:
     """Batches in the order of the paths, read by threads two batches ahead; memory does not grow with their number.
 
     Every batch but the last holds ``batch_size`` readable plots; a batch without images only carries errors.
@@ -167,7 +180,13 @@ def iter_plots(paths: Iterable[str | Path], image_size: int, crop_axes: bool, ba
 
     def batch() -> PlotBatch:
         images = data_loader.to_tensor(np.stack(rows) if rows else np.zeros((0, image_size, image_size, 3), np.uint8))
-        return PlotBatch(images, [path for _, path, _ in kept], [note for *_, note in kept], [(path, reason) for _, path, reason in errors], [place for place, *_ in errors + kept])
+        return PlotBatch(
+            images,
+            [path for _, path, _ in kept],
+            [note for *_, note in kept],
+            [(path, reason) for _, path, reason in errors],
+            [place for place, *_ in errors + kept],
+        )
 
     work = ahead(lambda path: _read_prepared(path, image_size, crop_axes), map(Path, paths), 2 * batch_size, n_threads)
     for place, (path, result) in enumerate(work):
@@ -194,14 +213,18 @@ class ClassFolder:
         train, test: lists of (path, label), in the order of classes and names; test may be empty.
 
     Raises:
-        InputError: no train folder, a single class, a class without images, or test classes other than the training ones.
+        InputError: no train folder, a single class, a class without images, or test classes other than the training
+            ones.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
         folders = class_folders(self.root / "train")
         if len(folders) < 2:
-            raise config.InputError(f"{self.root / 'train'} holds {len(folders)} class folder(s); expected at least two, one for each class.")
+            raise config.InputError(
+                f"{self.root / 'train'} holds {len(folders)} class folder(s); expected at least two, one for each "
+                "class."
+            )
         self.classes = [folder.name for folder in folders]
         self.train = self._items(folders)
         self.test: list[tuple[Path, int]] = []
@@ -222,7 +245,10 @@ class ClassFolder:
         for folder in folders:
             images = image_folders.files_under(folder)
             if not images:
-                raise config.InputError(f"The class folder {folder} holds no image; expected files ending in {', '.join(image_folders.IMAGE_SUFFIXES)}.")
+                raise config.InputError(
+                    f"The class folder {folder} holds no image; expected files ending in "
+                    f"{', '.join(image_folders.IMAGE_SUFFIXES)}."
+                )
             items += [(path, self.classes.index(folder.name)) for path in images]
         return items
 
@@ -231,7 +257,9 @@ class ClassFolder:
         parts = [f"has {', '.join(unknown)}, which train does not"] if unknown else []
         parts += [f"lacks {', '.join(absent)}"] if absent else []
         if parts:
-            raise config.InputError(f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test.")
+            raise config.InputError(
+                f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test."
+            )
 
 
 def _digest(path: Path) -> str:
@@ -248,12 +276,18 @@ def class_folders(parent: Path) -> list[Path]:
         InputError: there is no such folder.
     """
     if not parent.is_dir():
-        raise config.InputError(f"{parent} is no folder; expected the layout train/<class>/* and test/<class>/* under {parent.parent}.")
-    return sorted((path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")), key=lambda path: path.name)
+        raise config.InputError(
+            f"{parent} is no folder; expected the layout train/<class>/* and test/<class>/* under {parent.parent}."
+        )
+    return sorted(
+        (path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")),
+        key=lambda path: path.name,
+    )
 
 
 def stratified_split(labels: Sequence[int], validation_frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) indices, sorted: the same share of each class, at least one on both sides where it has two.
+    """(training, validation) indices, sorted: the same share of each class, at least one on both sides where it has
+    two.
 
     >>> training, validation = stratified_split([0] * 10 + [1] * 20, 0.2, seed=0)
     >>> len(training), len(validation), int((validation < 10).sum())
@@ -279,11 +313,18 @@ class CachedPlots(NamedTuple):
     n_decoded: int  # 0 when all came from the cache
 
 
-def load_plots(paths: Sequence[str | Path], image_size: int, crop_axes: bool, cache_dir: str | Path | None = None, progress: Progress = lambda items, total: items) -> CachedPlots:
+def load_plots(
+    paths: Sequence[str | Path],
+    image_size: int,
+    crop_axes: bool,
+    cache_dir: str | Path | None = None,
+    progress: Progress = lambda items, total: items,
+) -> CachedPlots:
     """Every readable plot, decoded and resized once: a later call takes from the cache what did not change since.
 
-    The cache is one compressed file under ``cache_dir`` for each set of paths and settings; a source counts as unchanged
-    while its size and time are, and one that the system refused to read is tried again. It is written whole or not at all, so runs may share it, and a damaged one is made anew.
+    The cache is one compressed file under ``cache_dir`` for each set of paths and settings; a source counts as
+    unchanged while its size and time are, and one that the system refused to read is tried again. It is written whole
+    or not at all, so runs may share it, and a damaged one is made anew.
     """
     paths = [Path(path) for path in paths]
     marks = [_mark(path) for path in paths]
@@ -316,7 +357,9 @@ def _mark(path: Path) -> list[int]:
 
 def _cache_file(cache_dir: Path, paths: list[Path], image_size: int, crop_axes: bool) -> Path:
     key = json.dumps([CACHE_VERSION, image_size, crop_axes, [os.path.abspath(path) for path in paths]])  # noqa: PTH100 (links stay)
-    return cache_dir / f"plots_{image_size}_{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.npz"
+    return (
+        cache_dir / f"plots_{image_size}_{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.npz"
+    )
 
 
 def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.ndarray | str]]:
@@ -331,9 +374,21 @@ def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.nd
         return {}
 
 
-def _write_cache(file: Path, paths: list[Path], marks: list[list[int]], images: np.ndarray, kept: list[int], reasons: dict[Path, str], left_out: set[Path]) -> None:
+def _write_cache(
+    file: Path,
+    paths: list[Path],
+    marks: list[list[int]],
+    images: np.ndarray,
+    kept: list[int],
+    reasons: dict[Path, str],
+    left_out: set[Path],
+) -> None:
     rows = {i: row for row, i in enumerate(kept)}
-    index = [(str(path), marks[i], rows.get(i, -1), reasons.get(path, "")) for i, path in enumerate(paths) if path not in left_out]
+    index = [
+        (str(path), marks[i], rows.get(i, -1), reasons.get(path, ""))
+        for i, path in enumerate(paths)
+        if path not in left_out
+    ]
     write_arrays(file, {"index": np.array(json.dumps(index)), "images": images})
 
 
@@ -356,11 +411,12 @@ class LabelledSample(NamedTuple):
 def augment_plot(image: np.ndarray, settings: config.SupervisedDataSettings, rng: np.random.Generator) -> np.ndarray:
     """A randomly changed uint8 S x S x 3 plot of the same kind.
 
-    Which changes keep each of the nine kinds: a series read backwards or with its sign changed keeps its kind (an event stays
-    an event, a rising trend becomes a falling one, a random walk stays one), exactly so for plots cropped to their axes.
-    Small stretches and shifts keep it because events lie a tenth of the length or more from the ends. Left out:
-    noise, blur and erasing, which make or hide point anomalies and shifts of variance; large cuts in time, which can cut the
-    event away; stretches that differ along time, which turn a level or a slope into another.
+    Which changes keep each of the nine kinds: a series read backwards or with its sign changed keeps its kind (an event
+        stays
+    an event, a rising trend becomes a falling one, a random walk stays one), exactly so for plots cropped to their
+    axes. Small stretches and shifts keep it because events lie a tenth of the length or more from the ends. Left out:
+    noise, blur and erasing, which make or hide point anomalies and shifts of variance; large cuts in time, which can
+    cut the event away; stretches that differ along time, which turn a level or a slope into another.
     """
     if settings.flip_time and rng.random() < 0.5:
         image = image[:, ::-1]
@@ -371,8 +427,12 @@ def augment_plot(image: np.ndarray, settings: config.SupervisedDataSettings, rng
     shift = rng.uniform(-settings.shift_frac, settings.shift_frac, 2) * side
     jitter = rng.uniform(0, settings.line_jitter)
     if settings.stretch_frac or settings.shift_frac:
-        move = np.array([[zoom[0], 0, (1 - zoom[0]) * side / 2 + shift[0]], [0, zoom[1], (1 - zoom[1]) * side / 2 + shift[1]]])
-        image = cv2.warpAffine(np.ascontiguousarray(image), move, (side, side), flags=cv2.INTER_LINEAR, borderValue=(255, 255, 255))
+        move = np.array(
+            [[zoom[0], 0, (1 - zoom[0]) * side / 2 + shift[0]], [0, zoom[1], (1 - zoom[1]) * side / 2 + shift[1]]]
+        )
+        image = cv2.warpAffine(
+            np.ascontiguousarray(image), move, (side, side), flags=cv2.INTER_LINEAR, borderValue=(255, 255, 255)
+        )
     if jitter > 0:
         image = np.ascontiguousarray(image)
         image = cv2.addWeighted(image, 1 - jitter, cv2.erode(image, np.ones((2, 2), np.uint8)), jitter, 0)
@@ -389,7 +449,9 @@ class LabelledImages:
         seed: seed of all random choices.
     """
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int], settings: config.SupervisedDataSettings | None, seed: int = 0):
+    def __init__(
+        self, images: np.ndarray, labels: Sequence[int], settings: config.SupervisedDataSettings | None, seed: int = 0
+    ):
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many of both.")
         self.images, self.labels, self.settings, self.seed = images, np.asarray(labels, dtype=np.int64), settings, seed
@@ -409,21 +471,25 @@ class LabelledImages:
 
 
 def four_flips(images: torch.Tensor) -> list[torch.Tensor]:
-    """N x 3 x S x S as it is, backwards in time, upside down, and both: four views of the same kinds to average over."""
+    """N x 3 x S x S as it is, backwards in time, upside down, and both:
+    four views of the same kinds to average over."""
     return [images, images.flip(3), images.flip(2), images.flip((2, 3))]
 
 
 # ------------------------------------------------------------------------------- render: CSV files -> plots
 
 
-def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, progress: Progress = lambda items, total: items) -> dict:
+def render_folder(
+    source: str | Path, out: str | Path, num_workers: int = -1, progress: Progress = lambda items, total: items
+) -> dict:
     """Draw every CSV under ``source`` to a PNG in the same folder under ``out``.
 
-    Plots of a CSV that has not changed since are left alone; those of one that is gone, or that is drawn elsewhere now, are removed.
+    Plots of a CSV that has not changed since are left alone; those of one that is gone, or that is drawn elsewhere now,
+    are removed.
 
     Returns:
-        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder: n},
-        "outputs": {plot: {"source", "size", "mtime_ns"}}}, also written to ``out/render_report.json``.
+        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder:
+        n}, "outputs": {plot: {"source", "size", "mtime_ns"}}}, also written to ``out/render_report.json``.
 
     Raises:
         InputError: no such folder, or no CSV in it.
@@ -439,12 +505,18 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
     before = files.read_json(out / RENDER_REPORT)
     dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
     outputs = _without_stale(outputs, marks, out)
-    todo = [job for job, (name, mark) in zip(jobs, marks.items(), strict=True) if outputs.get(name) != mark or not job[1].exists()]
+    todo = [
+        job
+        for job, (name, mark) in zip(jobs, marks.items(), strict=True)
+        if outputs.get(name) != mark or not job[1].exists()
+    ]
     kept = {path.relative_to(source).as_posix() for path in set(found).difference(path for path, _ in todo)}
     dropped = {name: n for name, n in dropped.items() if name in kept}
-    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}, "outputs": outputs}
+    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}}
+    report["outputs"] = outputs
+    drawn = progress(in_processes(_render_one, todo, num_workers), len(todo))
     try:
-        for (path, target), (reason, n_dropped) in zip(todo, progress(in_processes(_render_one, todo, num_workers), len(todo)), strict=True):
+        for (path, target), (reason, n_dropped) in zip(todo, drawn, strict=True):
             name, output = path.relative_to(source).as_posix(), target.relative_to(out).as_posix()
             if reason:
                 target.unlink(missing_ok=True)
@@ -456,7 +528,9 @@ def render_folder(source: str | Path, out: str | Path, num_workers: int = -1, pr
             if n_dropped:
                 report["dropped_rows"][name] = n_dropped
     finally:
-        report["classes"] = dict(Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists()))
+        report["classes"] = dict(
+            Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists())
+        )
         files.write_json(out / RENDER_REPORT, report)
     return report
 
@@ -468,9 +542,15 @@ def _source_mark(path: Path) -> dict:
 
 
 def _without_stale(outputs: dict[str, dict], marks: dict[str, dict], out: Path) -> dict[str, dict]:
-    """The recorded plots that have a source; those that nothing is drawn to now, and whose source is gone or drawn elsewhere, are removed."""
+    """The recorded plots that have a source; those that nothing is drawn to now, and whose source is gone or drawn
+    elsewhere, are removed.
+    """
     sources = {mark["source"] for mark in marks.values()}
-    stale = {name for name, mark in outputs.items() if name not in marks and (mark["source"] in sources or not Path(mark["source"]).exists())}
+    stale = {
+        name
+        for name, mark in outputs.items()
+        if name not in marks and (mark["source"] in sources or not Path(mark["source"]).exists())
+    }
     for name in stale:
         (out / name).unlink(missing_ok=True)
     return {name: mark for name, mark in outputs.items() if name not in stale}
@@ -503,7 +583,9 @@ def in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
     if n_workers < 1:
         yield from map(work, jobs)
         return
-    with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        n_workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
         yield from pool.map(work, jobs, chunksize=4)
 
 
@@ -519,7 +601,14 @@ class _GenerateJob(NamedTuple):
     png: Path
 
 
-def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float = 0.5, num_workers: int = -1, progress: Progress = lambda items, total: items) -> dict:
+def generate(
+    out: str | Path,
+    per_class: int,
+    seed: int = 0,
+    home_share: float = 0.5,
+    num_workers: int = -1,
+    progress: Progress = lambda items, total: items,
+) -> dict:
     """Write ``per_class`` labelled series of each kind: CSVs to ``<out>_csv/<kind>``, their plots to ``out/<kind>``.
 
     The same arguments write the same files, however many processes work.
@@ -535,11 +624,24 @@ def generate(out: str | Path, per_class: int, seed: int = 0, home_share: float =
     before = files.read_json(out / MANIFEST)
     for name, value in given.items():
         if before.get(name, value) != value:
-            raise config.InputError(f"{out} holds series generated with {name} {before[name]}, not {value}; expected another folder (--out) or the same arguments.")
-    jobs = [_generate_job(out, kind, index, seed, home_share) for kind in series_generator.KINDS for index in range(per_class)]
+            raise config.InputError(
+                f"{out} holds series generated with {name} {before[name]}, not {value}; expected another folder "
+                "(--out) or the same arguments."
+            )
+    jobs = [
+        _generate_job(out, kind, index, seed, home_share)
+        for kind in series_generator.KINDS
+        for index in range(per_class)
+    ]
     made = list(progress(in_processes(_generate_one, jobs, num_workers), len(jobs)))
     series = [
-        {"csv": job.csv.relative_to(out.parent).as_posix(), "plot": job.png.relative_to(out.parent).as_posix(), "kind": job.kind, "seed": list(job.seed), "parameters": parameters}
+        {
+            "csv": job.csv.relative_to(out.parent).as_posix(),
+            "plot": job.png.relative_to(out.parent).as_posix(),
+            "kind": job.kind,
+            "seed": list(job.seed),
+            "parameters": parameters,
+        }
         for job, parameters in zip(jobs, made, strict=True)
     ]
     manifest = {**given, "betise": version, "series": series}
@@ -594,7 +696,10 @@ def render_main(settings: config.RenderSettings) -> None:
     report = render_folder(settings.source[0], out, settings.num_workers, progress_bar("render"))
     for row in report["skipped"]:
         print(f"skipped: {row['source']} {row['reason']}.", file=sys.stderr)
-    print(f"{out}: {report['rendered']} plots drawn, {report['kept']} already there, {len(report['skipped'])} CSVs skipped; details in {out / RENDER_REPORT}")
+    print(
+        f"{out}: {report['rendered']} plots drawn, {report['kept']} already there, {len(report['skipped'])} CSVs "
+        f"skipped; details in {out / RENDER_REPORT}"
+    )
     if not report["rendered"] + report["kept"]:
         raise config.InputError(f"None of the {len(report['skipped'])} CSVs in {settings.source[0]} could be drawn.")
 
@@ -602,12 +707,21 @@ def render_main(settings: config.RenderSettings) -> None:
 def generate_main(settings: config.GenerateSettings) -> None:
     """The generate command: make series and plots, then say what there is."""
     out = Path(settings.output_dir) / settings.out
-    manifest = generate(out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, progress_bar("generate"))
-    print(f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in {series_folder(out)}, parameters in {out / MANIFEST}")
+    manifest = generate(
+        out, settings.per_class, settings.seed, settings.home_share, settings.num_workers, progress_bar("generate")
+    )
+    print(
+        f"{out}: {len(manifest['series'])} plots in {len(series_generator.KINDS)} class folders; series in "
+        f"{series_folder(out)}, parameters in {out / MANIFEST}"
+    )
 
 
 COMMANDS = {
-    "render": (config.RenderSettings, "Draw CSV series, in class folders, as plots in the same class folders.", render_main),
+    "render": (
+        config.RenderSettings,
+        "Draw CSV series, in class folders, as plots in the same class folders.",
+        render_main,
+    ),
     "generate": (config.GenerateSettings, "Generate labelled series of the nine kinds and draw them.", generate_main),
 }
 

@@ -48,7 +48,9 @@ SCALE_QUANTILES = (0.5, 0.999)
 USUAL_FALSE_POSITIVES = 0.001
 """Share of good pixels above the pixel threshold where no share is given and no defect is drawn."""
 RING_PX, N_RINGS, RING_QUANTILE = 8, 4, 0.99
-"""Pixels and number of the rings along the border of an image in which a map may be larger than further in, and the quantile that says by how much."""
+"""Pixels and number of the rings along the border of an image in which a map may be larger than further in, and the
+quantile that says by how much.
+"""
 LEAST_INTERIOR = 0.1
 """Share of the pixels that must lie further in than all rings."""
 N_FENCED = 8
@@ -56,7 +58,9 @@ N_FENCED = 8
 OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
-"""Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see, there is little to outline."""
+"""Value of a fused map (1: the top 0.1 % of good pixels) above which the head shapes it: where there is little to see,
+there is little to outline.
+"""
 DISC_PLACES = 16
 """Diameter of the outline's disc, in blocks of pixels, from which on blocks are taken for pixels."""
 LINK_STRIDE, N_DIRECTIONS = 4, 8
@@ -71,11 +75,14 @@ FEATURE_MAPS = {"feature", "deviation", "likelihood", "nearest", "bank"}
 """Maps that need no reconstruction in pixels."""
 
 
-def raw_maps(names: Sequence[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None) -> dict[str, Tensor]:
+def raw_maps(
+    names: Sequence[str], model: DetailVAE, images: Tensor, output: DetailOutput, perceptual=None
+) -> dict[str, Tensor]:
     """Maps by name, each (B, 1, H, W) and at least 0.
 
     Args:
-        names: of ``MAPS``, which are ``MapSettings.map_*`` without the prefix, or "segmentation", the probability of a defect.
+        names: of ``MAPS``, which are ``MapSettings.map_*`` without the prefix, or "segmentation", the probability of a
+            defect.
         images: (B, 3, H, W) in [0, 1].
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
@@ -102,8 +109,12 @@ def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
 
 
 def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
-    """Share of each map in the one that the image score is taken from: the fused one where none is asked for or possible."""
-    return _shares(settings, "score_", ("deviation", "likelihood", "nearest", "bank"), has_features) or map_shares(settings, has_features)
+    """Share of each map in the one that the image score is taken from: the fused one where none is asked for or
+    possible.
+    """
+    return _shares(settings, "score_", ("deviation", "likelihood", "nearest", "bank"), has_features) or map_shares(
+        settings, has_features
+    )
 
 
 def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_features: bool) -> dict[str, float]:
@@ -128,7 +139,8 @@ def decorrelated(deviation: Tensor, model: DetailVAE) -> Tensor:
 
 
 def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
-    """Root of the mean Gaussian exponent of deviations (B, C, h, w), decorrelated or not, within each tap, averaged over taps, (B, 1, h, w).
+    """Root of the mean Gaussian exponent of deviations (B, C, h, w), decorrelated or not, within each tap, averaged
+    over taps, (B, 1, h, w).
 
     About 1 where features deviate as they do on good images; every tap counts alike, however many channels it has.
     """
@@ -138,16 +150,20 @@ def feature_likelihood(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor
 def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     """Distance of maps (B, C, h, w) to the nearest prototype (N, C) at every place, a channel, (B, 1, h, w).
 
-    Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any good
+    Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any
+        good
     image deviated so. Of features: whether any good image looked so at all.
     """
     lengths = prototypes.square().sum(1)
-    squared = [torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)]  # one image at a time: h * w * N numbers
+    squared = [
+        torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)
+    ]  # one image at a time: h * w * N numbers
     return (torch.stack(squared).clamp_min(0) / maps.shape[1]).sqrt().view(len(maps), 1, *maps.shape[-2:])
 
 
 def refine(defect_map: np.ndarray, smoothing_frac: float, closing_frac: float) -> np.ndarray:
-    """A float32 map (H, W), smoothed by a Gaussian and closed by a disc (Serra 1982): dark gaps within a defect fill."""
+    """A float32 map (H, W), smoothed by a Gaussian and closed by a disc (Serra 1982):
+    dark gaps within a defect fill."""
     side = max(defect_map.shape)
     refined = np.ascontiguousarray(defect_map, np.float32)
     if smoothing_frac > 0:
@@ -173,9 +189,11 @@ def image_score(defect_map: np.ndarray, top_frac: float) -> float:
 
 
 class MapScale(NamedTuple):
-    """How the values of a refined map read: which become 0 and 1, and how many times as large they are along the border of an image.
+    """How the values of a refined map read: which become 0 and 1, and how many times as large they are along the border
+    of an image.
 
-    What lies beyond the border no network sees: its features there are less like any that are known, on good images, too.
+    What lies beyond the border no network sees: its features there are less like any that are known, on good images,
+        too.
     """
 
     zero: float
@@ -191,7 +209,9 @@ class MapScale(NamedTuple):
         if max(self.border, default=1.0) == 1.0:
             return maps
         middles, factors = RING_PX * (np.arange(N_RINGS + 1) + 0.5), (*self.border, 1.0)
-        down, across = (np.interp(_from_border(side) + 0.5, middles, factors).astype(np.float32) for side in maps.shape[1:])
+        down, across = (
+            np.interp(_from_border(side) + 0.5, middles, factors).astype(np.float32) for side in maps.shape[1:]
+        )
         return maps / np.maximum.outer(down, across)
 
     @classmethod
@@ -210,6 +230,7 @@ def _from_border(side: int) -> np.ndarray:
 
 def _border_factors(batches: Sequence[np.ndarray], windows: Sequence[tuple[slice, slice]] | None) -> tuple[float, ...]:
     """``MapScale.border``; none where hardly a pixel lies further in than all rings."""
+
     def rings(maps: np.ndarray) -> np.ndarray:
         down, across = (np.minimum(_from_border(side) // RING_PX, N_RINGS).astype(np.uint8) for side in maps.shape[1:])
         return np.broadcast_to(np.minimum.outer(down, across), maps.shape)
@@ -219,12 +240,17 @@ def _border_factors(batches: Sequence[np.ndarray], windows: Sequence[tuple[slice
     if len(interior) < LEAST_INTERIOR * len(values):
         return ()
     usual = max(float(np.quantile(interior, RING_QUANTILE)), 1e-6)
-    largest = [float(np.quantile(values[ring == each], RING_QUANTILE)) if (ring == each).any() else 0.0 for each in range(N_RINGS)]
+    largest = [
+        float(np.quantile(values[ring == each], RING_QUANTILE)) if (ring == each).any() else 0.0
+        for each in range(N_RINGS)
+    ]
     return tuple(np.maximum.accumulate([1.0, *(each / usual for each in reversed(largest))])[:0:-1].tolist())
 
 
 class ConformalThreshold(NamedTuple):
-    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores, or one set aside, allow only a higher one."""
+    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores, or one set aside, allow
+    only a higher one.
+    """
 
     threshold: float
     promised: bool
@@ -250,7 +276,9 @@ def conformal_threshold(good_scores: np.ndarray, alpha: float) -> ConformalThres
 
 
 def outer_fence(good_scores: Sequence[float]) -> float:
-    """Score above which a good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5 Q3; infinite for fewer than N_FENCED."""
+    """Score above which a good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5
+    Q3; infinite for fewer than N_FENCED.
+    """
     if len(good_scores) < N_FENCED:
         return math.inf
     low, high = np.quantile(good_scores, (0.25, 0.75))
@@ -258,9 +286,11 @@ def outer_fence(good_scores: Sequence[float]) -> float:
 
 
 def sober_threshold(good_scores: Sequence[float], alpha: float) -> ConformalThreshold:
-    """``conformal_threshold``, but where a single score beyond the outer fence would be it: then the largest of the others.
+    """``conformal_threshold``, but where a single score beyond the outer fence would be it: then the largest of the
+    others.
 
-    So one good image like no other does not let most defects pass. The chance of a false alarm is then at most 2 / (n + 1), not alpha.
+    So one good image like no other does not let most defects pass. The chance of a false alarm is then at most 2 / (n +
+    1), not alpha.
     """
     found, ordered = conformal_threshold(np.array(good_scores), alpha), sorted(good_scores)
     fence = outer_fence(ordered)
@@ -302,15 +332,35 @@ class Calibration:
     exchangeable: bool = True
 
     def as_dict(self) -> dict:
-        return {**self.__dict__, "scales": {name: [scale.zero, scale.one, *scale.border] for name, scale in self.scales.items()}}
+        return {
+            **self.__dict__,
+            "scales": {name: [scale.zero, scale.one, *scale.border] for name, scale in self.scales.items()},
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> Calibration:
-        return cls(**{**values, "scales": {name: MapScale(zero, one, tuple(border)) for name, (zero, one, *border) in values["scales"].items()}})
+        return cls(
+            **{
+                **values,
+                "scales": {
+                    name: MapScale(zero, one, tuple(border)) for name, (zero, one, *border) in values["scales"].items()
+                },
+            }
+        )
 
     @classmethod
-    def of(cls, scales: dict[str, MapScale], scores: Iterable[float], maps: np.ndarray, alpha: float, pixel_false_positives: float, exchangeable: bool = True) -> Calibration:
-        """Thresholds from the image scores and the maps, of any shape, of held-out good images; ``pixel_false_positives`` of 0 is USUAL_FALSE_POSITIVES."""
+    def of(
+        cls,
+        scales: dict[str, MapScale],
+        scores: Iterable[float],
+        maps: np.ndarray,
+        alpha: float,
+        pixel_false_positives: float,
+        exchangeable: bool = True,
+    ) -> Calibration:
+        """Thresholds from the image scores and the maps, of any shape, of held-out good images;
+        ``pixel_false_positives`` of 0 is USUAL_FALSE_POSITIVES.
+        """
         scores = sorted(scores)
         threshold, promised = sober_threshold(scores, alpha)
         pixel_threshold = float(np.quantile(maps, 1 - (pixel_false_positives or USUAL_FALSE_POSITIVES)))
@@ -330,16 +380,23 @@ class Calibration:
         """The threshold and what it promises, in a sentence."""
         n = len(self.good_scores)
         if not self.exchangeable:
-            return f"threshold {self.threshold:.3f}, from {n} held-out images; with --trim-frac no rate of false alarms is promised."
+            return (
+                f"threshold {self.threshold:.3f}, from {n} held-out images; "
+                "with --trim-frac no rate of false alarms is promised."
+            )
         if self.promised:
-            return f"threshold {self.threshold:.3f}: at most {self.alpha:.1%} false alarms, from {n} held-out good images."
+            return (
+                f"threshold {self.threshold:.3f}: at most {self.alpha:.1%} false alarms, from {n} held-out good images."
+            )
         if conformal_threshold(np.array(self.good_scores), self.alpha).threshold > self.threshold:
             return (
-                f"threshold {self.threshold:.3f}, from {n} held-out good images but for one like no other, with a score of {self.good_scores[-1]:.3f}: "
+                f"threshold {self.threshold:.3f}, from {n} held-out good images but for one like no other, with a "
+                f"score of {self.good_scores[-1]:.3f}: "
                 f"at most {2 / (n + 1):.1%} false alarms, where {self.alpha:.1%} were asked for."
             )
         return (
-            f"threshold {self.threshold:.3f}: {n} held-out good images are too few to promise {self.alpha:.1%} false alarms; "
+            f"threshold {self.threshold:.3f}: {n} held-out good images are too few to promise {self.alpha:.1%} false "
+            "alarms; "
             f"the largest good score is the threshold, which promises {1 / (n + 1):.1%}."
         )
 
@@ -353,7 +410,9 @@ class Detection(NamedTuple):
     score: float
     p_value: float
     label: str  # "good" or "defective"
-    defect_map: np.ndarray | None = None  # float32 (H, W) of the image given, all maps fused; about 1 at the top 0.1 % of good pixels
+    defect_map: np.ndarray | None = (
+        None  # float32 (H, W) of the image given, all maps fused; about 1 at the top 0.1 % of good pixels
+    )
     reconstruction: np.ndarray | None = None  # float32 (3, H, W) in [0, 1]; both None where they were not asked for
 
 
@@ -405,7 +464,10 @@ class Detector:
     @contextlib.contextmanager
     def _inferring(self) -> Iterator[None]:
         """No gradients, and the precision of the runtime but for float16, in which squared distances overflow."""
-        with torch.inference_mode(), contextlib.nullcontext() if self.runtime.amp_dtype is torch.float16 else self.runtime.autocast():
+        with (
+            torch.inference_mode(),
+            contextlib.nullcontext() if self.runtime.amp_dtype is torch.float16 else self.runtime.autocast(),
+        ):
             yield
 
     def describe(self, images: Tensor, names: Iterable[str], paint: bool = False) -> DetailOutput:
@@ -428,7 +490,9 @@ class Detector:
         return [(3,)] * across + [(2,)] * upright + [(2, 3)] * (across and upright)
 
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these names; the head's probability by less, or its outlines would be as wide as theirs."""
+        """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these
+        names; the head's probability by less, or its outlines would be as wide as theirs.
+        """
         if not names:
             return {}
         views = [self._view_maps(images, output, names)]
@@ -442,7 +506,12 @@ class Detector:
         with self._inferring():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
         usual, of_head = (self.maps.smoothing_frac, self.maps.closing_frac), (self.maps.outline_smoothing_frac, 0.0)
-        return {name: np.stack([refine(each, *(of_head if name == "segmentation" else usual)) for each in maps[:, 0].cpu().numpy()]) for name, maps in raw.items()}
+        return {
+            name: np.stack(
+                [refine(each, *(of_head if name == "segmentation" else usual)) for each in maps[:, 0].cpu().numpy()]
+            )
+            for name, maps in raw.items()
+        }
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
@@ -453,8 +522,15 @@ class Detector:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
         fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
         if self.gate:
-            shape, trust = outline(smooth["segmentation"], round(self.maps.outline_window_frac * self.image_size), self.maps.segmentation_trust)
-            fused = np.minimum(fused, SHAPED_ABOVE) + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape) * trust
+            shape, trust = outline(
+                smooth["segmentation"],
+                round(self.maps.outline_window_frac * self.image_size),
+                self.maps.segmentation_trust,
+            )
+            fused = (
+                np.minimum(fused, SHAPED_ABOVE)
+                + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape) * trust
+            )
             fused += self.maps.segmentation_weight * smooth["segmentation"]
         if not self.maps.link_frac and not self.maps.own_level:
             return fused
@@ -466,11 +542,12 @@ class Detector:
         return min(1.0, self.image_size**2 / (height * width))
 
     def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
-        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size from ``image_size`` on where the detector works on tiles.
+        """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size from ``image_size`` on
+        where the detector works on tiles.
 
         Args:
-            thorough: False makes defect maps and reconstructions of images called defective only, where the scores do not
-                come from pixels; a good one then takes half the time.
+            thorough: False makes defect maps and reconstructions of images called defective only, where the scores do
+                not come from pixels; a good one then takes half the time.
 
         Raises:
             ValueError: the images are of another type, shape, size or value range, or there are none.
@@ -480,7 +557,10 @@ class Detector:
             return [self._detect_whole(image, thorough) for image in images]
         if any(side % SIDE_MULTIPLE_PX for side in images.shape[2:]):
             size = f"{self.image_size} x {self.image_size}"
-            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other multiples of {SIDE_MULTIPLE_PX} (see image_files.fit_image).")
+            raise ValueError(
+                f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other "
+                f"multiples of {SIDE_MULTIPLE_PX} (see image_files.fit_image)."
+            )
         output = self.describe(images, self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
         judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]
@@ -493,7 +573,9 @@ class Detector:
                 output = self.model.paint(shown, output)
         smooth = {name: maps[rows] for name, maps in smooth.items()}
         smooth |= self.refined_maps(shown, output, [name for name in self.shown if name not in smooth])
-        for row, fused, reconstruction in zip(rows, self.defect_maps(smooth, scales), output.vae.reconstruction.float().cpu().numpy(), strict=True):
+        for row, fused, reconstruction in zip(
+            rows, self.defect_maps(smooth, scales), output.vae.reconstruction.float().cpu().numpy(), strict=True
+        ):
             judged[row] = judged[row]._replace(defect_map=fused, reconstruction=reconstruction)
         return judged
 
@@ -512,18 +594,29 @@ class Detector:
         if not thorough and judged.label == "good":
             return judged
         if not thorough:
-            missing, reconstruction = self._blended(image, [name for name in self.shown if name not in smooth], paint=True)
+            missing, reconstruction = self._blended(
+                image, [name for name in self.shown if name not in smooth], paint=True
+            )
             smooth |= missing
         fused = self.defect_maps({name: each[None] for name, each in smooth.items()}, scales)[0]
         return judged._replace(defect_map=fused, reconstruction=reconstruction)
 
-    def _blended(self, image: Tensor, names: Sequence[str], paint: bool) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its tiles."""
+    def _blended(
+        self, image: Tensor, names: Sequence[str], paint: bool
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its
+        tiles.
+        """
         side, (height, width) = self.image_size, image.shape[1:]
         if min(height, width) < side:
-            raise ValueError(f"the image is {height} x {width}; expected sides of {side} or more, a tile (see image_files.fit_image).")
+            raise ValueError(
+                f"the image is {height} x {width}; expected sides of {side} or more, a tile (see "
+                "image_files.fit_image)."
+            )
         corners = tile_corners(height, width, side)
-        blends: dict[str, Blend] = {name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]}
+        blends: dict[str, Blend] = {
+            name: Blend(height, width, side) for name in [*names, *(["reconstruction"] if paint else [])]
+        }
         for start in range(0, len(corners), TILES_AT_ONCE):
             some = corners[start : start + TILES_AT_ONCE]
             tiles = torch.stack([image[(..., *window(*corner, side))] for corner in some])
@@ -539,26 +632,49 @@ class Detector:
         return whole, reconstruction
 
 
-def calibrate(detector: Detector, batches: Iterable[Tensor], windows: Sequence[tuple[slice, slice]] | None = None, drawn: Iterable[tuple[Tensor, np.ndarray]] = ()) -> Calibration:
-    """Fit map scales, good scores and thresholds on batches of held-out good images (B, 3, H, W), of one size within a batch.
+def calibrate(
+    detector: Detector,
+    batches: Iterable[Tensor],
+    windows: Sequence[tuple[slice, slice]] | None = None,
+    drawn: Iterable[tuple[Tensor, np.ndarray]] = (),
+) -> Calibration:
+    """Fit map scales, good scores and thresholds on batches of held-out good images (B, 3, H, W), of one size within a
+    batch.
 
     Args:
-        windows: of each image, in order, the rows and columns that its picture takes (see ``image_files.picture_window``). Scales and the
-            pixel threshold come from there, scores from whole images; None: from whole images, too.
-        drawn: batches of the same images in the same order, once or several times over, with drawn defects, and where those are, bool (B, H, W).
-            Where there are any, and no ``pixel_false_positives``, the pixel threshold is the one at which they are outlined best (``evaluation.best_pixel_threshold``).
+        windows: of each image, in order, the rows and columns that its picture takes (see
+            ``image_files.picture_window``). Scales and the pixel threshold come from there, scores from whole images;
+            None: from whole images, too.
+        drawn: batches of the same images in the same order, once or several times over, with drawn defects, and where
+            those are, bool (B, H, W). Where there are any, and no ``pixel_false_positives``, the pixel threshold is the
+            one at which they are outlined best (``evaluation.best_pixel_threshold``).
     """
     names = detector.needed
     found = [detector.all_maps(images, names) for images in batches]
     scales = {name: MapScale.of([maps[name] for maps in found], windows) for name in names}
     scores = [score for maps in found for score in detector.scores(maps, scales)]
     fused = pixels_within([detector.defect_maps(maps, scales) for maps in found], windows)
-    calibration = Calibration.of(scales, scores, fused, detector.maps.target_false_alarms, detector.maps.pixel_false_positives, not detector.settings.get("trim_frac"))
-    outlined = [] if detector.maps.pixel_false_positives else [(detector.defect_maps(detector.all_maps(images, detector.shown), scales), masks) for images, masks in drawn]
+    calibration = Calibration.of(
+        scales,
+        scores,
+        fused,
+        detector.maps.target_false_alarms,
+        detector.maps.pixel_false_positives,
+        not detector.settings.get("trim_frac"),
+    )
+    outlined = (
+        []
+        if detector.maps.pixel_false_positives
+        else [
+            (detector.defect_maps(detector.all_maps(images, detector.shown), scales), masks) for images, masks in drawn
+        ]
+    )
     if not any(masks.any() for _, masks in outlined):
         return calibration
     n_rounds = sum(len(masks) for _, masks in outlined) // len(scores)
-    counts = count_pixels(*(list(within(each, windows and [*windows] * n_rounds)) for each in zip(*outlined, strict=True)))
+    counts = count_pixels(
+        *(list(within(each, windows and [*windows] * n_rounds)) for each in zip(*outlined, strict=True))
+    )
     return replace(calibration, pixel_threshold=best_pixel_threshold(counts))
 
 
@@ -573,11 +689,14 @@ def pixels_within(batches: Iterable[np.ndarray], windows: Sequence[tuple[slice, 
     return np.concatenate([each.ravel() for each in within(batches, windows)])
 
 
-def fuse(smooth: dict[str, np.ndarray], scales: dict[str, MapScale], shares: dict[str, float], residual_ceiling: float = 0.0) -> np.ndarray:
+def fuse(
+    smooth: dict[str, np.ndarray], scales: dict[str, MapScale], shares: dict[str, float], residual_ceiling: float = 0.0
+) -> np.ndarray:
     """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
-    0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1 + |z|.
-    ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which know better; 0 sets none.
+    0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1
+    + |z|. ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which know better; 0
+    sets none.
     """
     scaled = {name: scales[name].read(smooth[name]) for name in shares}
     if residual_ceiling and "pixel" in scaled and FEATURE_MAPS.intersection(scaled):
@@ -596,18 +715,22 @@ def signed_exp(logs: np.ndarray) -> np.ndarray:
 
 
 def outline(probability: np.ndarray, diameter: int, trust: float) -> tuple[np.ndarray, np.ndarray]:
-    """How a defect is shaped, and how far the head that outlines it is believed that it is one, both (B, H, W) in (0, 1], from its probability (B, H, W).
+    """How a defect is shaped, and how far the head that outlines it is believed that it is one, both (B, H, W) in (0,
+    1], from its probability (B, H, W).
 
-    The shape is the probability over its largest within a disc, so that a place is only told from its own surroundings. The largest
-    itself, to the power of ``trust``, is what the head adds: with 0 nothing, and what it takes for a defect, rightly or not, gains
-    nothing against another place. All have OUTLINE_FLOOR added, so that the shape is near 1 where the head sees nothing at all.
+    The shape is the probability over its largest within a disc, so that a place is only told from its own surroundings.
+    The largest itself, to the power of ``trust``, is what the head adds: with 0 nothing, and what it takes for a
+    defect, rightly or not, gains nothing against another place. All have OUTLINE_FLOOR added, so that the shape is near
+    1 where the head sees nothing at all.
     """
     largest = np.stack([_largest_within(each, diameter) for each in probability]) + OUTLINE_FLOOR
     return (probability + OUTLINE_FLOOR) / largest, (largest / (1 + OUTLINE_FLOOR)) ** trust
 
 
 def _largest_within(values: np.ndarray, diameter: int) -> np.ndarray:
-    """The largest of a map (H, W) within a disc around each pixel; of a wide disc in blocks of pixels, which at 448 px takes a twelfth of the time."""
+    """The largest of a map (H, W) within a disc around each pixel; of a wide disc in blocks of pixels, which at 448 px
+    takes a twelfth of the time.
+    """
     side = max(1, diameter // DISC_PLACES)
     height, width = values.shape
     padded = cv2.copyMakeBorder(values, 0, -height % side, 0, -width % side, cv2.BORDER_REPLICATE)
@@ -617,10 +740,12 @@ def _largest_within(values: np.ndarray, diameter: int) -> np.ndarray:
 
 
 def linked(logs: np.ndarray, length_px: int) -> np.ndarray:
-    """Signed logarithms of maps (B, H, W), those below SHAPED_ABOVE averaged with the mean along the best line through them.
+    """Signed logarithms of maps (B, H, W), those below SHAPED_ABOVE averaged with the mean along the best line through
+    them.
 
-    What is too faint for the head to shape, but lies in a row as the dots of a scratch do, rises, to that level at most; what lies alone falls.
-    Lines of that length in N_DIRECTIONS, on the map at a quarter of its resolution; none where they are no longer than two places of it.
+    What is too faint for the head to shape, but lies in a row as the dots of a scratch do, rises, to that level at
+    most; what lies alone falls. Lines of that length in N_DIRECTIONS, on the map at a quarter of its resolution; none
+    where they are no longer than two places of it.
     """
     length = round(length_px / LINK_STRIDE) | 1
     if length < 3:
@@ -634,7 +759,9 @@ def linked(logs: np.ndarray, length_px: int) -> np.ndarray:
 def _along_lines(logs: np.ndarray, lines: Sequence[np.ndarray]) -> np.ndarray:
     """The largest mean along any of the lines, kernels of one size, through each place of a map (H, W)."""
     height, width = logs.shape
-    coarse = cv2.resize(logs, (max(1, width // LINK_STRIDE), max(1, height // LINK_STRIDE)), interpolation=cv2.INTER_AREA)
+    coarse = cv2.resize(
+        logs, (max(1, width // LINK_STRIDE), max(1, height // LINK_STRIDE)), interpolation=cv2.INTER_AREA
+    )
     means = [cv2.filter2D(coarse, -1, line, borderType=cv2.BORDER_REFLECT_101) for line in lines]
     return cv2.resize(np.max(means, 0), (width, height), interpolation=cv2.INTER_LINEAR)
 
@@ -649,9 +776,11 @@ def _line(length: int, angle: float) -> np.ndarray:
 
 
 def own_level(logs: np.ndarray) -> np.ndarray:
-    """How much stands out all over an image: the root mean square of what is positive in signed logarithms (B, H, W), (B, 1, 1).
+    """How much stands out all over an image: the root mean square of what is positive in signed logarithms (B, H, W),
+    (B, 1, 1).
 
-    A defect changes the latents and so, a little, what is expected everywhere; a photograph that is unusual as a whole deviates everywhere, too.
+    A defect changes the latents and so, a little, what is expected everywhere; a photograph that is unusual as a whole
+    deviates everywhere, too.
     """
     return np.sqrt(np.square(np.maximum(logs, 0)).mean((1, 2), keepdims=True))
 
@@ -667,7 +796,11 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
     """
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     with reading_contents(path):
-        settings = {**contents["settings"], "image_size": int(contents["settings"]["image_size"]), "resize": str(contents["settings"]["resize"])}
+        settings = {
+            **contents["settings"],
+            "image_size": int(contents["settings"]["image_size"]),
+            "resize": str(contents["settings"]["resize"]),
+        }
         maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
     runtime = make_runtime(device, precision)
     model = runtime.put_model(fold_layers(detail_vae_from_checkpoint(contents, path)))

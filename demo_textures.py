@@ -18,14 +18,17 @@ DEMO_SIDE_PX = 128
 DEMO_TINTS = {"brick": (1.08, 0.88, 0.78), "grass": (0.82, 1.08, 0.70), "gravel": (1.05, 0.98, 0.88)}
 DEMO_COUNTS = {"train/good": 100, "validation/good": 20, "test/good": 20, "test/scratch": 12, "test/paint": 12}
 DEMO_PLACES = {"train": (0.0, 1.0, 0.0, 0.58), "validation": (0.0, 0.45, 0.58, 1.0), "test": (0.45, 1.0, 0.58, 1.0)}
-"""Top, bottom, left and right of where crops come from, as shares of a photograph: those held out are to be as unlike those of training as those of the test."""
+"""Top, bottom, left and right of where crops come from, as shares of a photograph: those held out are to be as unlike
+those of training as those of the test.
+"""
 
 
 def make_demo(root: str | Path = "data/demo_textures") -> Path:
     """Write the built-in demo in the MVTec layout into ``root``, unless it is there already; returns ``root``.
 
-    Crops of the photographs of brick, grass and gravel that scikit-image ships (nothing is downloaded), tinted, those of
-    train/, validation/ and test/ from places apart; some test crops carry a drawn scratch or paint blob with an exact mask. Always the same files.
+    Crops of the photographs of brick, grass and gravel that scikit-image ships (nothing is downloaded), tinted, those
+    of train/, validation/ and test/ from places apart; some test crops carry a drawn scratch or paint blob with an
+    exact mask. Always the same files.
 
     Raises:
         InputError: scikit-image's photographs are missing, or ``root`` holds something else.
@@ -34,7 +37,11 @@ def make_demo(root: str | Path = "data/demo_textures") -> Path:
     marker = {"demo_version": DEMO_VERSION, "counts": DEMO_COUNTS}
     if files.read_json(root / "demo.json") == marker:
         return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())) and "demo_version" not in files.read_json(root / "demo.json"):
+    if (
+        root.exists()
+        and (not root.is_dir() or any(root.iterdir()))
+        and "demo_version" not in files.read_json(root / "demo.json")
+    ):
         raise config.InputError(f"{root} exists and is not the built-in demo; move it away or give --data-dir.")
     photographs = _demo_photographs()
     rng = np.random.default_rng(DEMO_VERSION)
@@ -51,15 +58,23 @@ def _demo_photographs() -> list[np.ndarray]:
     """uint8 H x W x 3 photographs, read from the installed package: its loaders might download."""
     spec = find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else Path("skimage-is-not-installed")
-    shipped = [(folder / f"{name}.png", tint) for name, tint in DEMO_TINTS.items() if (folder / f"{name}.png").is_file()]
+    shipped = [
+        (folder / f"{name}.png", tint) for name, tint in DEMO_TINTS.items() if (folder / f"{name}.png").is_file()
+    ]
     if not shipped:
-        raise config.InputError("The built-in demo needs the photographs that scikit-image ships; install scikit-image or give --data-dir.")
+        raise config.InputError(
+            "The built-in demo needs the photographs that scikit-image ships; install scikit-image or give --data-dir."
+        )
     return [np.clip(read_image(path) * np.array(tint), 0, 255).astype(np.uint8) for path, tint in shipped]
 
 
-def _demo_crop(photograph: np.ndarray, place: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
+def _demo_crop(
+    photograph: np.ndarray, place: tuple[float, float, float, float], rng: np.random.Generator
+) -> np.ndarray:
     height, width = photograph.shape[:2]
-    top, bottom, left, right = (round(share * side) for share, side in zip(place, (height, height, width, width), strict=True))
+    top, bottom, left, right = (
+        round(share * side) for share, side in zip(place, (height, height, width, width), strict=True)
+    )
     top, left = rng.integers(top, bottom - DEMO_SIDE_PX + 1), rng.integers(left, right - DEMO_SIDE_PX + 1)
     crop = photograph[top : top + DEMO_SIDE_PX, left : left + DEMO_SIDE_PX]
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)

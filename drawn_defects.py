@@ -43,7 +43,8 @@ def draw_defect(
         image: uint8 H x W x 3 RGB, sides of SMALLEST_SIDE_PX or more; left untouched.
         rng: the only source of chance, so that equal generators give equal defects.
         donors: other uint8 H x W x 3 images from which patches may be cut; without any they come from ``image``.
-        area_frac: smallest and largest area aimed at, as a share of the image, log-uniform between them; at least SMALLEST_PX.
+        area_frac: smallest and largest area aimed at, as a share of the image, log-uniform between them; at least
+            SMALLEST_PX.
 
     Returns:
         The damaged copy, and a bool H x W mask of the pixels that changed by VISIBLE_LEVELS or more; never empty.
@@ -66,8 +67,12 @@ def draw_defect(
     return damaged, mask
 
 
-def draw_defects(image: np.ndarray, rng: np.random.Generator, donors: Sequence[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``n`` of ``draw_defect`` on one copy of the image, each at least APART_PX from the others: one that is not is left out."""
+def draw_defects(
+    image: np.ndarray, rng: np.random.Generator, donors: Sequence[np.ndarray], n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``n`` of ``draw_defect`` on one copy of the image, each at least APART_PX from the others: one that is
+    not is left out.
+    """
     damaged, mask = image, np.zeros(image.shape[:2], bool)
     for _ in range(n):
         further, there = draw_defect(damaged, rng, donors)
@@ -78,7 +83,10 @@ def draw_defects(image: np.ndarray, rng: np.random.Generator, donors: Sequence[n
 
 def _check(image: np.ndarray, area_frac: tuple[float, float]) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < SMALLEST_SIDE_PX:
-        raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 H x W x 3 with sides of {SMALLEST_SIDE_PX} px or more.")
+        raise ValueError(
+            f"image is {image.dtype} {image.shape}; expected uint8 H x W x 3 with sides of {SMALLEST_SIDE_PX} px or "
+            "more."
+        )
     if not 0 < area_frac[0] <= area_frac[1] <= 0.5:
         raise ValueError(f"area_frac is {area_frac}; expected 0 < smallest <= largest <= 0.5.")
 
@@ -113,7 +121,9 @@ def _invert_spot(image: np.ndarray, rng: np.random.Generator) -> None:
 
 def _box(image: np.ndarray, height: float, width: float, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
     """A box of about that size inside the image: top, left, and its pixels as float32."""
-    height, width = (min(int(np.ceil(side)), limit) for side, limit in zip((height, width), image.shape[:2], strict=True))
+    height, width = (
+        min(int(np.ceil(side)), limit) for side, limit in zip((height, width), image.shape[:2], strict=True)
+    )
     top = int(rng.integers(0, image.shape[0] - height + 1))
     left = int(rng.integers(0, image.shape[1] - width + 1))
     return top, left, image[top : top + height, left : left + width].astype(np.float32)
@@ -260,7 +270,13 @@ def _dent(image, area_px, contrast, rng, donors) -> _Patch:
     height, width = pixels.shape[:2]
     y, x = np.indices((height, width), dtype=np.float32)
     pull = alpha.astype(np.float32) * np.float32(rng.uniform(-0.5, 0.5))
-    warped = cv2.remap(pixels, x + pull * (x - width / 2), y + pull * (y - height / 2), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    warped = cv2.remap(
+        pixels,
+        x + pull * (x - width / 2),
+        y + pull * (y - height / 2),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT_101,
+    )
     lit = _shading(alpha.astype(np.float32), rng) * contrast
     if rng.random() < 0.4:
         lit = lit * 0.6 - alpha * contrast * 0.7
@@ -275,7 +291,9 @@ def _paste(image, area_px, contrast, rng, donors) -> _Patch:
     angle, zoom = rng.uniform(0, 360), float(np.exp(rng.uniform(-0.4, 0.4)))
     turn = cv2.getRotationMatrix2D((rng.uniform(0, donor.shape[1]), rng.uniform(0, donor.shape[0])), angle, zoom)
     turn[:, 2] += (width / 2, height / 2) - turn @ (*rng.uniform(0.1, 0.9, 2) * donor.shape[1::-1], 1.0)
-    piece = cv2.warpAffine(donor, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
+    piece = cv2.warpAffine(
+        donor, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+    ).astype(np.float32)
     if rng.random() < 0.5:  # same mean colour: only the structure is wrong
         piece = piece + pixels.mean((0, 1)) - piece.mean((0, 1))
     piece = piece * _tint(rng, 0.1) + rng.uniform(-0.3, 0.3) * contrast

@@ -29,7 +29,9 @@ from streams import ahead
 FORMAT = 13
 """Format number written into every checkpoint; a reader refuses any other."""
 LEAST_LOSS_SCALE = 2.0**-14
-"""Loss scale that float16 needs no less than: the scaler starts at 2**16 and halves it at every step with an infinite gradient."""
+"""Loss scale that float16 needs no less than: the scaler starts at 2**16 and halves it at every step with an infinite
+gradient.
+"""
 
 
 class DivergedError(InputError):
@@ -91,7 +93,8 @@ class Runtime:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device, or the one of that name: "auto" (CUDA where there is any), "cpu", "cuda", or one of several, as "cuda:1".
+    """The device, or the one of that name: "auto" (CUDA where there is any), "cpu", "cuda", or one of several, as
+    "cuda:1".
 
     Raises:
         InputError: there is no such device.
@@ -110,7 +113,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def make_runtime(device: str | torch.device, precision: str = "auto") -> Runtime:
     """The runtime for a device, as ``resolve_device`` takes it, and a precision: "float32", "bfloat16", or "auto".
 
-    That is bfloat16 where the device multiplies it faster than float32, else float32; on older CUDA cards float16 with scaling.
+    That is bfloat16 where the device multiplies it faster than float32, else float32; on older CUDA cards float16 with
+    scaling.
 
     Raises:
         InputError: there is no such device, or the precision is another.
@@ -173,7 +177,9 @@ def warmup_cosine(n_steps: int, warmup_frac: float = 0.1) -> Callable[[int], flo
     return factor
 
 
-def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, runtime: Runtime, gradient_clip: float) -> None:
+def optimizer_step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, runtime: Runtime, gradient_clip: float
+) -> None:
     """Backward, clip, step: the only optimizer step in the repository.
 
     Raises:
@@ -191,7 +197,10 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler, ru
     runtime.scaler.step(optimizer)
     runtime.scaler.update()
     if runtime.scaler.is_enabled() and runtime.scaler.get_scale() < LEAST_LOSS_SCALE:
-        raise DivergedError("The gradient stays infinite in float16; training stops (try a lower --learning-rate or --precision float32).")
+        raise DivergedError(
+            "The gradient stays infinite in float16; training stops (try a lower --learning-rate or --precision "
+            "float32)."
+        )
     scheduler.step()
 
 
@@ -218,7 +227,15 @@ class Averages:
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
 
-def train_epoch(model: nn.Module, batches: Iterable, loss_terms: Callable, optimizer, scheduler, runtime: Runtime, gradient_clip: float) -> dict[str, float]:
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable,
+    loss_terms: Callable,
+    optimizer,
+    scheduler,
+    runtime: Runtime,
+    gradient_clip: float,
+) -> dict[str, float]:
     """One pass over the training batches; returns the mean of every named loss term.
 
     Args:
@@ -261,7 +278,9 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
         InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
     """
     content = io.BytesIO()
-    torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)  # on a full disk it would hide the reason
+    torch.save(
+        {"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content
+    )  # on a full disk it would hide the reason
     files.write_whole(Path(path), content.getbuffer(), sync=True)
 
 
@@ -280,14 +299,21 @@ def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> d
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *files.DAMAGED_CHECKPOINT):
-        raise InputError(f"{path} is not a readable checkpoint: it is truncated, of another program, or holds code, which is never run.") from None
+        raise InputError(
+            f"{path} is not a readable checkpoint: it is truncated, of another program, or holds code, which is never "
+            "run."
+        ) from None
     if not isinstance(contents, dict) or not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
-        raise InputError(f"{path} is not a checkpoint of format {FORMAT}; expected a file written by this version's training.")
+        raise InputError(
+            f"{path} is not a checkpoint of format {FORMAT}; expected a file written by this version's training."
+        )
     if contents.get("kind") != kind:
         raise InputError(f"{path} holds a '{contents.get('kind')}'; expected a '{kind}'.")
     missing = [name for name in needs if contents.get(name) is None]
     if missing:
-        raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; train again or take another checkpoint.")
+        raise InputError(
+            f"{path} is incomplete: it lacks {', '.join(missing)}; train again or take another checkpoint."
+        )
     return contents
 
 
@@ -301,7 +327,10 @@ def reading_contents(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (UsageError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: its settings or calibration cannot be used ({str(error).rstrip('.')}); train again or take another checkpoint.") from None
+        raise InputError(
+            f"{path} is damaged: its settings or calibration cannot be used ({str(error).rstrip('.')}); train again "
+            "or take another checkpoint."
+        ) from None
 
 
 def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
@@ -313,7 +342,9 @@ def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError):
-        raise InputError(f"The weights in {path} do not fit its own architecture settings; the file is damaged.") from None
+        raise InputError(
+            f"The weights in {path} do not fit its own architecture settings; the file is damaged."
+        ) from None
     return model
 
 
@@ -342,10 +373,21 @@ class TrainingRun(Protocol):
 def describe_files(folder: Path, paths: Sequence[Path]) -> dict:
     """How many training files there are, and a fingerprint of their places below the folder and their sizes."""
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else -1) for path in paths]
-    return {"n_training_files": len(marks), "training_files": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]}
+    return {
+        "n_training_files": len(marks),
+        "training_files": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16],
+    }
 
 
-def save_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, history: Path, extra: dict | None = None) -> None:
+def save_training(
+    run: TrainingRun,
+    optimizer: torch.optim.Optimizer,
+    scheduler,
+    path: Path,
+    kind: str,
+    history: Path,
+    extra: dict | None = None,
+) -> None:
     """The state from which ``resume_training`` goes on, with ``extra`` entries, and the history so far as JSON."""
     state = {
         "settings": as_dict(run.settings),
@@ -370,18 +412,28 @@ def require_same(path: Path | str, ours: dict, trained: dict, expected: str) -> 
             raise InputError(f"{path} was trained with {key} {trained.get(key)!r}, not {value!r}; {expected}")
 
 
-def resume_training(run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, may_differ: set[str]) -> dict:
+def resume_training(
+    run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, may_differ: set[str]
+) -> dict:
     """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
 
     Raises:
-        InputError: there is none, it has more epochs behind it than there are in all, or it was made with other data, or other settings than those that may differ.
+        InputError: there is none, it has more epochs behind it than there are in all, or it was made with other data,
+            or other settings than those that may differ.
     """
     state = load_checkpoint(path, f"{kind}_training")
-    require_same(path, {key: value for key, value in as_dict(run.settings).items() if key not in may_differ}, state["settings"], "give the same settings to resume.")
+    require_same(
+        path,
+        {key: value for key, value in as_dict(run.settings).items() if key not in may_differ},
+        state["settings"],
+        "give the same settings to resume.",
+    )
     require_same(path, run.sources, state.get("sources", run.sources), "expected the data of then to resume.")
     done = len(state["history"])
     if done > run.epochs:
-        raise InputError(f"{path} has {done} epochs behind it; expected --epochs of {done} or more to resume, not {run.epochs}.")
+        raise InputError(
+            f"{path} has {done} epochs behind it; expected --epochs of {done} or more to resume, not {run.epochs}."
+        )
     load_weights(run.model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

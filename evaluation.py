@@ -327,8 +327,9 @@ def count_pixels(
         maps: H x W floats, larger where worse.
         masks: H x W, non-zero on a defect, all zero for a good image; None leaves the image out.
         threshold: becomes an edge, so that F1 and IoU there are exact.
-        n_edges: edges on each of five scales: all pixels, the top 1 % evenly and ever finer, the defective pixels and just below them
-            (average precision hangs on the few highest values, since a defect covers 0.02-0.1 % of an image).
+        n_edges: edges on each of five scales: all pixels, the top 1 % evenly and ever finer, the defective pixels and
+            just below them (average precision hangs on the few highest values, since a defect covers 0.02-0.1 % of an
+            image).
 
     Raises:
         InputError: shapes differ or a map holds a value that is not finite.
@@ -424,10 +425,14 @@ def _pixel_metrics_chunk(counts: PixelCounts, weights: np.ndarray, threshold: fl
 
 
 def best_pixel_threshold(counts: PixelCounts) -> float:
-    """The threshold at which the mean over images of the F1 of "value > threshold" is largest: so a large defect, or an odd image, counts no more than another."""
+    """The threshold at which the mean over images of the F1 of "value > threshold" is largest: so a large defect, or an
+    odd image, counts no more than another.
+    """
     f1 = np.nan_to_num(_curve_f1(_curve(counts.positive, counts.negative))).mean(0)
     n_edges = len(counts.edges)
-    return float(counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())])  # the curve falls from the highest bin, above the last edge
+    return float(
+        counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())]
+    )  # the curve falls from the highest bin, above the last edge
 
 
 def _above(counts: PixelCounts, curve: _Curve, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -16,14 +16,26 @@ from typing import BinaryIO
 
 from config import InputError
 
-DAMAGED_CHECKPOINT = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
+DAMAGED_CHECKPOINT = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 """What ``torch.load`` was seen to raise for files that are cut, damaged or of another program, beside OSError."""
 LONGEST_STEM = 220  # bytes; file systems take 255, and names are written with an ending and more
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, sync: bool = False) -> Iterator[BinaryIO]:
-    """A file to write into that is there whole or not at all, its folder made: a temporary one beside it, renamed where the block ends without an error.
+    """A file to write into that is there whole or not at all, its folder made: a temporary one beside it, renamed where
+    the block ends without an error.
 
     Args:
         sync: wait until the disk has it, so that not even a power cut leaves a part.
@@ -41,7 +53,10 @@ def whole_file(path: Path, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}; expected a writable folder with room in it (--output-dir).") from None
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}; expected a writable folder with room in it "
+            "(--output-dir)."
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -83,7 +98,9 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Path] = ()) -> None:
-    """Remove, in each folder below ``out``, the files of such names, what an earlier run left there, but none of the inputs."""
+    """Remove, in each folder below ``out``, the files of such names, what an earlier run left there, but none of the
+    inputs.
+    """
     kept = set(map(os.path.realpath, inputs))
     for folder, pattern in names.items():
         for path in list((out / folder).glob("*")):
@@ -92,7 +109,9 @@ def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Pat
 
 
 def short_stem(stem: str) -> str:
-    """The stem; where it is very long its start and a mark of the whole of it, so that what is named after it can be written."""
+    """The stem; where it is very long its start and a mark of the whole of it, so that what is named after it can be
+    written.
+    """
     encoded = stem.encode("utf-8", "surrogateescape")
     if len(encoded) <= LONGEST_STEM:
         return stem

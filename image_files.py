@@ -18,7 +18,12 @@ MIN_SIDE_PX = 8
 MAX_ASPECT = 50
 MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
 LETTERBOX_GREY = 128
-_TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284  # tags: bits of each sample, 1 for none, 0 where 0 is white, 2 where colours are apart
+_TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = (
+    258,
+    259,
+    262,
+    284,
+)  # tags: bits of each sample, 1 for none, 0 where 0 is white, 2 where colours are apart
 
 
 class ImageError(config.InputError):
@@ -56,7 +61,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is above 0.
+    """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is
+    above 0.
 
     Of a mask in one colour alone the alpha channel counts; what is fully transparent beside what is not, is not marked.
 
@@ -80,13 +86,19 @@ def _mask_values(image) -> np.ndarray:
     return alpha if (colours == colours[0, 0]).all() else brightest * (alpha > 0)
 
 
-def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tuple[int, int] | None = None, warn: Callable[[str], None] = lambda sentence: None) -> np.ndarray:
+def read_defects(
+    mask_paths: Sequence[Path],
+    image_path: Path,
+    original_hw: tuple[int, int] | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> np.ndarray:
     """All masks of an image in one, bool of the image's own height and width, ``original_hw`` where they are known.
 
     ``warn`` is told of a mask of another aspect ratio, which is stretched over the image.
 
     Raises:
-        ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark nothing.
+        ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark
+            nothing.
     """
     original_hw = original_hw or read_image(image_path).shape[:2]
     united = np.zeros(original_hw, bool)
@@ -95,7 +107,10 @@ def read_defects(mask_paths: Sequence[Path], image_path: Path, original_hw: tupl
         if mask.shape == original_hw[::-1] != original_hw:
             mask = _turned_as(image_path, path, mask)
         if not _same_aspect(mask.shape, original_hw):
-            warn(f"{path} is {mask.shape[1]} x {mask.shape[0]} px and its image {image_path} {original_hw[1]} x {original_hw[0]} px; expected the same aspect ratio. The mask is stretched over the image.")
+            warn(
+                f"{path} is {mask.shape[1]} x {mask.shape[0]} px and its image {image_path} {original_hw[1]} x "
+                f"{original_hw[0]} px; expected the same aspect ratio. The mask is stretched over the image."
+            )
         united |= mask if mask.shape == original_hw else _resample_mask(mask, *original_hw)
     if not united.any():
         raise ImageError(mask_paths[0], "marks no pixel as defective")
@@ -115,7 +130,11 @@ def _turned_as(image_path: Path, path: Path, mask: np.ndarray) -> np.ndarray:
         orientation = image.getexif().get(0x0112)
     turned = {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}
     if orientation not in turned:
-        raise ImageError(path, f"is {mask.shape[1]} x {mask.shape[0]} px and lies across its image; expected {mask.shape[0]} x {mask.shape[1]}")
+        raise ImageError(
+            path,
+            f"is {mask.shape[1]} x {mask.shape[0]} px and lies across its image; expected {mask.shape[0]} x "
+            f"{mask.shape[1]}",
+        )
     return turned[orientation]
 
 
@@ -137,7 +156,11 @@ def _check_bomb(path: str | Path, height: int, width: int) -> None:
 def _check_size(path: str | Path, height: int, width: int) -> None:
     _check_bomb(path, height, width)
     if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_ASPECT * min(height, width):
-        raise ImageError(path, f"is {width} x {height} px; expected sides of {MIN_SIDE_PX} px or more and an aspect ratio of {MAX_ASPECT}:1 at most")
+        raise ImageError(
+            path,
+            f"is {width} x {height} px; expected sides of {MIN_SIDE_PX} px or more and an aspect ratio of "
+            f"{MAX_ASPECT}:1 at most",
+        )
 
 
 def _plain_png_size(data: bytes) -> tuple[int, int] | None:
@@ -197,7 +220,11 @@ def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray
             tags = getattr(image, "tag_v2", {})  # of a TIFF: those that Pillow leaves unheeded
             deep = max(tags.get(_TIFF_BITS, (0,))) == 16
             if deep and tags.get(_TIFF_PLANES) == 2 and tags.get(_TIFF_COMPRESSION, 1) == 1:
-                raise ImageError(path, "holds uncompressed 16-bit colours in planes of their own; expected them side by side, or compressed")
+                raise ImageError(
+                    path,
+                    "holds uncompressed 16-bit colours in planes of their own; expected them side by side, or "
+                    "compressed",
+                )
             image.load()
             upright = ImageOps.exif_transpose(image)
             if deep and tags.get(_TIFF_ZERO) == 0 and upright.mode.startswith("I;16"):  # 0 is white
@@ -210,7 +237,9 @@ def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray
     except Image.DecompressionBombError:
         raise ImageError(path, f"is too large; expected {MAX_PIXELS // 10**6} megapixels at most") from None
     except Exception as error:  # the many decoders raise nearly anything on damaged bytes
-        raise ImageError(path, f"is damaged ({' '.join(str(error).split()).rstrip('.') or type(error).__name__})") from None
+        raise ImageError(
+            path, f"is damaged ({' '.join(str(error).split()).rstrip('.') or type(error).__name__})"
+        ) from None
 
 
 def _to_rgb(image) -> np.ndarray:
@@ -266,7 +295,8 @@ def _tiled_size(height: int, width: int, image_size: int) -> tuple[int, int]:
 
 
 def fit_image(image: np.ndarray, image_size: int, resize: str) -> np.ndarray:
-    """uint8 H x W x 3 -> uint8 image_size x image_size x 3: stretched, or letterboxed with grey bars; whole for "tile"."""
+    """uint8 H x W x 3 -> uint8 image_size x image_size x 3: stretched, or letterboxed with grey bars;
+    whole for "tile"."""
     if resize == "tile":
         return np.ascontiguousarray(_resample(image, *_tiled_size(*image.shape[:2], image_size)))
     top, left, height, width = _fit_box(*image.shape[:2], image_size, resize)
@@ -289,7 +319,9 @@ def _resample_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, image_size: int, resize: str) -> np.ndarray:
-    """A mask of an image's own size, bool H x W, true where defective -> bool as ``fit_image`` sizes the image, without losing thin defects."""
+    """A mask of an image's own size, bool H x W, true where defective -> bool as ``fit_image`` sizes the image, without
+    losing thin defects.
+    """
     if resize == "tile":
         return _resample_mask(mask, *_tiled_size(*mask.shape, image_size))
     top, left, height, width = _fit_box(*mask.shape, image_size, resize)

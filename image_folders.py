@@ -1,4 +1,6 @@
-"""Which images and masks are where: files, folders and globs, data sets in the MVTec layout or flat, good images held out."""
+"""Which images and masks are where: files, folders and globs, data sets in the MVTec layout or flat, good images held
+out.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ def files_under(folder: Path, deep: bool = True, suffixes: tuple[str, ...] = IMA
         real = os.path.realpath(where)
         folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+            found += [
+                Path(where, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")
+            ]
         seen.add(real)
     return sorted(filter(is_readable_kind, found), key=lambda path: path.as_posix())
 
 
 def is_readable_kind(path: Path) -> bool:
-    """Whether it is a file or a broken link, of which its reader says what is wrong; not so a named pipe, on which it would wait for ever."""
+    """Whether it is a file or a broken link, of which its reader says what is wrong; not so a named pipe, on which it
+    would wait for ever.
+    """
     return path.is_file() or not path.exists()
 
 
@@ -52,12 +58,19 @@ def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Pat
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     found = unique_files(inputs, _expand, outputs)
     if not found:
-        raise config.InputError(f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+        raise config.InputError(
+            f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
+            f"{', '.join(IMAGE_SUFFIXES)}."
+        )
     return sorted(found, key=lambda path: path.as_posix())
 
 
-def unique_files(inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]) -> list[Path]:
-    """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not lie in."""
+def unique_files(
+    inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]
+) -> list[Path]:
+    """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not
+    lie in.
+    """
     written = [os.path.join(os.path.realpath(folder), "") for folder in outputs]  # noqa: PTH118 (ends in a separator)
     found: dict[str, Path] = {}
     for given in inputs:
@@ -99,7 +112,8 @@ class MVTecFolder:
         root: its folder.
         flat: true for one folder of good images without train/ and test/.
         train_good: the good training images.
-        validation_good: good images in validation/good, none in most data sets; where there are some, ``split`` holds them out.
+        validation_good: good images in validation/good, none in most data sets; where there are some, ``split`` holds
+            them out.
         test: MVTecItem(path, category, mask_paths), sorted by category and path.
         categories: names of the test folders that hold images, "good" first.
         letterboxed: height and width before ``data_loader.preprocess`` of images in whose files it drew grey bars.
@@ -109,14 +123,17 @@ class MVTecFolder:
         bad_dir: beside a flat folder of good images, or in it, the one of defective images, which are not missed.
 
     Raises:
-        InputError: no such folder, no train/good, or fewer than 3 images in it (``require_train=False``: no test images).
+        InputError: no such folder, no train/good, or fewer than 3 images in it (``require_train=False``: no test
+            images).
     """
 
     def __init__(self, root: str | Path, require_train: bool = True, bad_dir: str = ""):
         self.root = Path(root)
         self.warnings: list[str] = []
         if not self.root.is_dir():
-            raise config.InputError(f"The data folder {root} does not exist; expected a folder with train/good, or one of good images.")
+            raise config.InputError(
+                f"The data folder {root} does not exist; expected a folder with train/good, or one of good images."
+            )
         good = self.root / "train" / "good"
         self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(files_under(self.root, deep=False))
         self.train_good = files_under(self.root, deep=False) if self.flat else files_under(good)
@@ -138,7 +155,9 @@ class MVTecFolder:
             self.require_test()
 
     def split(self, good: Sequence[Path], holdout_frac: float, seed: int) -> tuple[list[Path], list[Path]]:
-        """Good images of train/good as (training, held out): all of them and what lies in validation/good, or, where nothing does, as ``split_holdout`` says and raises."""
+        """Good images of train/good as (training, held out): all of them and what lies in validation/good, or, where
+        nothing does, as ``split_holdout`` says and raises.
+        """
         return (list(good), self.validation_good) if self.validation_good else split_holdout(good, holdout_frac, seed)
 
     def require_test(self) -> None:
@@ -148,7 +167,10 @@ class MVTecFolder:
             InputError: there are none.
         """
         if not self.test:
-            raise config.InputError(f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of defect.")
+            raise config.InputError(
+                f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of "
+                "defect."
+            )
 
     def _find_validation(self) -> list[Path]:
         folder = self.root / "validation" / "good"
@@ -159,27 +181,45 @@ class MVTecFolder:
 
     def _warn_of_deeper(self, bad_dir: str) -> None:
         bad = {os.path.realpath(path) for path in files_under(Path(bad_dir))} if bad_dir else set()
-        n_deeper = sum(path.parent != self.root and os.path.realpath(path) not in bad for path in files_under(self.root))
+        n_deeper = sum(
+            path.parent != self.root and os.path.realpath(path) not in bad for path in files_under(self.root)
+        )
         if n_deeper:
             self.warnings.append(f"{self.root} holds {n_deeper} image(s) in folders below it; they are left out.")
 
     def _find_test(self) -> list[MVTecItem]:
         test = self.root / "test"
-        folders = sorted(path for path in test.iterdir() if path.is_dir() and not path.name.startswith(".")) if test.is_dir() else []
+        folders = (
+            sorted(path for path in test.iterdir() if path.is_dir() and not path.name.startswith("."))
+            if test.is_dir()
+            else []
+        )
         if test.is_dir() and files_under(test, deep=False):
             self.warnings.append(f"{test} holds images outside any category folder; they are left out.")
         items = []
         for folder in folders:
             images = files_under(folder)
-            masks, others = ({}, []) if folder.name == "good" else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
+            masks, others = (
+                ({}, [])
+                if folder.name == "good"
+                else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
+            )
             items += [MVTecItem(path, folder.name, masks.get(path, ())) for path in images]
             if not images:
                 self.warnings.append(f"{folder} holds no images.")
             elif others:
-                self.warnings.append(f"ground_truth/{folder.name} holds {len(others)} mask(s) that are named after no image of test/{folder.name}, or after several ({self.relative(others[0])}{', ...' if len(others) > 1 else ''}); they are left out.")
+                self.warnings.append(
+                    f"ground_truth/{folder.name} holds {len(others)} mask(s) that are named after no image of "
+                    f"test/{folder.name}, or after several "
+                    f"({self.relative(others[0])}{', ...' if len(others) > 1 else ''}); they are left out."
+                )
         if any(item.mask_paths for item in items):
             unmasked = [item for item in items if item.category != "good" and not item.mask_paths]
-            self.warnings += [f"{self.relative(item.path)} has no mask in ground_truth/{item.category}; it is left out of pixel metrics." for item in unmasked]
+            self.warnings += [
+                f"{self.relative(item.path)} has no mask in ground_truth/{item.category}; it is left out of pixel "
+                "metrics."
+                for item in unmasked
+            ]
         return items
 
     def relative(self, path: str | Path) -> str:
@@ -187,11 +227,13 @@ class MVTecFolder:
         return Path(path).relative_to(self.root).as_posix()
 
 
-def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
+def _match_masks(
+    images: list[Path], folder: Path, mask_folder: Path
+) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
     """The masks of each image, and those that belong to none.
 
-    A mask is called <stem>_mask, or that with an ending (an image may have several), <stem>, or <stem> with another ending,
-    or anything in a folder <stem>; of these kinds, an image takes the first that there is.
+    A mask is called <stem>_mask, or that with an ending (an image may have several), <stem>, or <stem> with another
+    ending, or anything in a folder <stem>; of these kinds, an image takes the first that there is.
     """
     named: dict[str, list[Path]] = {}
     for image in images:
@@ -208,9 +250,11 @@ def _match_masks(images: list[Path], folder: Path, mask_folder: Path) -> tuple[d
 
 
 def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tuple[Path | None, int]:
-    """The one image that a mask is named after, and how (0 surely, 1 by the bare stem, 2 by another ending); all paths are relative.
+    """The one image that a mask is named after, and how (0 surely, 1 by the bare stem, 2 by another ending); all paths
+    are relative.
 
-    In a sub-folder that the images have too, it can only be an image there; the longest name counts: 1_2_gt belongs to image 1_2, not to image 1.
+    In a sub-folder that the images have too, it can only be an image there; the longest name counts: 1_2_gt belongs to
+    image 1_2, not to image 1.
     """
     home = next((place for place in mask.parents if place in places and place != Path()), None)
     if mask.parent not in places:
@@ -226,10 +270,19 @@ def _image_of(mask: Path, named: dict[str, list[Path]], places: set[Path]) -> tu
     return None, 0
 
 
-def read_truth(item: MVTecItem, image_size: int, resize: str, map_hw: tuple[int, int], warn: Callable[[str], None], original_hw: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect has no mask.
+def read_truth(
+    item: MVTecItem,
+    image_size: int,
+    resize: str,
+    map_hw: tuple[int, int],
+    warn: Callable[[str], None],
+    original_hw: tuple[int, int] | None = None,
+) -> np.ndarray | None:
+    """Ground truth of a test image, bool of its map's height and width: all False for a good image, None where a defect
+    has no mask.
 
-    Masks that ``read_defects`` refuses are none either; ``warn`` is told so, and what that warns of. The image is read for its own height and width where they are not given.
+    Masks that ``read_defects`` refuses are none either; ``warn`` is told so, and what that warns of. The image is read
+    for its own height and width where they are not given.
     """
     if item.category == "good":
         return np.zeros(map_hw, bool)
@@ -269,7 +322,9 @@ def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: i
 
 
 def preprocessed_by(root: str | Path) -> tuple[str, int]:
-    """How ``data_loader.preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side in px, as its report has it; "" and 0 where there is none."""
+    """How ``data_loader.preprocess`` made the images of a data set square, "stretch" or "letterbox", and of which side
+    in px, as its report has it; "" and 0 where there is none.
+    """
     return _made_with(files.read_json(Path(root) / REPORT_NAME))
 
 
@@ -281,7 +336,9 @@ def _made_with(report: dict) -> tuple[str, int]:
 
 
 def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
-    """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an earlier version's."""
+    """``MVTecFolder.letterboxed``, from the report of preprocessing; empty where that was not by letterbox, or an
+    earlier version's.
+    """
     report = files.read_json(root / REPORT_NAME)
     if _made_with(report)[0] != "letterbox":
         return {}
@@ -292,7 +349,11 @@ def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
 def kept_rows(report: dict) -> list[dict]:
     """The rows of a report on what was written, without what is no such row or names no file in the set's folders."""
     rows = report.get("kept")
-    return [row for row in rows if isinstance(row, dict) and _is_inside(row.get("output"))] if isinstance(rows, list) else []
+    return (
+        [row for row in rows if isinstance(row, dict) and _is_inside(row.get("output"))]
+        if isinstance(rows, list)
+        else []
+    )
 
 
 def _is_inside(output: object) -> bool:

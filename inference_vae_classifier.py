@@ -1,4 +1,6 @@
-"""Name the anomaly in plots and CSV series: a table, pictures and top classes; also draws and walks through the latent space."""
+"""Name the anomaly in plots and CSV series: a table, pictures and top classes; also draws and walks through the latent
+space.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,14 @@ class Predicted(NamedTuple):
 # ---------------------------------------------------------------------------------------- for notebooks
 
 
-def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, batch_size: int = 32, flips_below: float | None = None) -> Iterator[Predicted]:
+def predict(
+    paths: Sequence[str | Path],
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    flips_below: float | None = None,
+) -> Iterator[Predicted]:
     """One result a file, image or CSV, in the order of the paths; memory does not grow with their number.
 
     Args:
@@ -78,8 +87,12 @@ def predict(paths: Sequence[str | Path], model: VAEClassifier, class_names: Sequ
     """
     _require_names(model, class_names)
     runtime = _runtime(model, device)
-    batches = plot_loader.iter_plots(paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size)
-    for batch, found in runtime.each(lambda batch: (batch, list(_judged(batch, model, class_names, runtime, flips_below))), batches):
+    batches = plot_loader.iter_plots(
+        paths, model.run_settings["image_size"], model.run_settings["crop_axes"], batch_size
+    )
+    for batch, found in runtime.each(
+        lambda batch: (batch, list(_judged(batch, model, class_names, runtime, flips_below))), batches
+    ):
         yield from (found[i] for i in np.argsort(batch.places))
 
 
@@ -94,10 +107,19 @@ def _require_names(model: VAEClassifier, class_names: Sequence[str]) -> None:
     if model.calibration is None:
         raise config.InputError("The model comes from no file; expected one that load_vae_classifier returns.")
     if len(class_names) != len(model.class_names):
-        raise config.InputError(f"{len(class_names)} class names for a model of {len(model.class_names)} classes; expected {', '.join(model.class_names)}.")
+        raise config.InputError(
+            f"{len(class_names)} class names for a model of {len(model.class_names)} classes; expected "
+            f"{', '.join(model.class_names)}."
+        )
 
 
-def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Sequence[str], runtime: engine.Runtime, flips_below: float | None) -> Iterator[Predicted]:
+def _judged(
+    batch: plot_loader.PlotBatch,
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    runtime: engine.Runtime,
+    flips_below: float | None,
+) -> Iterator[Predicted]:
     """One result a file, unreadable ones first."""
     yield from (Predicted(path, error=reason) for path, reason in batch.errors)
     if not len(batch.images):
@@ -106,10 +128,24 @@ def _judged(batch: plot_loader.PlotBatch, model: VAEClassifier, class_names: Seq
     for i, path in enumerate(batch.paths):
         order = np.argsort(-said.probabilities[i], kind="stable")
         ranked = {class_names[k]: float(said.probabilities[i, k]) for k in order}
-        yield Predicted(path, ranked, float(said.p_values[i]), batch.images[i], torch.from_numpy(said.reconstruction[i]), said.mu[i], note=batch.notes[i])
+        yield Predicted(
+            path,
+            ranked,
+            float(said.p_values[i]),
+            batch.images[i],
+            torch.from_numpy(said.reconstruction[i]),
+            said.mu[i],
+            note=batch.notes[i],
+        )
 
 
-def predict_single_image(image_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, save_visualization: str | Path | None = None) -> tuple[str, dict[str, float], Tensor]:
+def predict_single_image(
+    image_path: str | Path,
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    device: torch.device | str | None = None,
+    save_visualization: str | Path | None = None,
+) -> tuple[str, dict[str, float], Tensor]:
     """(class, probabilities by falling size, reconstruction (3, R, R) in [0, 1]) of an image or the plot of a CSV.
 
     Args:
@@ -126,8 +162,15 @@ def predict_single_image(image_path: str | Path, model: VAEClassifier, class_nam
     return found.name, found.probabilities, found.reconstruction
 
 
-def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, output_dir: str | Path | None = None) -> list[tuple[str, str, float]]:
-    """[(name, class, confidence), ...] for every image and CSV below a folder; unreadable ones as ("...", "error", 0.0).
+def batch_predict(
+    image_dir: str | Path,
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    device: torch.device | str | None = None,
+    output_dir: str | Path | None = None,
+) -> list[tuple[str, str, float]]:
+    """[(name, class, confidence), ...] for every image and CSV below a folder; unreadable ones as ("...", "error",
+    0.0).
 
     With ``output_dir``, predictions.csv and a picture of each plot (200 at most) are written there.
 
@@ -140,10 +183,20 @@ def batch_predict(image_dir: str | Path, model: VAEClassifier, class_names: Sequ
         settings = config.InferClassifierSettings()
         results = recorded(results, model, class_names, Path(output_dir), settings.max_pictures, Tally())
     base = Path(image_dir) if Path(image_dir).is_dir() else None
-    return [(each.path.relative_to(base).as_posix() if base else each.path.name, each.name, each.confidence) for each in results]
+    return [
+        (each.path.relative_to(base).as_posix() if base else each.path.name, each.name, each.confidence)
+        for each in results
+    ]
 
 
-def predict_from_csv(csv_path: str | Path, model: VAEClassifier, class_names: Sequence[str], device: torch.device | str | None = None, save_plot: bool = True, output_dir: str | Path = PREDICTIONS) -> tuple[str, dict[str, float]]:
+def predict_from_csv(
+    csv_path: str | Path,
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    device: torch.device | str | None = None,
+    save_plot: bool = True,
+    output_dir: str | Path = PREDICTIONS,
+) -> tuple[str, dict[str, float]]:
     """(class, probabilities by falling size) of a CSV series; its plot is kept as ``output_dir/<stem>_plot.png``.
 
     Raises:
@@ -174,16 +227,22 @@ class Tally:
 
 
 def main(settings: config.InferClassifierSettings) -> None:
-    """Predict, write predictions.csv and pictures, print top classes or a summary; then what the latent flags ask for."""
+    """Predict, write predictions.csv and pictures, print top classes or a summary;
+    then what the latent flags ask for."""
     if not settings.inputs and not settings.generate:
-        raise config.UsageError("No plots given; expected images, CSVs or folders (or --generate CLASS). See inference_vae_classifier.py --help.")
+        raise config.UsageError(
+            "No plots given; expected images, CSVs or folders (or --generate CLASS). See inference_vae_classifier.py "
+            "--help."
+        )
     device = engine.resolve_device(settings.device)
     written = [Path(settings.output_dir) / folder for folder in (PREDICTIONS, LATENT)]
     paths = plot_loader.find_plots(settings.inputs, written) if settings.inputs else []
     if settings.interpolate and len(paths) != 2:
         raise config.UsageError(f"--interpolate takes exactly two plots; got {len(paths)}.")
     if paths and settings.clusters > len(paths):
-        raise config.UsageError(f"{len(paths)} plots cannot make {settings.clusters} clusters; expected at least as many plots.")
+        raise config.UsageError(
+            f"{len(paths)} plots cannot make {settings.clusters} clusters; expected at least as many plots."
+        )
     model, names = load_vae_classifier(settings.model, device)
     if settings.generate:
         write_generated(model, settings)
@@ -192,7 +251,13 @@ def main(settings: config.InferClassifierSettings) -> None:
         write_latent(kept, model, settings)
 
 
-def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], device: torch.device, settings: config.InferClassifierSettings) -> list[Predicted]:
+def predict_all(
+    paths: list[Path],
+    model: VAEClassifier,
+    names: list[str],
+    device: torch.device,
+    settings: config.InferClassifierSettings,
+) -> list[Predicted]:
     """Predict every file; returns the results without pictures where a latent flag needs them, else nothing.
 
     Raises:
@@ -200,9 +265,20 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
     """
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
-    keep, kept, started = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, [], time.perf_counter()
+    keep, kept, started = (
+        settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate,
+        [],
+        time.perf_counter(),
+    )
     files.remove_written(out, {"": PICTURE_NAME}, paths)
-    results = recorded(predict(paths, model, names, device, settings.batch_size, flips_below), model, names, out, settings.max_pictures if settings.pictures else 0, tally)
+    results = recorded(
+        predict(paths, model, names, device, settings.batch_size, flips_below),
+        model,
+        names,
+        out,
+        settings.max_pictures if settings.pictures else 0,
+        tally,
+    )
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
         if each.error or each.note:
             tqdm.write(f"warning: {each.path}{':' if each.note else ''} {each.error or each.note}.", file=sys.stderr)
@@ -212,13 +288,28 @@ def predict_all(paths: list[Path], model: VAEClassifier, names: list[str], devic
             kept.append(each if settings.interpolate else each._replace(image=None, reconstruction=None))
     seconds = time.perf_counter() - started - tally.picture_s
     print(summary(tally, len(paths), seconds, model))
-    print(f"table: {out / 'predictions.csv'}" + (f"   pictures: {out} ({tally.n_pictures} of {len(paths)}, {tally.picture_s:.1f} s; --max-pictures sets how many)" if tally.n_pictures else ""))
+    print(
+        f"table: {out / 'predictions.csv'}"
+        + (
+            f"   pictures: {out} ({tally.n_pictures} of {len(paths)}, {tally.picture_s:.1f} s; --max-pictures sets "
+            "how many)"
+            if tally.n_pictures
+            else ""
+        )
+    )
     if tally.n_unreadable == len(paths):
         raise config.InputError(f"No file can be read; the last, {each.path}, {each.error}.")
     return kept
 
 
-def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Sequence[str], out: Path, max_pictures: int, tally: Tally) -> Iterator[Predicted]:
+def recorded(
+    results: Iterator[Predicted],
+    model: VAEClassifier,
+    class_names: Sequence[str],
+    out: Path,
+    max_pictures: int,
+    tally: Tally,
+) -> Iterator[Predicted]:
     """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
     files.make_folder(out)
     with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -240,7 +331,14 @@ def recorded(results: Iterator[Predicted], model: VAEClassifier, class_names: Se
 def row(each: Predicted, class_names: Sequence[str]) -> list[str]:
     if each.error:
         return [str(each.path), "error", "", "", *[""] * len(class_names), each.error]
-    return [str(each.path), each.name, f"{each.confidence:.6g}", f"{each.p_value:.6g}", *(f"{each.probabilities[name]:.6g}" for name in class_names), each.note]
+    return [
+        str(each.path),
+        each.name,
+        f"{each.confidence:.6g}",
+        f"{each.p_value:.6g}",
+        *(f"{each.probabilities[name]:.6g}" for name in class_names),
+        each.note,
+    ]
 
 
 def is_unknown(each: Predicted, model: VAEClassifier) -> bool:
@@ -252,13 +350,27 @@ def top_three(each: Predicted, model: VAEClassifier) -> str:
     if each.error:
         return f"{each.path}: error: {each.error}"
     shown = ", ".join(f"{name} {share:.1%}" for name, share in list(each.probabilities.items())[:3])
-    return f"{each.path}: " + (f"none of these (p = {each.p_value:.3f}; nearest: {shown})" if is_unknown(each, model) else f"{shown} (p = {each.p_value:.2f})")
+    return f"{each.path}: " + (
+        f"none of these (p = {each.p_value:.3f}; nearest: {shown})"
+        if is_unknown(each, model)
+        else f"{shown} (p = {each.p_value:.2f})"
+    )
 
 
 def summary(tally: Tally, n_files: int, seconds: float, model: VAEClassifier) -> str:
-    lines = [f"{name:<24s}{tally.names[name]:>7d}" for name in [*model.class_names, "error"] if tally.names[name]] if n_files > FEW_FILES else []
-    alpha, note = model.calibration.alpha, "" if model.calibration.promised else "; too few validation plots to call anything so"
-    lines.append(f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s")
+    lines = (
+        [f"{name:<24s}{tally.names[name]:>7d}" for name in [*model.class_names, "error"] if tally.names[name]]
+        if n_files > FEW_FILES
+        else []
+    )
+    alpha, note = (
+        model.calibration.alpha,
+        "" if model.calibration.promised else "; too few validation plots to call anything so",
+    )
+    lines.append(
+        f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false "
+        f"alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s"
+    )
     return "\n".join(lines)
 
 
@@ -266,7 +378,9 @@ def write_panel(each: Predicted, model: VAEClassifier, path: Path) -> None:
     """Original, reconstruction and class probabilities of one plot."""
     said = f"none of these (nearest: {each.name})" if is_unknown(each, model) else each.name
     title = f"{each.path.name}: {said.replace('_', ' ')}, {each.confidence:.1%}, p = {each.p_value:.3f}"
-    plots.save(plots.class_probability_panel(each.image.numpy(), each.reconstruction.numpy(), each.probabilities, title), path)
+    plots.save(
+        plots.class_probability_panel(each.image.numpy(), each.reconstruction.numpy(), each.probabilities, title), path
+    )
 
 
 # ---------------------------------------------------------------------------------------- latent space
@@ -294,7 +408,11 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         print(f"{settings.clusters} clusters{agreement(labels, clusters)}")
     if settings.scatter != "none":
         points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
-        groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | ({} if clusters is None else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]})
+        groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | (
+            {}
+            if clusters is None
+            else {"clusters": [f"cluster {number:{len(str(settings.clusters - 1))}d}" for number in clusters]}
+        )
         for name, group in groups.items():
             path = out / f"{name}_{settings.scatter}.png"
             plots.save(plots.latent_scatter(points, group), path)
@@ -304,7 +422,10 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
         drawn, probabilities = vae_classifier.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
         image_files.write_png(out / "interpolation.png", vae_classifier.tiled([drawn]))
-        print(f"interpolation: {out / 'interpolation.png'} ({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})")
+        print(
+            f"interpolation: {out / 'interpolation.png'} "
+            f"({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})"
+        )
 
 
 def folder_class(each: Predicted, model: VAEClassifier) -> str:
@@ -313,14 +434,19 @@ def folder_class(each: Predicted, model: VAEClassifier) -> str:
 
 
 def agreement(labels: list[str], clusters: np.ndarray) -> str:
-    """How far clusters (n,) are the classes in ``labels``, of the plots that have one, where there are two classes or more."""
+    """How far clusters (n,) are the classes in ``labels``, of the plots that have one, where there are two classes or
+    more.
+    """
     from sklearn.metrics import adjusted_rand_score
 
     rows = [row for row, label in enumerate(labels) if label]
     known = [labels[row] for row in rows]
     if len(set(known)) < 2:
         return ""
-    return f": adjusted Rand index {adjusted_rand_score(known, clusters[rows]):.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
+    index = adjusted_rand_score(known, clusters[rows])
+    return (
+        f": adjusted Rand index {index:.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
+    )
 
 
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:
@@ -328,8 +454,18 @@ def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) 
     grouped = [[]] * len(kept) if clusters is None else [[number] for number in clusters]
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "predicted", *(["cluster"] if clusters is not None else []), *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0))])
-        writer.writerows([str(each.path), each.name, *group, *(f"{value:.6g}" for value in each.mu)] for each, group in zip(kept, grouped, strict=True))
+        writer.writerow(
+            [
+                "path",
+                "predicted",
+                *(["cluster"] if clusters is not None else []),
+                *(f"mu_{i}" for i in range(len(kept[0].mu) if kept else 0)),
+            ]
+        )
+        writer.writerows(
+            [str(each.path), each.name, *group, *(f"{value:.6g}" for value in each.mu)]
+            for each, group in zip(kept, grouped, strict=True)
+        )
 
 
 if __name__ == "__main__":

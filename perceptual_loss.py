@@ -49,7 +49,9 @@ class _FrozenConv(nn.Module):
         self.stride, self.groups, self.padding = stride, groups, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        dilation = 2 if self.weight.shape[2:] == (1, 1) and x.device.type == "cpu" else 1  # the same of a 1x1 kernel, past torch's own path for one thread, several times slower
+        dilation = (
+            2 if self.weight.shape[2:] == (1, 1) and x.device.type == "cpu" else 1
+        )  # the same of a 1x1 kernel, past torch's own path for one thread, several times slower
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation, self.groups)
 
 
@@ -74,14 +76,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def grid(self, images: Tensor) -> Tensor:
-        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8), in full precision whatever is asked for (bfloat16 would move them by half of their spread).
+        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8), in full precision whatever is asked for
+        (bfloat16 would move them by half of their spread).
 
-        On the CPU one image after the other, for half the time: what one layer writes the next still finds in the cache.
+        On the CPU one image after the other, for half the time: what one layer writes the next still finds in the
+            cache.
         """
         size = (images.shape[-2] // 8, images.shape[-1] // 8)
         some = images.split(1 if images.device.type == "cpu" else len(images))
         with torch.autocast(images.device.type, enabled=False):
-            return torch.cat([torch.cat([_resize_tap(tap.float(), size) for tap in self.taps(each)], dim=1) for each in some])
+            return torch.cat(
+                [torch.cat([_resize_tap(tap.float(), size) for tap in self.taps(each)], dim=1) for each in some]
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """The same as ``grid``."""
@@ -177,7 +183,8 @@ def _folded(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
 def _padded_alike(weight: Tensor, stride: int) -> tuple[Tensor, int]:
     """A kernel and the padding on every side that give TensorFlow's SAME, where stride divides the size.
 
-    SAME puts an odd pixel right and below; the kernel gets a row and a column of 0 in front, so that no map has to be copied for it.
+    SAME puts an odd pixel right and below; the kernel gets a row and a column of 0 in front, so that no map has to be
+    copied for it.
     """
     before = (weight.shape[-1] - stride) // 2
     after = weight.shape[-1] - stride - before
@@ -245,7 +252,10 @@ class _Vgg16(Backbone):
     def taps(self, images: Tensor) -> list[Tensor]:
         _check_images(images, 1)
         if min(images.shape[2:]) < self.smallest_px:
-            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]} px; expected sides of {self.smallest_px} px or more, so that every tap sees something.")
+            raise ValueError(
+                f"images are {images.shape[2]} x {images.shape[3]} px; expected sides of {self.smallest_px} px or "
+                "more, so that every tap sees something."
+            )
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         found = {}
         for index in range(max(self.tap_indices) + 1):
@@ -484,7 +494,9 @@ def _keep(state: dict[str, Tensor]) -> Path | None:
 
 
 def weights_here(settings: dict) -> str:
-    """The VGG16 file that a training run with these settings was given, where it is still there; else empty, as on another machine."""
+    """The VGG16 file that a training run with these settings was given, where it is still there; else empty, as on
+    another machine.
+    """
     path = settings.get("vgg16_weights", "")
     return path if Path(path).is_file() else ""
 

@@ -37,13 +37,22 @@ def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> flo
 def picture_statistics(images: Tensor) -> Tensor:
     """Eleven plain numbers of a picture, (B, 3, S, S) in [0, 1] -> (B, 11): its ink, its colour, its strokes.
 
-    A plot of a series has one stroke a column in one colour on white; photographs, noise, text and blank pages have not.
+    A plot of a series has one stroke a column in one colour on white; photographs, noise, text and blank pages have
+    not.
     """
     images = images.float()
     ink = ink_of(images)[:, 0].contiguous()
     dark = ink > PROFILE_INK
-    strokes = torch.stack([(dark[:, 1:] > dark[:, :-1]).sum(1).float().mean(1), (dark[:, :, 1:] > dark[:, :, :-1]).sum(2).float().mean(1)], 1)
-    steps = torch.stack([(ink[:, 1:] - ink[:, :-1]).abs().mean((1, 2)), (ink[:, :, 1:] - ink[:, :, :-1]).abs().mean((1, 2))], 1)
+    strokes = torch.stack(
+        [
+            (dark[:, 1:] > dark[:, :-1]).sum(1).float().mean(1),
+            (dark[:, :, 1:] > dark[:, :, :-1]).sum(2).float().mean(1),
+        ],
+        1,
+    )
+    steps = torch.stack(
+        [(ink[:, 1:] - ink[:, :-1]).abs().mean((1, 2)), (ink[:, :, 1:] - ink[:, :, :-1]).abs().mean((1, 2))], 1
+    )
     inked = (images * ink[:, None]).sum((2, 3)) / ink.sum((1, 2)).clamp_min(1e-3)[:, None]
     shares = torch.stack([dark.float().mean((1, 2)), dark.any(1).float().mean(1), ink.mean((1, 2)), ink.std((1, 2))], 1)
     return torch.cat([shares, torch.log1p(strokes), torch.log(steps + 1e-4), inked], 1)
@@ -101,11 +110,17 @@ class ClassifierCalibration:
         return F.softmax(views.double().mean(0) / (self.temperature if len(views) == 1 else self.temperature_flips), 1)
 
     def unsure(self, probabilities: Tensor, flips_below: float | None = None) -> Tensor:
-        """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as calibrated."""
-        return torch.nonzero(probabilities.amax(1) <= (self.flips_below if flips_below is None else flips_below)).flatten()
+        """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as
+        calibrated.
+        """
+        return torch.nonzero(
+            probabilities.amax(1) <= (self.flips_below if flips_below is None else flips_below)
+        ).flatten()
 
     def distances(self, errors: Tensor, mu: Tensor, pictures: Tensor) -> Tensor:
-        """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and statistics (n, P)."""
+        """Reconstruction error, latent distance and picture distance, (n, 3) on the CPU, of errors (n,), mu (n, D) and
+        statistics (n, P).
+        """
         latent = mahalanobis(mu.cpu(), self.class_means, self.latent_precision)
         picture = mahalanobis(pictures.cpu(), self.picture_mean, self.picture_precision)
         return torch.stack([errors.cpu().double(), latent, picture], 1)
@@ -123,7 +138,8 @@ class ClassifierCalibration:
     def promised(self) -> bool:
         """Whether there are enough validation plots to call anything none of these at about the rate alpha.
 
-        Their scores are standardised by themselves, so that of new plots a few more are called so: 8.0 % for 5 % with 19 of them,
+        Their scores are standardised by themselves, so that of new plots a few more are called so: 8.0 % for 5 % with
+            19 of them,
         6.2 % with 40, 5.2 % with 180 (3,000 simulated calibrations of three normal log-distances).
         """
         return all(1 / (len(group) + 1) <= self.alpha for group in self.scores.values())
@@ -139,8 +155,12 @@ class Encoded(NamedTuple):
     labels: np.ndarray  # (n,)
 
 
-def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibration, calibrated: bool = True) -> np.ndarray:
-    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them; or what the same views say before calibration."""
+def calibrated_probabilities(
+    encoded: Encoded, calibration: ClassifierCalibration, calibrated: bool = True
+) -> np.ndarray:
+    """Probabilities (n, K) of plots already encoded, as ``judge`` gives them; or what the same views say before
+    calibration.
+    """
     probabilities = calibration.probabilities(encoded.views[:1])
     unsure = calibration.unsure(probabilities)
     if not calibrated:
@@ -150,8 +170,12 @@ def calibrated_probabilities(encoded: Encoded, calibration: ClassifierCalibratio
     return probabilities.numpy()
 
 
-def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes: int, alpha: float, flips_below: float) -> ClassifierCalibration:
-    """Fit class Gaussians on training plots; temperatures on the first group of validation, novelty scores on all groups."""
+def fit_calibration(
+    training: Encoded, validation: dict[str, Encoded], n_classes: int, alpha: float, flips_below: float
+) -> ClassifierCalibration:
+    """Fit class Gaussians on training plots; temperatures on the first group of validation, novelty scores on all
+    groups.
+    """
     means, covariances, pooled_rows = [], [], []
     mu = training.mu.double().numpy()
     for k in range(n_classes):
@@ -177,7 +201,9 @@ def fit_calibration(training: Encoded, validation: dict[str, Encoded], n_classes
     )
     unsure = fitted.unsure(fitted.probabilities(first.views[:1])).numpy()
     judged_by_flips = unsure if len(unsure) >= FEWEST_UNSURE else slice(None)
-    fitted.temperature_flips = fit_temperature(first.views.mean(0).numpy()[judged_by_flips], first.labels[judged_by_flips])
+    fitted.temperature_flips = fit_temperature(
+        first.views.mean(0).numpy()[judged_by_flips], first.labels[judged_by_flips]
+    )
     return _with_scores(fitted, validation)
 
 

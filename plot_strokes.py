@@ -1,4 +1,5 @@
-"""A plot as upright strokes, one in each column of pixels: reading them off a picture, and drawing a picture of them."""
+"""A plot as upright strokes, one in each column of pixels: reading them off a picture,
+and drawing a picture of them."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ def ink_of(images: Tensor) -> Tensor:
 def column_profile(images: Tensor) -> Tensor:
     """What each pixel column holds of the trace, (B, 3, H, W) in [0, 1] -> (B, 6, W).
 
-    Mean height of the ink and its spread, highest and lowest trace pixel (heights in [-1, 1], 0 in empty columns), share of
-    the column that is ink, and whether there is any.
+    Mean height of the ink and its spread, highest and lowest trace pixel (heights in [-1, 1], 0 in empty columns),
+    share of the column that is ink, and whether there is any.
 
     >>> plot = torch.ones(1, 3, 5, 2); plot[:, :, 0, 1] = 0
     >>> column_profile(plot)[0].T.tolist()
@@ -54,7 +55,9 @@ class DetailEncoder(nn.Module):
 
     def __init__(self, channels: int, detail_channels: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv1d(PROFILE_FEATURES, channels, 5, padding=2), nn.SiLU(), nn.Conv1d(channels, 2 * detail_channels, 1))
+        self.layers = nn.Sequential(
+            nn.Conv1d(PROFILE_FEATURES, channels, 5, padding=2), nn.SiLU(), nn.Conv1d(channels, 2 * detail_channels, 1)
+        )
 
     def forward(self, profile: Tensor) -> Gaussian:
         mean, logvar = self.layers(profile).float().chunk(2, 1)
@@ -78,8 +81,8 @@ class PlotDecoder(nn.Module):
     """Draws a plot as a pen does, one upright stroke in each column of the picture.
 
     The latent vector says how the strokes run along the columns and what details to expect of them; latent vector and
-    details together say where each stroke begins and ends, how sharply, and how dark it is. Since a stroke is a position
-    and not a pattern of pixels, a thin line stays a line.
+    details together say where each stroke begins and ends, how sharply, and how dark it is. Since a stroke is a
+    position and not a pattern of pixels, a thin line stays a line.
     """
 
     def __init__(self, latent_dim: int, channels: int, detail_channels: int, side: int):
@@ -99,10 +102,14 @@ class PlotDecoder(nn.Module):
 
     @torch.no_grad()
     def set_colours(self, plots: Tensor) -> None:
-        """Begin with the median colour of the plots (B, 3, H, W), their ground, and the mean one of their darkest hundredth."""
+        """Begin with the median colour of the plots (B, 3, H, W), their ground, and the mean one of their darkest
+        hundredth.
+        """
         pixels = plots.transpose(0, 1).flatten(1)
         darkest = pixels.mean(0).topk(max(1, pixels.shape[1] // 100), largest=False).indices
-        self.colours.copy_(torch.logit(torch.cat([pixels.median(1).values, pixels[:, darkest].mean(1)]).clamp(0.005, 0.995)))
+        self.colours.copy_(
+            torch.logit(torch.cat([pixels.median(1).values, pixels[:, darkest].mean(1)]).clamp(0.005, 0.995))
+        )
 
     def columns(self, z: Tensor) -> Tensor:
         """Features (B, C, side) of the columns from latent vectors (B, D)."""
@@ -115,7 +122,9 @@ class PlotDecoder(nn.Module):
 
     def draw(self, columns: Tensor, detail: Tensor) -> Tensor:
         """Plots (B, 3, side, side) in [0, 1]."""
-        middle, extent, blur_above, blur_below, ink = self.stroke(torch.cat([columns, detail], 1)).float()[:, :, None].unbind(1)
+        middle, extent, blur_above, blur_below, ink = (
+            self.stroke(torch.cat([columns, detail], 1)).float()[:, :, None].unbind(1)
+        )
         half = F.softplus(extent) * self.side / 16
         middle = (middle + 0.5) * self.side
         rows = torch.arange(self.side, device=columns.device, dtype=torch.float32)[:, None] + 0.5

@@ -40,11 +40,15 @@ CLASS_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 PANEL_IN = 2.9
 LOG_RATIO = 30.0
 RATES = ("accuracy", "f1", "precision", "recall")
-"""Terms of a history that lie between 0 and 1, macro averages of them too: drawn on a linear axis however far they rise."""
+"""Terms of a history that lie between 0 and 1, macro averages of them too: drawn on a linear axis however far they
+rise.
+"""
 OUTLINE_MARGIN_FRAC = 0.012
 CLOSE_UP_FRAC = 0.25
 PEAK_FRAC = 0.08
-"""Side of the brackets around the largest value of a map that passes its threshold nowhere, as a share of the longer side of the image."""
+"""Side of the brackets around the largest value of a map that passes its threshold nowhere, as a share of the longer
+side of the image.
+"""
 SMALL_PERCENT = 1.0
 HEAT_NEAR_FRAC = 0.7
 HEAT_ALPHA = 0.45
@@ -113,14 +117,18 @@ def reconstruction_grid(
     titles: Sequence[str],
     map_max: float,
 ) -> Figure:
-    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max (to 1 where that is not above 0)."""
+    """A row for each image: original, reconstruction, defect map on one scale from 0 to map_max (to 1 where that is not
+    above 0).
+    """
     n_images = len(images)
     assert len(reconstructions) == len(defect_maps) == len(titles) == n_images > 0, (
         "expected one entry an image in each list"
     )
     with matplotlib.rc_context(_STYLE):
         figure, grid = _grid(n_images, 3, PANEL_IN, extra_width_in=0.9)
-        for axes, image, reconstruction, defect_map, title in zip(grid, images, reconstructions, defect_maps, titles, strict=True):
+        for axes, image, reconstruction, defect_map, title in zip(
+            grid, images, reconstructions, defect_maps, titles, strict=True
+        ):
             _show_photo(axes[0], image, "")
             _show_photo(axes[1], reconstruction, "")
             drawn = _show_map(axes[2], defect_map, map_max, "")
@@ -177,7 +185,8 @@ def defect_panel(
 def overlay_image(
     image: np.ndarray, defect_map: np.ndarray, predicted_mask: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """A photo called defective, with heat where the map nears or passes the threshold, and a line around each predicted region.
+    """A photo called defective, with heat where the map nears or passes the threshold, and a line around each predicted
+    region.
 
     Where none is predicted, brackets say where the map is largest.
 
@@ -186,7 +195,8 @@ def overlay_image(
         defect_map, predicted_mask: of any size; both are stretched over the photo.
 
     Returns:
-        H x W x 3 uint8; pixels far below the threshold and away from a region, or from the brackets, are the photo's own.
+        H x W x 3 uint8; pixels far below the threshold and away from a region, or from the brackets, are the photo's
+        own.
     """
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
         f"image is {image.dtype} {image.shape}; expected H x W x 3 uint8"
@@ -215,7 +225,10 @@ def _peak_brackets(heat: np.ndarray) -> list[np.ndarray]:
     """The four corners of a square around the largest value of a map (H, W), each as points (3, 1, 2) in x, y."""
     row, column = np.unravel_index(np.argmax(heat), heat.shape)
     side = max(4, round(PEAK_FRAC * max(heat.shape)))
-    top, left = (int(np.clip(at - side // 2, 0, max(0, length - 1 - side))) for at, length in zip((row, column), heat.shape, strict=True))
+    top, left = (
+        int(np.clip(at - side // 2, 0, max(0, length - 1 - side)))
+        for at, length in zip((row, column), heat.shape, strict=True)
+    )
     corner = np.array([[side // 3, 0], [0, 0], [0, side // 3]])
     turned = [np.where(flip, side - corner, corner) for flip in itertools.product((False, True), repeat=2)]
     return [(np.array([left, top]) + each).astype(np.int32)[:, None] for each in turned]
@@ -273,7 +286,9 @@ def _show_photo(axis: Axes, image: np.ndarray, title: str) -> Axes:
 
 
 def _show_map(axis: Axes, defect_map: np.ndarray, map_max: float, title: str):
-    drawn = axis.imshow(defect_map, cmap=HEAT, vmin=0.0, vmax=map_max if map_max > 0 else 1.0, interpolation="antialiased")
+    drawn = axis.imshow(
+        defect_map, cmap=HEAT, vmin=0.0, vmax=map_max if map_max > 0 else 1.0, interpolation="antialiased"
+    )
     _bare(axis, title)
     return drawn
 
@@ -337,8 +352,12 @@ def _heat_bar(figure: Figure, drawn, axes: list[Axes], shown_max: float, thresho
         bar.set_label("Deviation from good (line: threshold)")
 
 
-def _close_up_window(defect_map: np.ndarray, predicted_mask: np.ndarray, defective: bool) -> tuple[int, int, int] | None:
-    """(top, left, side) in px around the strongest predicted region, or in what is ``defective`` without one around the largest value; None when there is nothing to show or it is large."""
+def _close_up_window(
+    defect_map: np.ndarray, predicted_mask: np.ndarray, defective: bool
+) -> tuple[int, int, int] | None:
+    """(top, left, side) in px around the strongest predicted region, or in what is ``defective`` without one around the
+    largest value; None when there is nothing to show or it is large.
+    """
     mask = (np.asarray(predicted_mask) > 0).astype(np.uint8)
     if not mask.any() and defective:
         mask[np.unravel_index(np.argmax(defect_map), mask.shape)] = 1
@@ -378,7 +397,9 @@ def training_curves(history: Sequence[Mapping[str, float]], best_epoch: int | No
         best_epoch: marked on every panel; by default the one of the least "val/total" (or "val/loss").
     """
     terms = list(
-        dict.fromkeys(key.split("/", 1)[1] for row in history for key in row if key.startswith(("train/", "val/", "fresh/")))
+        dict.fromkeys(
+            key.split("/", 1)[1] for row in history for key in row if key.startswith(("train/", "val/", "fresh/"))
+        )
     )
     terms.sort(key=lambda term: term not in ("total", "loss"))
     assert terms, "expected a history with keys such as 'train/pixel' and 'val/pixel'"

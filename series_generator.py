@@ -1,9 +1,10 @@
 """Labelled series of the nine kinds, from the PyPI package ``betise``: made by seed, with all their parameters.
 
-Two styles. ``present`` draws what betise's ``generate_dataframe`` draws with its default parameters, and picks what is left
-open (base series, length, one or several events, where, direction, shape). ``home`` rebuilds from betise's base processes
-what earlier releases drew, which the home plots show: noise added to every base series, shorter overlays, mean shifts in
-absolute units, trend shifts of steep slope, contextual anomalies on an added sine, lengths from 50 to 10,000.
+Two styles. ``present`` draws what betise's ``generate_dataframe`` draws with its default parameters, and picks what is
+left open (base series, length, one or several events, where, direction, shape). ``home`` rebuilds from betise's base
+processes what earlier releases drew, which the home plots show: noise added to every base series, shorter overlays,
+mean shifts in absolute units, trend shifts of steep slope, contextual anomalies on an added sine, lengths from 50 to
+10,000.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def require_betise() -> str:
     try:
         import betise
     except ImportError:
-        raise config.InputError("Generating series needs the package betise; install it with: pip install 'betise>=0.6,<0.7'") from None
+        raise config.InputError(
+            "Generating series needs the package betise; install it with: pip install 'betise>=0.6,<0.7'"
+        ) from None
     return betise.__version__
 
 
@@ -69,7 +72,10 @@ def generate_series(kind: str, style: str, seed: int | tuple[int, ...]) -> Label
         InputError: betise is missing, or an unknown kind or style.
     """
     if kind not in KINDS or style not in STYLES:
-        raise config.InputError(f"There is no series of kind {kind!r} in style {style!r}; expected one of {', '.join(KINDS)} and {' or '.join(STYLES)}.")
+        raise config.InputError(
+            f"There is no series of kind {kind!r} in style {style!r}; expected one of {', '.join(KINDS)} and "
+            f"{' or '.join(STYLES)}."
+        )
     require_betise()
     rng = np.random.default_rng(seed)
     make = _present_series if style == "present" else _home_series
@@ -78,12 +84,18 @@ def generate_series(kind: str, style: str, seed: int | tuple[int, ...]) -> Label
         for _ in range(MAX_ATTEMPTS):
             try:
                 values, parameters = make(kind, rng)
-            except (ValueError, AttributeError, IndexError) as error:  # betise cannot place an event in so short a series
+            except (
+                ValueError,
+                AttributeError,
+                IndexError,
+            ) as error:  # betise cannot place an event in so short a series
                 reason = str(error)
                 continue
             if np.isfinite(values).all() and np.ptp(values) > 0:
                 return LabelledSeries(kind, values, {"style": style, "length": len(values), **parameters})
-    raise config.InputError(f"betise made no usable series of kind {kind} in {MAX_ATTEMPTS} attempts; the last reason was: {reason}.")
+    raise config.InputError(
+        f"betise made no usable series of kind {kind} in {MAX_ATTEMPTS} attempts; the last reason was: {reason}."
+    )
 
 
 @contextlib.contextmanager
@@ -115,7 +127,9 @@ def _length(rng: np.random.Generator, ranges) -> int:
 
 def _present_series(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     base, features = _present_plan(kind, rng)
-    length = _length(rng, LONG_LENGTHS if kind in ("stochastic_trend", "volatility") and rng.random() < 0.3 else LENGTHS)
+    length = _length(
+        rng, LONG_LENGTHS if kind in ("stochastic_trend", "volatility") and rng.random() < 0.3 else LENGTHS
+    )
     return _betise_series(base, features, length), {"base": base, "features": features}
 
 
@@ -146,13 +160,23 @@ def _present_plan(kind: str, rng: np.random.Generator) -> tuple[str, dict[str, d
     if kind == "deterministic_trend":
         options = {"direction": direction}
         trend = _pick(rng, TRENDS)
-        return base, {f"{trend}_trend": {**options, "location": _pick(rng, ("left", "center", "right"))} if trend in ("quadratic", "cubic") else options}
-    options = {"mode": _pick(rng, ("single", "multiple")), "location": _pick(rng, tuple(PLACES)), "direction": direction}
+        return base, {
+            f"{trend}_trend": {**options, "location": _pick(rng, ("left", "center", "right"))}
+            if trend in ("quadratic", "cubic")
+            else options
+        }
+    options = {
+        "mode": _pick(rng, ("single", "multiple")),
+        "location": _pick(rng, tuple(PLACES)),
+        "direction": direction,
+    }
     several = int(rng.integers(2, 5))
     if kind in ("mean_shift", "variance_shift", "trend_shift"):
         options["num_breaks"] = several
     if kind == "trend_shift":
-        options["change_type"] = _pick(rng, (*CHANGES, "mixed")) if options["mode"] == "multiple" else _pick(rng, CHANGES)
+        options["change_type"] = (
+            _pick(rng, (*CHANGES, "mixed")) if options["mode"] == "multiple" else _pick(rng, CHANGES)
+        )
         return base, {"linear_trend": {"direction": direction}, kind: options}
     if kind == "point_anomaly":
         options["is_spike"] = bool(rng.random() < 0.5)
@@ -198,7 +222,9 @@ def _home_base(name: str, n: int, rng: np.random.Generator) -> np.ndarray:
     return _normalised(np.asarray(process, dtype=np.float64) + noise)
 
 
-def _places(n: int, rng: np.random.Generator, several: int, safe_zone: tuple[float, float] = (0.1, 0.9)) -> tuple[list[int], str]:
+def _places(
+    n: int, rng: np.random.Generator, several: int, safe_zone: tuple[float, float] = (0.1, 0.9)
+) -> tuple[list[int], str]:
     """Indices of one event in a named part, or of several at least a tenth of the length apart."""
     if several == 1:
         place = _pick(rng, tuple(PLACES))
@@ -216,7 +242,9 @@ def _home_point(base: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     if rng.random() < 0.25:
         table, info = _generator(len(base)).generate_point_anomalies(table, is_loc=False)
     else:
-        table, info = _generator(len(base)).generate_point_anomaly(table, location=_pick(rng, tuple(PLACES)), is_spike=True, is_loc=False)
+        table, info = _generator(len(base)).generate_point_anomaly(
+            table, location=_pick(rng, tuple(PLACES)), is_spike=True, is_loc=False
+        )
     return _normalised(table["data"].to_numpy()), {"at": [int(i) for i in info["anomaly_indices"]]}
 
 
@@ -271,7 +299,9 @@ def _home_trend(base: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     else:  # exponential, and damped, which fell like one
         sign = -1.0 if trend == "damped" else sign
         size, noise = (1, rng.uniform(0.1, 0.5)) if sign > 0 else (5, rng.uniform(0.01, 0.05))
-        values = size * rng.uniform(1.0, 2.0) * np.exp(sign * rng.uniform(1.5, 3.0) * (t + 1)) + rng.normal(0, 3 * noise, n)
+        values = size * rng.uniform(1.0, 2.0) * np.exp(sign * rng.uniform(1.5, 3.0) * (t + 1)) + rng.normal(
+            0, 3 * noise, n
+        )
     return _normalised(values), {"trend": trend, "sign": sign}
 
 
@@ -356,7 +386,12 @@ def _home_volatility(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     name, n = _pick(rng, VOLATILITY), _length(rng, LONG_LENGTHS)
     ranges = {}
     if name == "egarch":  # weaker clusters than today's
-        ranges = {"omega_range": (0.1, 0.1), "alpha_range": (0.1, 0.3), "beta_range": (0.6, 0.9), "gamma_range": (0.0, 0.0)}
+        ranges = {
+            "omega_range": (0.1, 0.1),
+            "alpha_range": (0.1, 0.3),
+            "beta_range": (0.6, 0.9),
+            "gamma_range": (0.0, 0.0),
+        }
     if name == "aparch":
         ranges = {"alpha_range": (0.1, 0.3), "beta_range": (0.5, 0.8)}
     values, info = getattr(_generator(n), f"generate_{name}_series")(n, **ranges)

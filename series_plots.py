@@ -25,10 +25,47 @@ if TYPE_CHECKING:
     import pandas
 
 DATA_NAMES = ("data", "value")
-TIME_NAMES = ("epoch", "date", "index", "t", "step", "ds", "year", "month", "day", "hour", "minutes", "seconds", "sec", "sample", "id", "zeit", "uhrzeit", "datum", "")
+TIME_NAMES = (
+    "epoch",
+    "date",
+    "index",
+    "t",
+    "step",
+    "ds",
+    "year",
+    "month",
+    "day",
+    "hour",
+    "minutes",
+    "seconds",
+    "sec",
+    "sample",
+    "id",
+    "zeit",
+    "uhrzeit",
+    "datum",
+    "",
+)
 TIME_ROOTS = ("time", "unixtime", "unix", "elapsed", "unnamed")
 """Names of time whatever follows them; after those of ``TIME_NAMES`` only words of ``TIME_UNITS`` may."""
-TIME_UNITS = ("s", "sec", "seconds", "ms", "us", "ns", "h", "hours", "days", "utc", "stamp", "time", "index", "id", "no", "number")
+TIME_UNITS = (
+    "s",
+    "sec",
+    "seconds",
+    "ms",
+    "us",
+    "ns",
+    "h",
+    "hours",
+    "days",
+    "utc",
+    "stamp",
+    "time",
+    "index",
+    "id",
+    "no",
+    "number",
+)
 MISSING = ("", "na", "n/a", "null", "none", "-")
 SAMPLE_CHARACTERS = 65_536
 THOUSANDS_APART = re.compile("(?<=\\d)['\u2019\\xa0\u2009\u202f](?=\\d{3}(?!\\d))")
@@ -70,11 +107,12 @@ class _Layout(NamedTuple):
 def read_series(path: str | Path) -> Series:
     """The one series of a CSV file, by the rules of the data layout.
 
-    With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates, a
-    name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or down). Comma, semicolon or tab; decimal commas where the
-    separator allows them; thousands set apart, where that is no decimal mark for sure in the column; UTF-8 with or without BOM, UTF-16,
-    Latin-1. Comments and other lines above the header are left out. Rows without a number are dropped and counted.
-    In a file without header, ``1,5`` is two numbers.
+    With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates,
+    a name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or
+    down). Comma, semicolon or tab; decimal commas where the separator allows them; thousands set apart, where that is
+    no decimal mark for sure in the column; UTF-8 with or without BOM, UTF-16, Latin-1. Comments and other lines above
+    the header are left out. Rows without a number are dropped and counted. In a file without header, ``1,5`` is two
+    numbers.
 
     Raises:
         SeriesError: unreadable, empty, header only, no numeric column, no number in it, one row, infinite or constant.
@@ -111,7 +149,9 @@ def _sniff(path: str | Path) -> _Layout:
 
 
 def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Numbered lines without comments and Excel's ``sep=;`` on top; a last comment with a name for each column is the header."""
+    """Numbered lines without comments and Excel's ``sep=;`` on top; a last comment with a name for each column is the
+    header.
+    """
     start = next((i for i, (_, line) in enumerate(lines) if not re.match(r"\s*(#|sep=.\s*$)", line)), len(lines))
     rest = lines[start:]
     if start and rest:
@@ -155,28 +195,60 @@ def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layou
 
 
 def _header_row(rows: list[list[str]]) -> int | None:
-    """Which row is the header, if any: one of the rows of text right above the table, which starts at the first row like most of those further down."""
+    """Which row is the header, if any: one of the rows of text right above the table, which starts at the first row
+    like most of those further down.
+    """
     n_text = next((i for i, row in enumerate(rows) if not _is_header(row)), len(rows))
     table = [row for row in rows[len(rows) // 2 :] if not _is_header(row)] or rows[n_text:] or rows
     (width, kind), _ = Counter((len(row), _kind(row[0])) for row in table).most_common(1)[0]
-    start = next((i for i, row in enumerate(rows) if (len(row), _kind(row[0])) == (width, kind) and not _is_header(row)), n_text)
-    above = next((i + 1 for i in range(start - 1, -1, -1) if "number" in map(_kind, rows[i])), 0)  # lines with a number that are no rows of the table
-    heading = [i for i in range(above, start) if _is_header(rows[i]) and len(set(rows[i])) == len(rows[i]) in (width, width - 1)]
+    start = next(
+        (i for i, row in enumerate(rows) if (len(row), _kind(row[0])) == (width, kind) and not _is_header(row)), n_text
+    )
+    above = next(
+        (i + 1 for i in range(start - 1, -1, -1) if "number" in map(_kind, rows[i])), 0
+    )  # lines with a number that are no rows of the table
+    heading = [
+        i
+        for i in range(above, start)
+        if _is_header(rows[i]) and len(set(rows[i])) == len(rows[i]) in (width, width - 1)
+    ]
     if above and heading:
         return _naming_row(rows, heading, width)
     written = [{field.strip().lower() for field in row} for row in rows]
-    named = [i for i, row in enumerate(rows) if len(row) == width and _is_header(row) and written[i].intersection(DATA_NAMES) and written[i].isdisjoint(MISSING)]
+    named = [
+        i
+        for i, row in enumerate(rows)
+        if len(row) == width
+        and _is_header(row)
+        and written[i].intersection(DATA_NAMES)
+        and written[i].isdisjoint(MISSING)
+    ]
     if named:
         return named[0]
     if not n_text:
         counted = rows[0] == [str(i) for i in range(len(rows[0]))]  # as pandas names columns without a name
-        return 0 if counted and len(rows) > 1 and not any(re.fullmatch(r"[+-]?\d*", field.strip()) for row in rows[1:] for field in row[-1:]) else None
+        return (
+            0
+            if counted
+            and len(rows) > 1
+            and not any(re.fullmatch(r"[+-]?\d*", field.strip()) for row in rows[1:] for field in row[-1:])
+            else None
+        )
     return _naming_row(rows, range(n_text), width)
 
 
 def _naming_row(rows: list[list[str]], places: Sequence[int], width: int) -> int:
-    """Of rows of text at those places the first that names every column, one of them ``data`` or ``value`` if there is such a one, else the last."""
-    full = next(([i for i in places if len(rows[i]) == n] for n in (width, width - 1) if any(len(rows[i]) == n for i in places)), [places[-1]])
+    """Of rows of text at those places the first that names every column, one of them ``data`` or ``value`` if there is
+    such a one, else the last.
+    """
+    full = next(
+        (
+            [i for i in places if len(rows[i]) == n]
+            for n in (width, width - 1)
+            if any(len(rows[i]) == n for i in places)
+        ),
+        [places[-1]],
+    )
     return next((i for i in full if any(field.strip().lower() in DATA_NAMES for field in rows[i])), full[0])
 
 
@@ -189,23 +261,32 @@ def _kind(field: str) -> str:
 def _splits_numbers(body: list[list[str]]) -> bool:
     """Whether all rows of several fields are numbers cut at their commas."""
     several = [row for row in body if len(row) > 1]
-    return all(re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", _plain(",".join(row)), re.IGNORECASE) for row in several)
+    return all(
+        re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", _plain(",".join(row)), re.IGNORECASE) for row in several
+    )
 
 
 def _thousands(text: str, shapes: set[str]) -> str:
-    """The comma or point that sets thousands apart in a column; nothing where it may be a decimal mark, or is one of three points as in an address.
+    """The comma or point that sets thousands apart in a column; nothing where it may be a decimal mark, or is one of
+    three points as in an address.
 
     Args:
         text: its fields, one a line.
         shapes: the different ones, with 1 for every digit.
     """
     for mark, decimal in ((",", "."), (".", ",")):
-        holding = [shape for shape in shapes if mark in shape and re.fullmatch(r"[+-]?[1.,]+(e[+-]?1+)?", shape, re.IGNORECASE)]
+        holding = [
+            shape for shape in shapes if mark in shape and re.fullmatch(r"[+-]?[1.,]+(e[+-]?1+)?", shape, re.IGNORECASE)
+        ]
         sure = any(decimal in shape or (shape.count(mark) > 1 and shape.count(".") != 3) for shape in holding) or (
             mark == "," and holding and any(re.fullmatch(r"[+-]?1{1,3}", shape) for shape in shapes)
         )
         grouped = re.compile(rf"[+-]?1{{1,3}}({re.escape(mark)}111)+({re.escape(decimal)}1*)?")
-        if sure and all(map(grouped.fullmatch, holding)) and not re.search(rf"(?m)^[+-]?0\d*{re.escape(mark)}[\d.,]*$", text):
+        if (
+            sure
+            and all(map(grouped.fullmatch, holding))
+            and not re.search(rf"(?m)^[+-]?0\d*{re.escape(mark)}[\d.,]*$", text)
+        ):
             return mark
     return ""
 
@@ -240,11 +321,15 @@ def _is_header(row: list[str]) -> bool:
     """No field is a number and not all are missing, or the first is empty as in an index column's heading."""
     if len(row) > 1 and not row[0].strip():
         return True
-    return any(field.strip().lower() not in MISSING for field in row) and not any(_is_number(field) or _is_number(field, ",") for field in row)
+    return any(field.strip().lower() not in MISSING for field in row) and not any(
+        _is_number(field) or _is_number(field, ",") for field in row
+    )
 
 
 def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
-    """Columns of numbers where all fields are, with decimal points and no mark of thousands, else of text as it is written."""
+    """Columns of numbers where all fields are, with decimal points and no mark of thousands, else of text as it is
+    written.
+    """
     import pandas
 
     try:
@@ -284,7 +369,9 @@ def _to_numbers(column: pandas.Series) -> np.ndarray:
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _choose_column(path: str | Path, table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], layout: _Layout) -> int:
+def _choose_column(
+    path: str | Path, table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], layout: _Layout
+) -> int:
     if not len(table):
         raise SeriesError(path, "holds a header and no rows; expected a column of numbers")
     names = [name.lower() for name in layout.names]
@@ -292,7 +379,9 @@ def _choose_column(path: str | Path, table: pandas.DataFrame, numbers_of: Callab
     candidates = named or [i for i in range(table.shape[1]) if _looks_numeric(table.iloc[:, i], numbers_of(i))]
     candidates = candidates or [i for i in range(table.shape[1]) if table.iloc[:, i].isna().all()]
     if not candidates:
-        raise SeriesError(path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers")
+        raise SeriesError(
+            path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers"
+        )
     if named or len(candidates) == 1:
         return candidates[0]
     others = [i for i in candidates if not (layout.header and _is_time(names[i]))] or candidates
@@ -304,7 +393,11 @@ def _choose_column(path: str | Path, table: pandas.DataFrame, numbers_of: Callab
 def _is_time(name: str) -> bool:
     """Whether a name in lower case is one of time, as ``time (s)``, ``t_s``, ``timestamp_ms`` or ``unnamed: 0`` are."""
     first, *rest = re.split(r"[\s_.:-]+", re.sub(r"\s*[\[(].*", "", name))
-    return first in TIME_ROOTS or first.startswith(("timestamp", "datetime")) or (first in TIME_NAMES and all(word in TIME_UNITS for word in rest))
+    return (
+        first in TIME_ROOTS
+        or first.startswith(("timestamp", "datetime"))
+        or (first in TIME_NAMES and all(word in TIME_UNITS for word in rest))
+    )
 
 
 def _columns(layout: _Layout) -> str:
@@ -342,7 +435,9 @@ def _check_values(path: str | Path, values: np.ndarray, name: str) -> None:
     if np.isinf(values).any():
         raise SeriesError(path, f"holds {np.isinf(values).sum()} infinite values in {name!r}; expected finite numbers")
     if np.abs(values).max() > MAX_ABSOLUTE:
-        raise SeriesError(path, f"holds values beyond {MAX_ABSOLUTE:g} in {name!r}; expected numbers that a plot can show")
+        raise SeriesError(
+            path, f"holds values beyond {MAX_ABSOLUTE:g} in {name!r}; expected numbers that a plot can show"
+        )
     if values.min() == values.max():
         raise SeriesError(path, f"holds the constant {values[0]:g} in {name!r}; expected a series that varies")
 
@@ -418,7 +513,9 @@ class SeriesRenderer:
     def _frame(self, box: tuple[float, float, float, float]) -> _Frame | None:
         """Ticks and extents for axes at ``box``; None where a label needs an offset text (1e7), left to matplotlib."""
         left, bottom, right, top = box
-        self.axes.set_position([left / self.width, bottom / self.height, (right - left) / self.width, (top - bottom) / self.height])
+        self.axes.set_position(
+            [left / self.width, bottom / self.height, (right - left) / self.width, (top - bottom) / self.height]
+        )
         x_ticks = self._ticks(self.axes.xaxis, left, right)
         y_ticks = self._ticks(self.axes.yaxis, bottom, top)
         if x_ticks is None or y_ticks is None:
@@ -453,7 +550,10 @@ class SeriesRenderer:
     def _measure(self, kind: str, text: str) -> _Word:
         axis = self.axes.xaxis if kind.startswith("x") else self.axes.yaxis
         model = axis.label if kind.endswith("label") else axis.get_major_ticks()[0].label1
-        style = {name: getattr(model, f"get_{name}")() for name in ("fontproperties", "ha", "va", "rotation", "rotation_mode", "color")}
+        style = {
+            name: getattr(model, f"get_{name}")()
+            for name in ("fontproperties", "ha", "va", "rotation", "rotation_mode", "color")
+        }
         artist = self.figure.text(0.5, 0.5, text, **style)
         w, h = int(self.width), int(self.height)
         extent = artist.get_window_extent(self.renderer)
@@ -483,7 +583,9 @@ class SeriesRenderer:
         self._stroke(canvas, [self.line.get_path()], data_to_px, self.line, clip)
         spines = [[(left, bottom), (left, top)], [(left, bottom), (right, bottom)]]
         self._stroke(canvas, spines, identity, self.axes.spines["left"])
-        marks = [[(at, bottom - self.tick_px), (at, bottom)] for at in x_marks] + [[(left - self.tick_px, at), (left, at)] for at in y_marks]
+        marks = [[(at, bottom - self.tick_px), (at, bottom)] for at in x_marks] + [
+            [(left - self.tick_px, at), (left, at)] for at in y_marks
+        ]
         self._stroke(canvas, marks, identity, self.mark_style)
         image = np.asarray(canvas.buffer_rgba())[..., :3].copy()
         self._write(image, frame, dx, dy)
@@ -514,8 +616,13 @@ class SeriesRenderer:
 
     def _write(self, image: np.ndarray, frame: _Frame, dx: float, dy: float) -> None:
         left, bottom = frame.box[0] - self.label_px, frame.box[1] - self.label_px
-        placed = [("x", text, at, bottom) for at, text in frame.x_ticks] + [("y", text, left, at) for at, text in frame.y_ticks]
-        placed += [("x_label", self.axes.get_xlabel(), *frame.x_label), ("y_label", self.axes.get_ylabel(), *frame.y_label)]
+        placed = [("x", text, at, bottom) for at, text in frame.x_ticks] + [
+            ("y", text, left, at) for at, text in frame.y_ticks
+        ]
+        placed += [
+            ("x_label", self.axes.get_xlabel(), *frame.x_label),
+            ("y_label", self.axes.get_ylabel(), *frame.y_label),
+        ]
         for kind, text, x, y in placed:
             word = self._word(kind, text)
             column, row = round(x + dx) + word.corner[0], round(len(image) - y - dy) + word.corner[1]
@@ -561,7 +668,8 @@ def render_series(values: np.ndarray) -> np.ndarray:
 
 @cache
 def _palette() -> tuple[np.ndarray, np.ndarray]:
-    """32 colours from white to the line's blue and to black, and the nearest one for each pair of red and blue values."""
+    """32 colours from white to the line's blue and to black,
+    and the nearest one for each pair of red and blue values."""
     blue_share, grey = np.linspace(0, 1, 20)[:, None], np.linspace(254, 0, 12).round()[:, None]
     colours = np.vstack([255 - blue_share * (255 - np.array([[31, 119, 180]])), np.repeat(grey, 3, axis=1)]).round()
     red, blue = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def ahead(work: Callable, items: Iterable, n_ahead: int, n_threads: int = 0) -> Iterator[tuple]:
-    """(item, work(item)) in order, computed by threads (0: one a core, 8 at most) at most ``n_ahead`` items ahead: memory stays bounded."""
+    """(item, work(item)) in order, computed by threads (0: one a core, 8 at most) at most ``n_ahead`` items ahead:
+    memory stays bounded.
+    """
     n_threads = n_threads or min(8, os.cpu_count() or 1)
     waiting: deque = deque()
     with ThreadPoolExecutor(n_threads) as pool:

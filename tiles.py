@@ -11,7 +11,8 @@ OVERLAP = 0.25
 
 
 def tile_corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
-    """(top, left) of square tiles that cover an image, row by row, evenly spread; each side of the image is ``side`` or more.
+    """(top, left) of square tiles that cover an image, row by row, evenly spread; each side of the image is ``side`` or
+    more.
 
     >>> tile_corners(100, 160, 100)
     [(0, 0), (0, 60)]
@@ -20,7 +21,9 @@ def tile_corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
 
 
 def window(top: int, left: int, side: int) -> tuple[slice, slice]:
-    """Rows and columns of the tile at (top, left): ``image[window(...)]``, or ``image[(..., *window(...))]`` where they come last."""
+    """Rows and columns of the tile at (top, left): ``image[window(...)]``, or ``image[(..., *window(...))]`` where they
+    come last.
+    """
     return slice(top, top + side), slice(left, left + side)
 
 
@@ -30,7 +33,9 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 class Blend:
-    """The weighted mean, at every pixel, of arrays found on tiles; a tile counts most in its middle and least at its edge."""
+    """The weighted mean, at every pixel, of arrays found on tiles; a tile counts most in its middle and least at its
+    edge.
+    """
 
     def __init__(self, height: int, width: int, side: int):
         ramp = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2 + 1e-3

@@ -1,4 +1,6 @@
-"""Train the VAE classifier on plots, keep the epoch with the best validation F1, calibrate it, and score the test set once."""
+"""Train the VAE classifier on plots, keep the epoch with the best validation F1, calibrate it, and score the test set
+once.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ WRITTEN = {
     "results": re.compile(r"vae_classifier_((history|results)\.json|(curves|confusion)\.png)"),
     "reconstructions": re.compile(r"vae_classifier_epoch_\d+\.png"),
 }
-"""Names, in each folder, of the reports and pictures that a run makes in its course; one from the start removes those of an earlier run, but no model."""
+"""Names, in each folder, of the reports and pictures that a run makes in its course; one from the start removes those
+of an earlier run, but no model.
+"""
 N_PICTURED = 8
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
@@ -116,7 +120,10 @@ def main(settings: config.TrainClassifierSettings) -> None:
     started = time.perf_counter()
     with engine.telling_what_is_kept(run, run.out / BEST):
         train(run)
-    print(f"best epoch {run.best_epoch} of {run.settings.epochs} (validation macro F1 {run.best:.4f}), {(time.perf_counter() - started) / 60:.1f} minutes: {run.out / BEST}")
+    print(
+        f"best epoch {run.best_epoch} of {run.settings.epochs} (validation macro F1 {run.best:.4f}), "
+        f"{(time.perf_counter() - started) / 60:.1f} minutes: {run.out / BEST}"
+    )
     plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "results" / "vae_classifier_curves.png")
     finish(run)
 
@@ -143,12 +150,22 @@ def prepare(settings: config.TrainClassifierSettings) -> Run:
     runtime = make_runtime(settings)
     data = read_data(settings, plot_loader.progress_bar, say)
     n_validation = ", ".join(f"{len(group.labels)} {name}" for name, group in data.validation.items())
-    say(f"{len(data.folder.classes)} classes: {data.n_real} training plots and {len(data.training.labels) - data.n_real} generated ones; validation: {n_validation}.")
+    say(
+        f"{len(data.folder.classes)} classes: {data.n_real} training plots and "
+        f"{len(data.training.labels) - data.n_real} generated ones; validation: {n_validation}."
+    )
     engine.seed_everything(settings.seed)
     model, averaged = (runtime.put_model(VAEClassifier(settings, len(data.folder.classes))) for _ in range(2))
     rows = np.unique(np.linspace(0, data.n_real - 1, 256).astype(int))
     model.fit_reconstruction_scale(batches(data.training.images[rows], settings.batch_size, runtime))
-    return Run(settings, runtime, data, model, WeightAverage(model, averaged.eval(), settings.ema_decay), ClassifierLoss(settings))
+    return Run(
+        settings,
+        runtime,
+        data,
+        model,
+        WeightAverage(model, averaged.eval(), settings.ema_decay),
+        ClassifierLoss(settings),
+    )
 
 
 def batches(images: np.ndarray, batch_size: int, runtime: engine.Runtime) -> Iterator[Tensor]:
@@ -160,8 +177,13 @@ def make_loader(run: Run) -> DataLoader:
     s, training, n_real = run.settings, run.data.training, run.data.n_real
     dataset = plot_loader.LabelledImages(training.images, training.labels, s, s.seed)
     sampler = MixedSampler(n_real, len(training.labels) - n_real, s.real_share, s.epoch_samples, s.seed)
-    return data_loader.training_loader(dataset, sampler, s.batch_size, data_loader.resolve_num_workers(s.num_workers, run.runtime.device), run.runtime.pin_memory)
-
+    return data_loader.training_loader(
+        dataset,
+        sampler,
+        s.batch_size,
+        data_loader.resolve_num_workers(s.num_workers, run.runtime.device),
+        run.runtime.pin_memory,
+    )
 
 
 def train(run: Run) -> list[dict]:
@@ -174,11 +196,21 @@ def train(run: Run) -> list[dict]:
     else:
         files.remove_written(run.out, WRITTEN)
     config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
-    with tqdm(total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as progress:
+    with tqdm(
+        total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr
+    ) as progress:
         for epoch in range(len(run.history) + 1, s.epochs + 1):
             loader.sampler.set_epoch(epoch)
             seen = Seen(len(run.classes))
-            trained = engine.train_epoch(run.model, stepping(loader, run, progress), training_terms(run, seen), optimizer, scheduler, runtime, s.gradient_clip)
+            trained = engine.train_epoch(
+                run.model,
+                stepping(loader, run, progress),
+                training_terms(run, seen),
+                optimizer,
+                scheduler,
+                runtime,
+                s.gradient_clip,
+            )
             row = {"epoch": epoch, **engine.prefixed("train", {**trained, **seen.measures()})}
             for name, group in run.data.validation.items():
                 row |= engine.prefixed("val" if name == "real" else name, validate(run, group))
@@ -201,7 +233,10 @@ def make_optimizer(run: Run, n_steps: int) -> tuple[torch.optim.Optimizer, torch
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weights decay, biases and the scales of normalisations do not."""
     decaying = [p for p in model.parameters() if p.dim() > 1]
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
 
 
 def stepping(loader: DataLoader, run: Run, progress: tqdm) -> Iterator[plot_loader.LabelledSample]:
@@ -237,13 +272,16 @@ def training_terms(run: Run, seen: Seen):
 
 
 def validate(run: Run, group: Plots) -> dict[str, float]:
-    """Mean loss terms and measures on validation plots, seen once each: their four flips would take a tenth of the training time.
+    """Mean loss terms and measures on validation plots, seen once each: their four flips would take a tenth of the
+    training time.
 
     Raises:
         DivergedError: one of them is not finite.
     """
     seen, labels = Seen(len(run.classes)), torch.from_numpy(group.labels)
-    pairs = zip(batches(group.images, run.settings.batch_size, run.runtime), labels.split(run.settings.batch_size), strict=True)
+    pairs = zip(
+        batches(group.images, run.settings.batch_size, run.runtime), labels.split(run.settings.batch_size), strict=True
+    )
 
     def terms(batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], int]:
         images, truth = batch
@@ -254,7 +292,9 @@ def validate(run: Run, group: Plots) -> dict[str, float]:
     found = {**engine.evaluate(run.judged, pairs, terms, run.runtime), **seen.measures()}
     for name, value in found.items():
         if not math.isfinite(value):
-            raise engine.DivergedError(f"The {name} of validation became {value}; training stops (try a lower --learning-rate).")
+            raise engine.DivergedError(
+                f"The {name} of validation became {value}; training stops (try a lower --learning-rate)."
+            )
     return found
 
 
@@ -265,7 +305,8 @@ def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
     for key, title in (("train", "training"), ("val", "validation"), ("fresh", "fresh series")):
         if f"{key}/total" in row:
             loss = [row[f"{key}/{name}"] for name in ("total", "reconstruction", "kl", "classification", *MEASURES)]
-            lines.append(f"{title:<12s}{loss[0]:8.4f}{loss[1]:11.4f}{loss[2]:8.4f}{loss[3]:8.4f}{loss[4]:11.4f}{loss[5]:7.4f}{loss[6]:11.4f}{loss[7]:8.4f}")
+            columns = zip(loss, (8, 11, 8, 8, 11, 7, 11, 8), strict=True)
+            lines.append(f"{title:<12s}" + "".join(f"{value:{width}.4f}" for value, width in columns))
     return "\n".join(lines)
 
 
@@ -276,25 +317,34 @@ def calibrate(run: Run, model: VAEClassifier, per_class: int) -> plot_calibratio
     """Class Gaussians from at most so many training plots of a class, the rest from validation plots."""
     images, labels = run.data.training
     rng = np.random.default_rng(run.settings.seed)
-    rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(len(run.classes))]))
+    rows = np.sort(
+        np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(len(run.classes))])
+    )
     training = encode(run, model, Plots(images[rows], labels[rows]), flips=False)
     validation = {name: encode(run, model, group) for name, group in run.data.validation.items()}
-    return plot_calibration.fit_calibration(training, validation, len(run.classes), run.settings.target_false_alarms, run.settings.flips_below)
+    return plot_calibration.fit_calibration(
+        training, validation, len(run.classes), run.settings.target_false_alarms, run.settings.flips_below
+    )
 
 
 def encode(run: Run, model: VAEClassifier, group: Plots, flips: bool = True) -> plot_calibration.Encoded:
     """Encoded plots in full precision, as inference sees them."""
-    return vae_classifier.encode_plots(model, batches(group.images, run.settings.batch_size, run.runtime), group.labels, flips)
+    return vae_classifier.encode_plots(
+        model, batches(group.images, run.settings.batch_size, run.runtime), group.labels, flips
+    )
 
 
 def save_best(run: Run, model: VAEClassifier, per_class: int, epoch: int) -> None:
     """A checkpoint with all that inference needs, of the model after that epoch."""
-    contents = vae_classifier.checkpoint_contents(model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, epoch)
+    contents = vae_classifier.checkpoint_contents(
+        model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, epoch
+    )
     engine.save_checkpoint(run.out / BEST, KIND, contents)
 
 
 def validation_score(row: dict) -> float:
-    """Macro F1 of validation, the mean over its groups: plots of the data set and, where there are any, fresh series."""
+    """Macro F1 of validation, the mean over its groups: plots of the data set and, where there are any,
+    fresh series."""
     return float(np.mean([row[key] for key in ("val/macro_f1", "fresh/macro_f1") if key in row]))
 
 
@@ -310,7 +360,9 @@ def keep_if_best(run: Run, macro_f1: float) -> bool:
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """The state from which --resume goes on, and the history so far."""
     averaged = {"averaged": run.average.averaged.state_dict(), "n_steps": run.average.n_steps}
-    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, run.out / "results" / "vae_classifier_history.json", averaged)
+    engine.save_training(
+        run, optimizer, scheduler, run.out / LAST, KIND, run.out / "results" / "vae_classifier_history.json", averaged
+    )
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
@@ -327,7 +379,9 @@ def write_pictures(run: Run, epoch: int) -> None:
     rows = np.linspace(0, len(group.labels) - 1, min(N_PICTURED, len(group.labels))).astype(int)
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
     said = run.judged.eval()(images)
-    sheet = vae_classifier.tiled([list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))])
+    sheet = vae_classifier.tiled(
+        [list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))]
+    )
     image_files.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)
 
 
@@ -340,15 +394,29 @@ def finish(run: Run) -> None:
     save_best(run, model, FULL_PER_CLASS, run.best_epoch)
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)
     results = {"best_epoch": run.best_epoch, "epochs": run.settings.epochs, "alpha": run.settings.target_false_alarms}
-    groups = {("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()}
-    test = read_plots(run.data.folder.test, run.settings, run.data.cache, plot_loader.progress_bar("test plots"), say) if run.data.folder.test else None
+    groups = {
+        ("validation" if name == "real" else "fresh_series"): group for name, group in run.data.validation.items()
+    }
+    test = (
+        read_plots(run.data.folder.test, run.settings, run.data.cache, plot_loader.progress_bar("test plots"), say)
+        if run.data.folder.test
+        else None
+    )
     scored = "test" if test is not None and len(test.labels) else "validation"
     if scored == "validation":
-        say(f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the epoch was chosen.")
+        say(
+            f"{run.data.folder.root} has no readable test plots: the results are those of validation, on which the "
+            "epoch was chosen."
+        )
     reports = {name: report(run, model, group) for name, group in groups.items()}
     main_report = report(run, model, test) if scored == "test" else reports.pop("validation")
-    files.write_json(run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports})
-    plots.save(plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes), run.out / "results" / "vae_classifier_confusion.png")
+    files.write_json(
+        run.out / "results" / "vae_classifier_results.json", {"scored_on": scored, **main_report, **results, **reports}
+    )
+    plots.save(
+        plots.confusion_heatmap(np.array(main_report["confusion_matrix"]), run.classes),
+        run.out / "results" / "vae_classifier_confusion.png",
+    )
     print(table(scored, main_report, reports))
     if not model.calibration.promised:
         print(too_few(model.calibration))
@@ -363,8 +431,12 @@ def report(run: Run, model: VAEClassifier, group: Plots) -> dict:
     confusion = evaluation.confusion_matrix(group.labels, probabilities.argmax(1), len(run.classes))
     before = plot_calibration.calibrated_probabilities(encoded, calibration, calibrated=False)
     quality: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
-    p_values = calibration.p_values(calibration.novelty(calibration.distances(encoded.errors, encoded.mu, encoded.pictures)))
-    for images, mu in zip(batches(group.images, s.batch_size, run.runtime), encoded.mu.split(s.batch_size), strict=True):
+    p_values = calibration.p_values(
+        calibration.novelty(calibration.distances(encoded.errors, encoded.mu, encoded.pictures))
+    )
+    for images, mu in zip(
+        batches(group.images, s.batch_size, run.runtime), encoded.mu.split(s.batch_size), strict=True
+    ):
         with torch.inference_mode():
             drawn, target = model.reconstruct(images, run.runtime.put(mu)).float().cpu(), model.target(images).cpu()
         quality["mse"] += evaluation.mse(drawn, target).tolist()
@@ -387,23 +459,38 @@ def table(scored: str, main_report: dict, reports: dict[str, dict]) -> str:
     """The results as text for the terminal."""
     lines = [f"{'class':<24s}{'plots':>6s}{'F1':>8s}{'precision':>11s}{'recall':>8s}"]
     for name, row in main_report["per_class"].items():
-        lines.append(f"{name:<24s}{row['n_images']:>6d}" + "".join(f"{row[key]['value']:>{width}.3f}" for key, width in (("f1", 8), ("precision", 11), ("recall", 8))))
+        lines.append(
+            f"{name:<24s}{row['n_images']:>6d}"
+            + "".join(
+                f"{row[key]['value']:>{width}.3f}" for key, width in (("f1", 8), ("precision", 11), ("recall", 8))
+            )
+        )
     for name, each in {scored: main_report, **reports}.items():
-        shown = "  ".join(f"{key.replace('macro_', 'macro ')} {sentence(each[key])}" for key in ("accuracy", "macro_f1"))
+        shown = "  ".join(
+            f"{key.replace('macro_', 'macro ')} {sentence(each[key])}" for key in ("accuracy", "macro_f1")
+        )
         error = each["expected_calibration_error"]
         lines.append(f"{name.replace('_', ' ')}: {shown}")
-        lines.append(f"    calibration error {error['before']:.3f} -> {error['after']:.3f}  SSIM {each['reconstruction']['ssim']['value']:.3f}  called none of these {each['none_of_these']['value']:.1%}")
+        lines.append(
+            f"    calibration error {error['before']:.3f} -> {error['after']:.3f}  SSIM "
+            f"{each['reconstruction']['ssim']['value']:.3f}  called none of these {each['none_of_these']['value']:.1%}"
+        )
     return "\n".join(lines)
 
 
 def too_few(calibration: plot_calibration.ClassifierCalibration) -> str:
     """What follows from fewer validation plots than the rate asked for takes."""
     n, expected = min(map(len, calibration.scores.values())), math.ceil(1 / calibration.alpha) - 1
-    return f"{n} validation plots are too few to call a plot none of these at {calibration.alpha:.1%} false alarms, so none will be called so; expected {expected} or more (--validation-frac, --target-false-alarms)."
+    return (
+        f"{n} validation plots are too few to call a plot none of these at {calibration.alpha:.1%} false alarms, so "
+        f"none will be called so; expected {expected} or more (--validation-frac, --target-false-alarms)."
+    )
 
 
 def sentence(figure: dict) -> str:
-    return f"{figure['value']:.3f}" + (f" (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else "")
+    return f"{figure['value']:.3f}" + (
+        f" (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else ""
+    )
 
 
 if __name__ == "__main__":

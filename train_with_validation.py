@@ -43,10 +43,24 @@ WRITTEN = {
     "reconstructions/train": re.compile(r"epoch_\d+\.png"),
     "reconstructions/validation": re.compile(r".+_epoch_\d+\.png", re.DOTALL),
 }
-"""Names, in each folder, of the pictures that a run makes in its course; one from the start removes those of an earlier run, but no model."""
+"""Names, in each folder, of the pictures that a run makes in its course; one from the start removes those of an earlier
+run, but no model.
+"""
 PLACES = {"data_dir", "vgg16_weights"}
-"""Settings that say where files lie, which may be elsewhere now; that the data are those of then is told by their files."""
-MAY_DIFFER = PLACES | {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every", "checkpoint_every", "patience"}
+"""Settings that say where files lie, which may be elsewhere now; that the data are those of then is told by their
+files.
+"""
+MAY_DIFFER = PLACES | {
+    "resume",
+    "epochs",
+    "output_dir",
+    "device",
+    "precision",
+    "num_workers",
+    "picture_every",
+    "checkpoint_every",
+    "patience",
+}
 """Settings that a resumed run may have otherwise."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
@@ -56,7 +70,9 @@ N_PICTURED = 4
 N_DRAWN = 2
 """Times that a defect is drawn on each held-out image, for the pixel threshold."""
 N_STATISTICS, N_HELD_TILES = 2048, 256
-"""At most so many training images (or tiles) say what features are usual, so many held-out tiles take part in the validation loss."""
+"""At most so many training images (or tiles) say what features are usual, so many held-out tiles take part in the
+validation loss.
+"""
 N_REFERENCE = 64
 """Training images from which is learned how features deviate from their prediction."""
 
@@ -70,7 +86,9 @@ class Run:
     folder: image_folders.MVTecFolder
     training: data_loader.GoodImages
     held_paths: list[Path]
-    held_out: list[tuple[Tensor, Tensor | None]]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
+    held_out: list[
+        tuple[Tensor, Tensor | None]
+    ]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
     held_windows: list[tuple[slice, slice]] | None  # what of each of them is picture and no grey bar; None where all is
     reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
     model: DetailVAE
@@ -104,7 +122,10 @@ def main(settings: config.TrainSettings) -> None:
             train(run)
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
-        print(f"best epoch {run.best_epoch} of {run.epochs} (validation loss {run.history[run.best_epoch - 1]['val/total']:.4f}), {minutes:.1f} minutes: {run.out / BEST}")
+        print(
+            f"best epoch {run.best_epoch} of {run.epochs} (validation loss "
+            f"{run.history[run.best_epoch - 1]['val/total']:.4f}), {minutes:.1f} minutes: {run.out / BEST}"
+        )
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
     print(detector.calibration.describe())
     warn(odd_images(run, detector))
@@ -121,21 +142,36 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
 
 
 def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
-    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were seen; a ``resize`` that was given stays.
+    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were
+    seen; a ``resize`` that was given stays.
 
     It warns where the images were made smaller than they are wanted.
     """
     done, side = image_folders.preprocessed_by(settings.data_dir)
     if done and (settings.tile or settings.image_size > side):
         asked = "tile" if settings.tile else f"image_size {settings.image_size}"
-        expected = "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
-        warn([f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images to be judged will be sharper; expected {expected}."])
+        expected = (
+            "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
+        )
+        warn(
+            [
+                f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images "
+                f"to be judged will be sharper; expected {expected}."
+            ]
+        )
     if settings.tile or done in ("", settings.resize):
         return settings
     if "resize" in settings.given:
-        warn([f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw images to be judged will look unlike them."])
+        warn(
+            [
+                f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw "
+                "images to be judged will look unlike them."
+            ]
+        )
         return settings
-    print(f"The images in {settings.data_dir} were made square by {done}: so will be those to be judged.", file=sys.stderr)
+    print(
+        f"The images in {settings.data_dir} were made square by {done}: so will be those to be judged.", file=sys.stderr
+    )
     return settings.replace(resize=done)
 
 
@@ -147,48 +183,98 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     folder = image_folders.MVTecFolder(settings.data_dir)
     if folder.validation_good and "holdout_frac" in settings.given:
         warn([f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say."])
-    train_paths, held_paths = folder.split(usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed)
-    training = data_loader.GoodImages(train_paths, settings.image_size, settings.fitting, settings, settings.drawn_defects, settings.seed, settings.variants)
-    held = data_loader.load_batch(held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths)))
+    train_paths, held_paths = folder.split(
+        usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed
+    )
+    training = data_loader.GoodImages(
+        train_paths,
+        settings.image_size,
+        settings.fitting,
+        settings,
+        settings.drawn_defects,
+        settings.seed,
+        settings.variants,
+    )
+    held = data_loader.load_batch(
+        held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths))
+    )
     warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
     if not len(held.images):
-        raise config.InputError(f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read.")
+        raise config.InputError(
+            f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read."
+        )
     perceptual = None
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
-    model = runtime.put_model(DetailVAE(settings.replace(segmentation=False) if weights is None else settings, settings.vgg16_weights))
-    if weights is None:
-        model.fit_feature_scale(runtime.put(batch) for batch in training.plain_batches(settings.batch_size, N_STATISTICS))
-    else:
-        engine.load_weights(model, weights, settings.weights)
-    if model.n_features and (settings.map_bank or settings.score_bank):
-        plain = training.plain_batches(settings.batch_size, N_STATISTICS)
-        model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
-    held_out = [(batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))]
+    model = build_model(settings, runtime, training, weights)
+    held_out = [
+        (batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))
+    ]
     held_windows = held.windows(settings.fitting, folder.letterboxed) if settings.fitting == "letterbox" else None
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
     epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
-    return Run(settings, runtime, folder, training, held_paths, held_out, held_windows, reference, model, DetailLoss(settings, perceptual), features, epochs)
+    return Run(
+        settings,
+        runtime,
+        folder,
+        training,
+        held_paths,
+        held_out,
+        held_windows,
+        reference,
+        model,
+        DetailLoss(settings, perceptual),
+        features,
+        epochs,
+    )
+
+
+def build_model(
+    settings: config.TrainSettings, runtime: engine.Runtime, training: data_loader.GoodImages, weights: dict | None
+) -> DetailVAE:
+    """The model with the scale and the bank of the training images' features: new and still without the head that
+    outlines defects, or with these weights.
+    """
+    new = weights is None
+    model = runtime.put_model(
+        DetailVAE(settings.replace(segmentation=False) if new else settings, settings.vgg16_weights)
+    )
+    if new:
+        plain = training.plain_batches(settings.batch_size, N_STATISTICS)
+        model.fit_feature_scale(runtime.put(batch) for batch in plain)
+    else:
+        engine.load_weights(model, weights, settings.weights)
+    if model.n_features and (settings.map_bank or settings.score_bank):
+        plain = training.plain_batches(settings.batch_size, N_STATISTICS)
+        model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
+    return model
 
 
 def recalibrate(settings: config.TrainSettings) -> Run:
-    """Keep the weights of a checkpoint and make its banks, maps and thresholds anew, from the images it was trained and calibrated on.
+    """Keep the weights of a checkpoint and make its banks, maps and thresholds anew, from the images it was trained and
+    calibrated on.
 
-    Of the settings of maps, and of the places of files, those change that a flag or the file gave; all others stay as they were.
+    Of the settings of maps, and of the places of files, those change that a flag or the file gave; all others stay as
+    they were.
 
     Raises:
-        InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was given and is otherwise there.
+        InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was
+            given and is otherwise there.
     """
     contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch", "finished"))
     with engine.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
     fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS - PLACES)}
-    engine.require_same(settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights.")
+    engine.require_same(
+        settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights."
+    )
     ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
-    engine.require_same(settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights.")
+    engine.require_same(
+        settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights."
+    )
     run.finished = contents["finished"]
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
@@ -201,7 +287,9 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
         return paths
     model = runtime.put_model(DetailVAE(settings, settings.vgg16_weights))
     if not model.n_features:
-        raise config.UsageError("Images can only be trimmed by their features; expected no --backbone none with --trim-frac.")
+        raise config.UsageError(
+            "Images can only be trimmed by their features; expected no --backbone none with --trim-frac."
+        )
 
     def batches(size: int) -> Iterator[data_loader.ImageBatch]:
         return data_loader.iter_image_batches(paths, settings.image_size, settings.resize, size)
@@ -209,10 +297,21 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
     if len(next(batches(2)).paths) < 2:
         return paths  # GoodImages says that too few can be read
     model.fit_feature_scale(runtime.put(batch.images) for batch in batches(settings.batch_size))
-    read, features = zip(*((batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu()) for batch in batches(settings.batch_size)), strict=True)
+    read, features = zip(
+        *(
+            (batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu())
+            for batch in batches(settings.batch_size)
+        ),
+        strict=True,
+    )
     read, found = list(itertools.chain.from_iterable(read)), unlikeness(torch.cat(features))
     left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
-    warn([f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others." for path in sorted(left_out)])
+    warn(
+        [
+            f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others."
+            for path in sorted(left_out)
+        ]
+    )
     return [path for path in paths if path not in left_out]
 
 
@@ -225,7 +324,13 @@ def train(run: Run) -> list[dict]:
     """All epochs; returns the history, a dict of named terms for each epoch."""
     s, runtime = run.settings, run.runtime
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    loader = data_loader.training_loader(run.training, data_loader.EpochSampler(len(run.training), s.seed), s.batch_size, data_loader.resolve_num_workers(s.num_workers, runtime.device), runtime.pin_memory)
+    loader = data_loader.training_loader(
+        run.training,
+        data_loader.EpochSampler(len(run.training), s.seed),
+        s.batch_size,
+        data_loader.resolve_num_workers(s.num_workers, runtime.device),
+        runtime.pin_memory,
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
         engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
@@ -234,12 +339,22 @@ def train(run: Run) -> list[dict]:
         files.remove_written(run.out, WRITTEN)
     run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
     config.save(run.settings, run.out / "models" / "config.yaml")
-    with tqdm(total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr) as bar:
+    with tqdm(
+        total=run.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr
+    ) as bar:
         while not has_ended(run):
             epoch = len(run.history) + 1
             loader.sampler.set_epoch(epoch)
             kl_scale = min(1.0, epoch / s.kl_warmup_epochs) if s.kl_warmup_epochs else 1.0
-            trained = engine.train_epoch(run.model, ticking(loader, bar), training_terms(run, kl_scale), optimizer, scheduler, runtime, s.gradient_clip)
+            trained = engine.train_epoch(
+                run.model,
+                ticking(loader, bar),
+                training_terms(run, kl_scale),
+                optimizer,
+                scheduler,
+                runtime,
+                s.gradient_clip,
+            )
             run.history.append({"epoch": epoch, **engine.prefixed("train", trained)})
             line = f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}"
             if epoch % validate_every(run) == 0 or epoch == run.epochs:
@@ -250,7 +365,9 @@ def train(run: Run) -> list[dict]:
                 write_pictures(run, epoch)
             bar.write(line, file=sys.stderr)
     if not run.best_epoch:
-        raise engine.DivergedError("No validation loss was a finite number, so no model is written (try a lower --learning-rate).")
+        raise engine.DivergedError(
+            "No validation loss was a finite number, so no model is written (try a lower --learning-rate)."
+        )
     finish(run)
     return run.history
 
@@ -289,7 +406,9 @@ def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) 
     run.history[-1].update(engine.prefixed("val", validated))
     is_best = keep_if_best(run, epoch, lasting_loss(run, validated))
     save_last(run, optimizer, scheduler)
-    shown = "  ".join(f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated)
+    shown = "  ".join(
+        f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated
+    )
     return f"  validation {validated['total']:.4f}  ({shown}){'  best' if is_best else ''}"
 
 
@@ -307,7 +426,9 @@ def training_terms(run: Run, kl_scale: float):
         keys = batch.key.tolist()
         clean = run.features(keys, images)
         # a sample without a drawn defect is its own clean image
-        actual = run.features([~key if mask.any() else key for key, mask in zip(keys, batch.defect_mask, strict=True)], corrupted)
+        actual = run.features(
+            [~key if mask.any() else key for key, mask in zip(keys, batch.defect_mask, strict=True)], corrupted
+        )
         return run.loss(run.model, images, corrupted, kl_scale, batch.defect_mask, clean, actual), len(images)
 
     return terms
@@ -329,20 +450,28 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def calibrated_detector(run: Run) -> defect_maps.Detector:
-    """The model as it stands, folded as ``load_detector`` does, and calibrated on the held-out good images; once an epoch."""
+    """The model as it stands, folded as ``load_detector`` does, and calibrated on the held-out good images; once an
+    epoch.
+    """
     epoch = len(run.history)
     if run.calibrated is None or run.calibrated[0] != epoch:
         run.model.fit_deviations([run.runtime.put(features).float() for features in run.reference])
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
-        detector = defect_maps.Detector(fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime)
-        detector.calibration = defect_maps.calibrate(detector, whole_held_out(run), run.held_windows, drawn_held_out(run, detector) if run.finished else ())
+        detector = defect_maps.Detector(
+            fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime
+        )
+        detector.calibration = defect_maps.calibrate(
+            detector, whole_held_out(run), run.held_windows, drawn_held_out(run, detector) if run.finished else ()
+        )
         run.calibrated = epoch, detector
     return run.calibrated[1]
 
 
 def whole_held_out(run: Run) -> Iterator[Tensor]:
-    """The held-out good images, in batches as they are in memory; where those are tiles, read anew, one whole at a time."""
+    """The held-out good images, in batches as they are in memory; where those are tiles, read anew, one whole at a
+    time.
+    """
     if not run.settings.tile:
         return (images for images, _ in run.held_out)
     batches = data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting)
@@ -350,18 +479,24 @@ def whole_held_out(run: Run) -> Iterator[Tensor]:
 
 
 def drawn_held_out(run: Run, detector: defect_maps.Detector) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """The same images, N_DRAWN times over, each time with another defect drawn on each, and where those are, bool (B, H, W); nothing where training draws none."""
+    """The same images, N_DRAWN times over, each time with another defect drawn on each, and where those are, bool (B,
+    H, W); nothing where training draws none.
+    """
     rng = np.random.default_rng(run.settings.seed)
     for _ in range(N_DRAWN if run.settings.drawn_defects else 0):
         windows = iter(run.held_windows or itertools.repeat((slice(None), slice(None))))
         for images in whole_held_out(run):
-            drawn, masks = data_loader.draw_on(images, itertools.islice(windows, len(images)), detector.tile_share(*images.shape[2:]), rng)
+            drawn, masks = data_loader.draw_on(
+                images, itertools.islice(windows, len(images)), detector.tile_share(*images.shape[2:]), rng
+            )
             yield run.runtime.put(drawn), masks
 
 
 def save_model(run: Run, name: str, epoch: int) -> None:
     """A checkpoint with all that inference needs, of the model after that epoch."""
-    engine.save_checkpoint(run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration, epoch))
+    engine.save_checkpoint(
+        run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration, epoch)
+    )
 
 
 def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -> dict:
@@ -379,7 +514,9 @@ def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -
 
 
 def lasting_loss(run: Run, validated: dict[str, float]) -> float:
-    """What an epoch is judged by: the validation loss without the pixel branch's terms, where that goes on learning after the last epoch."""
+    """What an epoch is judged by: the validation loss without the pixel branch's terms, where that goes on learning
+    after the last epoch.
+    """
     return run.loss.of_latents(validated) if run.model.n_features and run.settings.drawn_defects else validated["total"]
 
 
@@ -405,24 +542,46 @@ def write_pictures(run: Run, epoch: int) -> None:
     detector = calibrated_detector(run)
     n = min(N_PICTURED, len(run.training))
     samples = [run.training[index] for index in range(n)]
-    draw_grid(run, detector, [each.corrupted for each in samples], [f"train {i}" for i in range(n)], f"train/epoch_{epoch}.png")
+    draw_grid(
+        run,
+        detector,
+        [each.corrupted for each in samples],
+        [f"train {i}" for i in range(n)],
+        f"train/epoch_{epoch}.png",
+    )
     for category in run.folder.categories:
         paths = [item.path for item in run.folder.test if item.category == category][:N_PICTURED]
-        loaded = [batch for batch in data_loader.iter_image_batches(paths, run.settings.image_size, run.settings.fitting, 1) if len(batch.images)]
+        loaded = [
+            batch
+            for batch in data_loader.iter_image_batches(paths, run.settings.image_size, run.settings.fitting, 1)
+            if len(batch.images)
+        ]
         if loaded:
-            draw_grid(run, detector, [batch.images[0] for batch in loaded], [f"{category}/{batch.paths[0].stem}" for batch in loaded], f"validation/{files.short_stem(category)}_epoch_{epoch}.png")
+            draw_grid(
+                run,
+                detector,
+                [batch.images[0] for batch in loaded],
+                [f"{category}/{batch.paths[0].stem}" for batch in loaded],
+                f"validation/{files.short_stem(category)}_epoch_{epoch}.png",
+            )
 
 
 def draw_grid(run: Run, detector: defect_maps.Detector, images: list[Tensor], titles: list[str], name: str) -> None:
     found = [detector.detect(run.runtime.put(image[None]))[0] for image in images]
     figure = plots.reconstruction_grid(
-        [image.numpy() for image in images], [each.reconstruction for each in found], [each.defect_map for each in found], titles, 3 * detector.calibration.pixel_threshold
+        [image.numpy() for image in images],
+        [each.reconstruction for each in found],
+        [each.defect_map for each in found],
+        titles,
+        3 * detector.calibration.pixel_threshold,
     )
     plots.save(figure, run.out / "reconstructions" / name)
 
 
 def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
-    """A sentence on each held-out good image whose score lies far above those of the others: it may not be good, and may set the threshold."""
+    """A sentence on each held-out good image whose score lies far above those of the others: it may not be good, and
+    may set the threshold.
+    """
     calibration = detector.calibration
     fence = defect_maps.outer_fence(calibration.good_scores)
     n, n_odd = len(calibration.good_scores), sum(score > fence for score in calibration.good_scores)
@@ -430,12 +589,20 @@ def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
         return []
     advice, sentences = "it does not set the threshold.", []
     if calibration.threshold > fence:
-        advice = f"such images set the threshold of {calibration.threshold:.2f}. Unless they are good ones, take them out of the training images and train again; --target-false-alarms {min(0.5, math.ceil(100 * (n_odd + 1) / (n + 1)) / 100):.2g}, also of classify_images.py, sets it without them."
+        without = min(0.5, math.ceil(100 * (n_odd + 1) / (n + 1)) / 100)
+        advice = (
+            f"such images set the threshold of {calibration.threshold:.2f}. Unless they are good ones, take them out "
+            f"of the training images and train again; --target-false-alarms {without:.2g}, also of classify_images.py, "
+            "sets it without them."
+        )
     for batch in data_loader.iter_image_batches(run.held_paths, run.settings.image_size, run.settings.fitting, 1):
         found = detector.detect(run.runtime.put(batch.images), thorough=False) if batch.paths else []
         for path, each in zip(batch.paths, found, strict=True):
             if each.score > fence:
-                sentences.append(f"{path} scores {each.score:.2f}, far above the other held-out good images (half of them score below {statistics.median(calibration.good_scores):.2f}); {advice}")
+                sentences.append(
+                    f"{path} scores {each.score:.2f}, far above the other held-out good images (half of them score "
+                    f"below {statistics.median(calibration.good_scores):.2f}); {advice}"
+                )
     return sentences
 
 

@@ -1,10 +1,11 @@
-"""VAEClassifier: a variational autoencoder of plots with a classifier head on its latent means, its loss, and loading one from a file.
+"""VAEClassifier: a variational autoencoder of plots with a classifier head on its latent means, its loss, and loading
+one from a file.
 
-The encoder sees the ink of a plot, its distance from white, in two ways: column by column (where the trace runs, how far it
-spreads, how much ink there is), which is nearly the series itself, through a one-dimensional residual network, and as a
-picture of few rows, through a small two-dimensional one. Both are pooled to one vector and lead to the latent; the head names
-the class from its mean. The decoder draws the plot from a sample of it, stroke by stroke, and from a second latent that holds
-the details of each column, such as its noise, which no short vector could.
+The encoder sees the ink of a plot, its distance from white, in two ways: column by column (where the trace runs, how
+far it spreads, how much ink there is), which is nearly the series itself, through a one-dimensional residual network,
+and as a picture of few rows, through a small two-dimensional one. Both are pooled to one vector and lead to the latent;
+the head names the class from its mean. The decoder draws the plot from a sample of it, stroke by stroke, and from a
+second latent that holds the details of each column, such as its noise, which no short vector could.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ KIND = "vae_classifier"
 PICTURE_ROWS = 32
 """Heights that the picture branch tells apart; the exact ones are in the profile."""
 PROFILE_FACTORS = (1, 1, 2, 2)
-"""Channels of the branch along the columns at a half, a quarter ... of their number, in units of ``profile_channels``."""
+"""Channels of the branch along the columns at a half, a quarter ... of their number, in units of ``profile_channels``.
+"""
 
 
 class ClassifierOutput(NamedTuple):
@@ -79,7 +81,8 @@ class VAEClassifier(nn.Module):
         n_classes: length of the head's output.
 
     Images are float32 RGB in [0, 1], (B, 3, S, S) with S a multiple of 32, prepared by ``prepare_image``; the
-    reconstruction has its own fixed size. ``class_names``, ``calibration`` and ``run_settings`` come with a loaded model.
+    reconstruction has its own fixed size. ``class_names``, ``calibration`` and ``run_settings`` come with a loaded
+    model.
     """
 
     def __init__(self, settings: ClassifierModelSettings | None = None, n_classes: int = len(CLASSES)):
@@ -91,7 +94,9 @@ class VAEClassifier(nn.Module):
         n_features = self._build_encoder()
         self.to_latent = nn.Linear(n_features, 2 * settings.latent_dim)
         self.head = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(settings.latent_dim, n_classes))
-        self.decoder = PlotDecoder(settings.latent_dim, settings.decoder_channels, settings.detail_channels, settings.reconstruction_size)
+        self.decoder = PlotDecoder(
+            settings.latent_dim, settings.decoder_channels, settings.detail_channels, settings.reconstruction_size
+        )
         self.to_detail = DetailEncoder(settings.decoder_channels, settings.detail_channels)
         self.register_buffer("error_scale", torch.tensor([0.03, 0.1, 0.1]))
 
@@ -100,10 +105,16 @@ class VAEClassifier(nn.Module):
         s, n_features = self.settings, 0
         if s.profile_channels:
             widths = [PROFILE_FEATURES, *(factor * s.profile_channels for factor in PROFILE_FACTORS)]
-            self.profile = nn.ModuleList(ProfileBlock(n_in, n_out, 5 if level else 9) for level, (n_in, n_out) in enumerate(pairwise(widths)))
+            self.profile = nn.ModuleList(
+                ProfileBlock(n_in, n_out, 5 if level else 9) for level, (n_in, n_out) in enumerate(pairwise(widths))
+            )
             n_features += 2 * sum(widths[1:])
         if s.widths:
-            stages: list[nn.Module] = [nn.AdaptiveAvgPool2d((PICTURE_ROWS, None)), conv_norm(1 if s.ink else 3, s.widths[0], 5, (1, 2)), nn.SiLU()]
+            stages: list[nn.Module] = [
+                nn.AdaptiveAvgPool2d((PICTURE_ROWS, None)),
+                conv_norm(1 if s.ink else 3, s.widths[0], 5, (1, 2)),
+                nn.SiLU(),
+            ]
             stages += [Down(n_in, n_out) for n_in, n_out in pairwise(s.widths)]
             self.trunk = nn.Sequential(*stages)
             n_features += 2 * s.widths[-1]
@@ -111,7 +122,8 @@ class VAEClassifier(nn.Module):
 
     @torch.no_grad()
     def fit_reconstruction_scale(self, batches) -> None:
-        """Learn from batches of training plots how wrong the mean plot is (its errors become 1), and their two colours."""
+        """Learn from batches of training plots how wrong the mean plot is (its errors become 1),
+        and their two colours."""
         targets = torch.cat([self.target(images).cpu() for images in batches])
         mean = targets.mean(0, keepdim=True)
         self.error_scale.copy_(error_parts(mean.expand_as(targets), targets).mean(1).clamp_min(1e-4))
@@ -127,7 +139,9 @@ class VAEClassifier(nn.Module):
         return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
     def encode(self, images: Tensor, profile: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu, logvar), each (B, D), of images (B, 3, S, S); ``profile`` is their ``column_profile``, where already computed."""
+        """(mu, logvar), each (B, D), of images (B, 3, S, S); ``profile`` is their ``column_profile``, where already
+        computed.
+        """
         features: list[Tensor] = []
         if self.settings.profile_channels:
             level = column_profile(images) if profile is None else profile
@@ -140,12 +154,15 @@ class VAEClassifier(nn.Module):
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
     def encode_detail(self, images: Tensor, profile: Tensor | None = None) -> Gaussian:
-        """What the columns of images (B, 3, S, S) hold beyond the latent vector: mean and log-variance, each (B, d, R)."""
+        """What the columns of images (B, 3, S, S) hold beyond the latent vector: mean and log-variance,
+        each (B, d, R)."""
         target = self.target(images)
         return self.to_detail(column_profile(target) if profile is None or target is not images else profile)
 
     def decode(self, z: Tensor, detail: Tensor | None = None) -> Tensor:
-        """Plots (B, 3, R, R) in [0, 1] from latent vectors (B, D) and details (B, d, R); without, the details expected of z."""
+        """Plots (B, 3, R, R) in [0, 1] from latent vectors (B, D) and details (B, d, R); without, the details expected
+        of z.
+        """
         columns = self.decoder.columns(z)
         return self.decoder.draw(columns, self.decoder.prior_of(columns).mean if detail is None else detail)
 
@@ -196,7 +213,9 @@ def reconstruction_error(reconstruction: Tensor, target: Tensor, error_scale: Te
     error = (error_parts(reconstruction, target) / error_scale[:, None]).mean(0)
     if ssim_share <= 0:
         return error
-    likeness = ssim_map(reconstruction.mean(1, keepdim=True), target.mean(1, keepdim=True), data_range=1.0).flatten(1).mean(1)
+    likeness = (
+        ssim_map(reconstruction.mean(1, keepdim=True), target.mean(1, keepdim=True), data_range=1.0).flatten(1).mean(1)
+    )
     return (1 - ssim_share) * error + ssim_share * (1 - likeness)
 
 
@@ -212,8 +231,10 @@ class ClassifierLoss:
         self.settings = settings
 
     def __call__(self, model: VAEClassifier, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms of a batch: images (B, 3, S, S) in [0, 1], labels (B,). In training, plots may be mixed and smoothed labels
-        are the target, and only a share of the batch is reconstructed; in evaluation all of it, against true labels."""
+        """Terms of a batch: images (B, 3, S, S) in [0, 1], labels (B,). In training, plots may be mixed and smoothed
+        labels are the target, and only a share of the batch is reconstructed; in evaluation all of it, against true
+        labels.
+        """
         return self.terms(model, images, labels)[0]
 
     def terms(self, model: VAEClassifier, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -265,7 +286,9 @@ def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor)
     return F.log_softmax(torch.cat([logits, flipped]).float(), 1).view(4, len(images), -1)
 
 
-def novelty_distances(model: VAEClassifier, calibration: ClassifierCalibration, images: Tensor, mu: Tensor, reconstruction: Tensor) -> Tensor:
+def novelty_distances(
+    model: VAEClassifier, calibration: ClassifierCalibration, images: Tensor, mu: Tensor, reconstruction: Tensor
+) -> Tensor:
     """Reconstruction error, latent distance and picture distance of images (B, 3, S, S), (B, 3) on the CPU."""
     error = reconstruction_error(reconstruction, model.target(images), model.error_scale, 0.0)
     return calibration.distances(error, mu, picture_statistics(images))
@@ -273,7 +296,9 @@ def novelty_distances(model: VAEClassifier, calibration: ClassifierCalibration, 
 
 @torch.inference_mode()
 def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bool = True) -> Encoded:
-    """Run the model, in evaluation mode, over batches of images (B, 3, S, S) on its device; without flips there is one view."""
+    """Run the model, in evaluation mode, over batches of images (B, 3, S, S) on its device; without flips there is one
+    view.
+    """
     model.eval()
     parts: list[tuple[Tensor, ...]] = []
     for images in batches:
@@ -281,7 +306,9 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
         mu, _ = model.encode(images, profile)
         logits = model.head(mu)
         views = view_log_probabilities(model, images, logits) if flips else F.log_softmax(logits.float(), 1)[None]
-        error = reconstruction_error(model.reconstruct(images, mu, profile), model.target(images), model.error_scale, 0.0)
+        error = reconstruction_error(
+            model.reconstruct(images, mu, profile), model.target(images), model.error_scale, 0.0
+        )
         parts.append((mu.cpu(), views.transpose(0, 1).cpu(), picture_statistics(images).cpu(), error.cpu()))
     mu, views, pictures, errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return Encoded(mu, views.transpose(0, 1), pictures, errors, np.asarray(labels))
@@ -338,7 +365,9 @@ def generate_class(model: VAEClassifier, class_name: str, n: int, seed: int = 0)
 
 @torch.inference_mode()
 def interpolate(model: VAEClassifier, first: Tensor, second: Tensor, n: int) -> tuple[Tensor, np.ndarray]:
-    """Plots (n, 3, R, R) on the straight way between both latents of two plots (3, S, S), and their probabilities (n, K)."""
+    """Plots (n, 3, R, R) on the straight way between both latents of two plots (3, S, S), and their probabilities (n,
+    K).
+    """
     ends = torch.stack([first, second]).to(model.error_scale.device)
     shares = torch.linspace(0, 1, n, device=ends.device)
     z, detail = (
@@ -390,7 +419,9 @@ def tiled(rows: Sequence[Tensor], gap_px: int = 4) -> np.ndarray:
 # --------------------------------------------------------------------------------------- from a file
 
 
-def checkpoint_contents(model: VAEClassifier, calibration: ClassifierCalibration, settings: dict, class_names: Sequence[str], epoch: int) -> dict:
+def checkpoint_contents(
+    model: VAEClassifier, calibration: ClassifierCalibration, settings: dict, class_names: Sequence[str], epoch: int
+) -> dict:
     """All that inference needs, for ``engine.save_checkpoint``."""
     return {
         "settings": settings,
@@ -403,11 +434,13 @@ def checkpoint_contents(model: VAEClassifier, calibration: ClassifierCalibration
     }
 
 
-def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fuse: bool = True) -> tuple[VAEClassifier, list[str]]:
+def load_vae_classifier(
+    path: Path | str, device: torch.device | str = "cpu", fuse: bool = True
+) -> tuple[VAEClassifier, list[str]]:
     """(model in evaluation mode, class names) from a checkpoint of train_vae_classifier.py.
 
-    ``device`` is as ``engine.resolve_device`` takes it. The model carries its calibration and the settings of its training run. With ``fuse``
-    it is a fifth faster and can neither be trained nor saved again.
+    ``device`` is as ``engine.resolve_device`` takes it. The model carries its calibration and the settings of its
+    training run. With ``fuse`` it is a fifth faster and can neither be trained nor saved again.
 
     Raises:
         InputError: the file cannot be read, is damaged or incomplete, or holds another kind of model.
@@ -421,4 +454,6 @@ def load_vae_classifier(path: Path | str, device: torch.device | str = "cpu", fu
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
     model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}
-    return (fold_layers(model) if fuse else model).eval().to(resolve_device(device), memory_format=torch.channels_last), names
+    return (fold_layers(model) if fuse else model).eval().to(
+        resolve_device(device), memory_format=torch.channels_last
+    ), names

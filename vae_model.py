@@ -41,9 +41,13 @@ FEATURE_STRIDE = 8
 SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
 N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
-"""Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are compared."""
+"""Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are
+compared.
+"""
 N_BANK_CANDIDATES = 2**19
-"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are chosen; fewer of a wider backbone's."""
+"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are
+chosen; fewer of a wider backbone's.
+"""
 MOST_CANDIDATE_NUMBERS = 2**27
 """Numbers that those features hold at most."""
 
@@ -79,6 +83,7 @@ class DetailOutput(NamedTuple):
 
     def at(self, rows: list[int]) -> DetailOutput:
         """The same of some images of the batch."""
+
         def taken(tensors):
             return [None if each is None else each[rows] for each in tensors]
 
@@ -90,7 +95,10 @@ class DetailOutput(NamedTuple):
 
 def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int | tuple[int, int] = 1) -> nn.Sequential:
     """Convolution and batch normalisation; the bias is left to the normalisation."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out, momentum=BATCH_NORM_MOMENTUM))
+    return nn.Sequential(
+        nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(n_out, momentum=BATCH_NORM_MOMENTUM),
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -163,27 +171,38 @@ class GatedSkip(nn.Module):
 
 
 class ImageSkip(nn.Module):
-    """The skip connection at full resolution: where its gate is open the image itself passes, elsewhere what was painted.
+    """The skip connection at full resolution: where its gate is open the image itself passes, elsewhere what was
+    painted.
 
-    The gate compares what is decoded with and without the skip at half resolution and the skip itself; ``ceiling`` bounds it.
+    The gate compares what is decoded with and without the skip at half resolution and the skip itself; ``ceiling``
+    bounds it.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM, affine=False)
         self.gate = nn.Sequential(
-            conv_norm(3 * channels + 1, channels), nn.SiLU(), ResidualBlock(channels), nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)
+            conv_norm(3 * channels + 1, channels),
+            nn.SiLU(),
+            ResidualBlock(channels),
+            nn.Conv2d(channels, 4, 3, padding=1),
+            nn.PixelShuffle(2),
         )
 
-    def forward(self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor) -> Tensor:
-        """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and ``images`` (B, 3, H, W)."""
+    def forward(
+        self, decoded: Tensor, joined: Tensor, skip: Tensor, painted: Tensor, images: Tensor, surprise: Tensor
+    ) -> Tensor:
+        """Reconstruction (B, 3, H, W) from ``decoded``, ``joined`` and ``skip`` (B, C, H/2, W/2); ``painted`` and
+        ``images`` (B, 3, H, W).
+        """
         seen = side_by_side(decoded, joined, self.norm(skip), resized(surprise, skip))
         openness = torch.sigmoid(self.gate(seen).float()) * ceiling(resized(surprise, images))
         return painted + openness * (images - painted)
 
 
 class DefectHead(nn.Module):
-    """Log-odds of a defect at every pixel: a small U-Net (Ronneberger et al. 2015) over all that the model says of an image.
+    """Log-odds of a defect at every pixel: a small U-Net (Ronneberger et al. 2015) over all that the model says of an
+    image.
 
     It learns from drawn defects, as the second network of DRAEM does (Zavrtanik et al. 2021).
 
@@ -197,13 +216,19 @@ class DefectHead(nn.Module):
         n_features, n_squeezed = sum(tap_channels), 2 * width if tap_channels else 0
         self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv_norm(4 * 9, width), nn.SiLU(), ResidualBlock(width))
         self.down4, self.down8 = Down(width, 3 * width), Down(3 * width, 4 * width)
-        self.squeeze = nn.Sequential(conv_norm(2 * n_features, n_squeezed, 1), nn.SiLU()) if n_features else nn.Identity()
-        self.join = nn.Sequential(conv_norm(4 * width + len(tap_channels) + n_squeezed, 4 * width), nn.SiLU(), ResidualBlock(4 * width))
+        self.squeeze = (
+            nn.Sequential(conv_norm(2 * n_features, n_squeezed, 1), nn.SiLU()) if n_features else nn.Identity()
+        )
+        self.join = nn.Sequential(
+            conv_norm(4 * width + len(tap_channels) + n_squeezed, 4 * width), nn.SiLU(), ResidualBlock(4 * width)
+        )
         self.up4, self.up2 = Up(4 * width, 3 * width), Up(3 * width, width)
         self.leave = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, images: Tensor, painting: Painting, taps: Tensor, features: Tensor) -> Tensor:
-        """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and what ``DetailVAE.seen`` returns."""
+        """(B, 1, H, W) from images (B, 3, H, W) in [0, 1], what was painted of them, and what ``DetailVAE.seen``
+        returns.
+        """
         residual = painting.reconstruction - images
         likely = ((painting.painted - images) * torch.exp(-0.5 * painting.logvar)).clamp(-10, 10)
         x2 = self.enter(side_by_side(images - 0.5, 10 * residual, likely))
@@ -213,9 +238,11 @@ class DefectHead(nn.Module):
 
 
 def side_by_side(*maps: Tensor) -> Tensor:
-    """Maps (B, C_i, H, W) as one (B, sum of C_i, H, W) in the type that convolutions work in, its channels last in memory.
+    """Maps (B, C_i, H, W) as one (B, sum of C_i, H, W) in the type that convolutions work in, its channels last in
+    memory.
 
-    ``torch.cat`` widens mixed types, and lays all out anew beside a map of one channel; the convolutions after that took twice the time.
+    ``torch.cat`` widens mixed types, and lays all out anew beside a map of one channel; the convolutions after that
+    took twice the time.
     """
     device = maps[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps[0].dtype
@@ -264,7 +291,9 @@ class DetailVAE(nn.Module):
 
     @property
     def pixel_branch(self) -> nn.ModuleList:
-        """All that only pixels are painted with: the layers from the trunk on, and the pixel stem where the latents do not come from it."""
+        """All that only pixels are painted with: the layers from the trunk on, and the pixel stem where the latents do
+        not come from it.
+        """
         names = ["up4", "up2", "detail4", "detail2", "pixel_head"]
         if self.settings.skips:
             names += ["skip4", "skip2", "skip1", *(["stem2", "stem4"] if self.n_features else [])]
@@ -307,7 +336,11 @@ class DetailVAE(nn.Module):
         self.up2 = Up(w[1], w[0])
         self.detail4, self.detail2 = DetailEnhancement(w[1]), DetailEnhancement(w[0])
         if s.skips:
-            self.skip4, self.skip2, self.skip1 = GatedSkip(w[1], s.skip_noise), GatedSkip(w[0], s.skip_noise), ImageSkip(w[0])
+            self.skip4, self.skip2, self.skip1 = (
+                GatedSkip(w[1], s.skip_noise),
+                GatedSkip(w[0], s.skip_noise),
+                ImageSkip(w[0]),
+            )
         self.pixel_head = nn.Sequential(nn.Conv2d(w[0], 16, 3, padding=1), nn.PixelShuffle(2))
 
     # --------------------------------------------------------------------------------------- features
@@ -340,7 +373,8 @@ class DetailVAE(nn.Module):
     def fit_bank(self, features: Iterable[Tensor], n_images: int) -> None:
         """Keep features that represent those of all n good training images, from batches of them (B, C, h, w).
 
-        A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of places.
+        A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of
+        places.
         """
         generator = torch.Generator().manual_seed(0)
         n_each = math.ceil(min(N_BANK_CANDIDATES, MOST_CANDIDATE_NUMBERS // self.n_features) / max(1, n_images))
@@ -356,12 +390,14 @@ class DetailVAE(nn.Module):
 
     @torch.no_grad()
     def fit_deviations(self, batches: Sequence[Tensor]) -> None:
-        """Learn how features deviate from their prediction on good training images, from batches of their features (B, C, h, w).
+        """Learn how features deviate from their prediction on good training images, from batches of their features (B,
+        C, h, w).
 
         The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
-        place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of the
-        identity), is of the data set. ``whitening`` W has W R W' = 1. ``prototypes`` are deviations so decorrelated that
-        represent all others: a greedy coreset (as in Roth et al. 2022, algorithm 1), each the farthest from those before it.
+        place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of
+        the identity), is of the data set. ``whitening`` W has W R W' = 1. ``prototypes`` are deviations so decorrelated
+        that represent all others: a greedy coreset (as in Roth et al. 2022, algorithm 1), each the farthest from those
+        before it.
         """
         if self.backbone is None:
             return
@@ -375,7 +411,9 @@ class DetailVAE(nn.Module):
             candidates.append(some_rows(deviation, n_each, generator))
             rows = rows_of(deviation).flatten(0, 1).double()
             total, count = total + rows.T @ rows, count + len(rows)
-        moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(self.n_features, dtype=torch.float64)
+        moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(
+            self.n_features, dtype=torch.float64
+        )
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
         self.whitening.copy_(_inverse_factor(moments * same_tap).float())
         decorrelated = torch.cat(candidates) @ self.whitening.T.cpu()
@@ -389,7 +427,12 @@ class DetailVAE(nn.Module):
         x = self.down32(self.down16(x))
         mu, logvar = self.to_global(x.mean((2, 3))).chunk(2, 1)
         detail_mu, detail_logvar = self.to_detail(x).chunk(2, 1)
-        return mu.float(), logvar.float().clamp(*LOGVAR_RANGE), detail_mu.float(), detail_logvar.float().clamp(*LOGVAR_RANGE)
+        return (
+            mu.float(),
+            logvar.float().clamp(*LOGVAR_RANGE),
+            detail_mu.float(),
+            detail_logvar.float().clamp(*LOGVAR_RANGE),
+        )
 
     def decode_trunk(self, z: Tensor, z_detail: Tensor) -> Tensor:
         """(B, 8 * base_channels, H/8, W/8) from both latents: z (B, D) and z_detail (B, d, H/32, W/32)."""
@@ -415,7 +458,9 @@ class DetailVAE(nn.Module):
             x = self.skip4(x, self.stem4(skip2), surprise)
         decoded = self.up2(self.detail4(x))
         joined = self.detail2(self.skip2(decoded, skip2, surprise) if self.settings.skips else decoded)
-        mean, logvar = self.pixel_head(joined).float().split((3, 1), 1)  # what is painted has more levels than bfloat16 has
+        mean, logvar = (
+            self.pixel_head(joined).float().split((3, 1), 1)
+        )  # what is painted has more levels than bfloat16 has
         reconstruction = painted = torch.sigmoid(mean)
         if self.settings.skips:
             reconstruction = self.skip1(decoded, joined, skip2, painted, images, surprise)
@@ -426,29 +471,45 @@ class DetailVAE(nn.Module):
 
         Args:
             features: their standardised features, where already computed; without painting, images are not needed then.
-            paint: run the pixel branch; without it reconstruction, pixel_logvar and defect_logits are None, for half the time.
+            paint: run the pixel branch; without it reconstruction, pixel_logvar and defect_logits are None, for half
+                the time.
         """
         features = self.grid_features(images) if features is None else features
         mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
         trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
-        output = DetailOutput(VAEOutput(None, mu, logvar, detail_mu, detail_logvar), None, None, features, feature_mu, feature_logvar, trunk)
+        output = DetailOutput(
+            VAEOutput(None, mu, logvar, detail_mu, detail_logvar),
+            None,
+            None,
+            features,
+            feature_mu,
+            feature_logvar,
+            trunk,
+        )
         return self.paint(images, output) if paint else output
 
     @torch.no_grad()
     def seen(self, output: DetailOutput) -> tuple[Tensor, Tensor]:
-        """Of what ``describe`` said: ``tap_deviations`` (B, n_taps, H/8, W/8), and features beside their deviations, both cut at 10 (B, 2 * C, H/8, W/8); no gradient."""
+        """Of what ``describe`` said: ``tap_deviations`` (B, n_taps, H/8, W/8), and features beside their deviations,
+        both cut at 10 (B, 2 * C, H/8, W/8); no gradient.
+        """
         if not self.n_features:
             return output.trunk[:, :0], output.trunk[:, :0]
         deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
         return tap_roots(deviation, self.tap_channels), torch.cat([output.features, deviation], 1).clamp(-10, 10)
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:
-        """What ``describe`` said of these images without painting, with reconstruction, pixel_logvar and defect_logits."""
+        """What ``describe`` said of these images without painting, with reconstruction,
+        pixel_logvar and defect_logits."""
         taps, features = self.seen(output)
         painting = self.decode_pixels(output.trunk, images, feature_surprise(taps, self.tap_channels))
         defect_logits = self.defect_head and self.defect_head(images, painting, taps, features)
-        return output._replace(vae=output.vae._replace(reconstruction=painting.reconstruction), pixel_logvar=painting.logvar, defect_logits=defect_logits)
+        return output._replace(
+            vae=output.vae._replace(reconstruction=painting.reconstruction),
+            pixel_logvar=painting.logvar,
+            defect_logits=defect_logits,
+        )
 
     def forward(self, images: Tensor) -> VAEOutput:
         """What the latents and the pixel decoder say of images (B, 3, H, W).
@@ -488,7 +549,9 @@ def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def unlikeness(features: Tensor) -> Tensor:
-    """How far the strangest places of each image (N, C, h, w), 2 % of them, lie from any place sampled from the others, (N,)."""
+    """How far the strangest places of each image (N, C, h, w), 2 % of them, lie from any place sampled from the others,
+    (N,).
+    """
     generator = torch.Generator().manual_seed(0)
     samples = [some_rows(each[None].float(), math.ceil(N_CANDIDATES / len(features)), generator) for each in features]
     found = []
@@ -500,7 +563,9 @@ def unlikeness(features: Tensor) -> Tensor:
 
 
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
-    """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats where N < n."""
+    """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats
+    where N < n.
+    """
     projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
     squared, nearest, chosen = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0]
     while len(chosen) < n:
@@ -517,15 +582,25 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
 
 
 def feature_surprise(taps: Tensor, tap_channels: Sequence[int]) -> Tensor:
-    """log(1 + mean squared error over predicted variance) at every place, (B, 1, h, w) of ``tap_deviations`` (B, n_taps, h, w); 0 where there are no taps."""
+    """log(1 + mean squared error over predicted variance) at every place, (B, 1, h, w) of ``tap_deviations`` (B,
+    n_taps, h, w); 0 where there are no taps.
+    """
     weighted = (n / sum(tap_channels) * tap**2 for n, tap in zip(tap_channels, taps.unbind(1), strict=True))
     return torch.log1p(sum(weighted, start=taps[:, :0].sum(1))).unsqueeze(1)
 
 
 @torch.no_grad()
-def tap_deviations(features: Tensor | None, feature_mu: Tensor | None, feature_logvar: Tensor | None, tap_channels: Sequence[int], like: Tensor) -> Tensor:
+def tap_deviations(
+    features: Tensor | None,
+    feature_mu: Tensor | None,
+    feature_logvar: Tensor | None,
+    tap_channels: Sequence[int],
+    like: Tensor,
+) -> Tensor:
     """Root mean square of the deviations within each tap of the backbone, (B, n_taps, H/8, W/8), no gradient."""
-    return like[:, :0] if features is None else tap_roots(deviations(features, feature_mu, feature_logvar), tap_channels)
+    return (
+        like[:, :0] if features is None else tap_roots(deviations(features, feature_mu, feature_logvar), tap_channels)
+    )
 
 
 def tap_roots(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
@@ -547,13 +622,16 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | Non
     >>> round(kl_divergence(torch.ones(1, 4), torch.zeros(1, 4)).item(), 6)
     0.5
     """
-    if prior is not None:  # the divergence stays when both are shifted and scaled alike, so that the prior becomes N(0, 1)
+    if (
+        prior is not None
+    ):  # the divergence stays when both are shifted and scaled alike, so that the prior becomes N(0, 1)
         mu, logvar = (mu - prior[0]) * torch.exp(-0.5 * prior[1]), logvar - prior[1]
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
 
 def gaussian_nll(squared_error: Tensor, logvar: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood in nats of a Gaussian with that log-variance, (B, C, H, W) both, without the constant.
+    """Mean negative log-likelihood in nats of a Gaussian with that log-variance, (B, C, H, W) both, without the
+    constant.
 
     Kendall & Gal 2017, eq. 5. The caller detaches the error where only the variance is to learn from it. ``weight``
     (B, 1, H, W), of 0 and 1, says which places count; where none does, this is 0.
@@ -563,9 +641,11 @@ def gaussian_nll(squared_error: Tensor, logvar: Tensor, weight: Tensor | None = 
 
 
 def sound_places(defect_mask: Tensor, pasted: Tensor) -> Tensor:
-    """1 where features see nothing of a drawn defect (B, 1, H, W) nor of what was ``pasted`` (B, 1, h, w), else 0; (B, 1, h, w).
+    """1 where features see nothing of a drawn defect (B, 1, H, W) nor of what was ``pasted`` (B, 1, h, w), else 0; (B,
+    1, h, w).
 
-    The predicted variance is to tell how much good parts vary: learned from defects too, it grows wherever one was drawn, and
+    The predicted variance is to tell how much good parts vary: learned from defects too, it grows wherever one was
+        drawn, and
     faint real ones drown in it. A place sees its surroundings, so two more on each side are left out.
     """
     drawn = F.adaptive_max_pool2d(defect_mask.to(pasted), pasted.shape[-2:])
@@ -573,7 +653,8 @@ def sound_places(defect_mask: Tensor, pasted: Tensor) -> Tensor:
 
 
 def corrupt_features(features: Tensor, noise: float, paste_probability: float) -> tuple[Tensor, Tensor]:
-    """Features (B, C, h, w) with uniform noise and, in some images, a rectangle pasted from another image; and where, (B, 1, h, w) of 0 and 1.
+    """Features (B, C, h, w) with uniform noise and, in some images, a rectangle pasted from another image; and where,
+    (B, 1, h, w) of 0 and 1.
 
     ``noise`` is a standard deviation (uniform, because Gaussian numbers cost a sixth of a training step on CPU).
 
@@ -584,7 +665,9 @@ def corrupt_features(features: Tensor, noise: float, paste_probability: float) -
     batch, _, height, width = features.shape
     for index in torch.nonzero(torch.rand(batch) < paste_probability).flatten().tolist():
         h, w = (int(torch.randint(1, max(2, side // 4) + 1, ())) for side in (height, width))
-        (y, x), (from_y, from_x) = ((int(torch.randint(0, height - h + 1, ())), int(torch.randint(0, width - w + 1, ()))) for _ in range(2))
+        (y, x), (from_y, from_x) = (
+            (int(torch.randint(0, height - h + 1, ())), int(torch.randint(0, width - w + 1, ()))) for _ in range(2)
+        )
         donor = int(torch.randint(0, batch, ()))
         seen[index, :, y : y + h, x : x + w] = features[donor, :, from_y : from_y + h, from_x : from_x + w]
         pasted[index, :, y : y + h, x : x + w] = 1
@@ -616,8 +699,8 @@ class DetailLoss:
 
         Both (B, 3, H, W) in [0, 1]; ``clean`` and ``actual`` are their standardised features where already
         computed. In training, where ``defect_mask`` (B, 1, H, W) is given, the pixel branch runs on a crop of
-        some images of the batch (its convolutions are local, so a crop teaches the same for less). Returns a dict of scalars; "total" is the
-        weighted sum of the others.
+        some images of the batch (its convolutions are local, so a crop teaches the same for less). Returns a dict of
+        scalars; "total" is the weighted sum of the others.
         """
         clean = model.grid_features(images) if clean is None else clean
         actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
@@ -627,8 +710,13 @@ class DetailLoss:
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
-        drawn_from = trunk if clean is None else trunk.detach()  # pixels' gradients made the latents predict features worse
-        terms = self._pixel_terms(model, *self._cropped(model, images, corrupted, defect_mask, drawn_from, (actual, feature_mu, feature_logvar)))
+        drawn_from = (
+            trunk if clean is None else trunk.detach()
+        )  # pixels' gradients made the latents predict features worse
+        terms = self._pixel_terms(
+            model,
+            *self._cropped(model, images, corrupted, defect_mask, drawn_from, (actual, feature_mu, feature_logvar)),
+        )
         terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
         if clean is not None:
             error = (clean - feature_mu) ** 2
@@ -637,27 +725,57 @@ class DetailLoss:
         terms["total"] = self._weigh(terms, kl_scale)
         return terms
 
-    def of_pixels(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
-        """The terms of the pixel branch alone, and "total", their weighted sum, as it paints ``corrupted`` (B, 3, H, W) from its trunk and ``tap_deviations``, H/8 x W/8."""
+    def of_pixels(
+        self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor, trunk: Tensor, taps: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of the pixel branch alone, and "total", their weighted sum, as it paints ``corrupted`` (B, 3, H, W)
+        from its trunk and ``tap_deviations``, H/8 x W/8.
+        """
         terms = self._pixel_terms(model, images, corrupted, defect_mask, trunk, taps)
         return {**terms, "total": self._weigh(terms, 1.0)}
 
     def of_latents(self, terms: dict[str, float]) -> float:
-        """The weighted sum of those terms that the pixel branch has no part in, with the whole weight of the KL divergences."""
+        """The weighted sum of those terms that the pixel branch has no part in, with the whole weight of the KL
+        divergences.
+        """
         return self._weigh({name: terms[name] for name in LATENT_TERMS}, 1.0)
 
-    def _cropped(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """What the pixel branch is given, in training crops of it, else of whole images; ``told``: features, their prediction and its log-variance."""
+    def _cropped(
+        self,
+        model: DetailVAE,
+        images: Tensor,
+        corrupted: Tensor,
+        defect_mask: Tensor | None,
+        trunk: Tensor,
+        told: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """What the pixel branch is given, in training crops of it, else of whole images; ``told``: features, their
+        prediction and its log-variance.
+        """
         if model.training and defect_mask is not None:
-            share = self.settings.pixel_share if model.n_features else 1.0  # without features the latents learn from pixels alone
+            share = (
+                self.settings.pixel_share if model.n_features else 1.0
+            )  # without features the latents learn from pixels alone
             windows = crop_windows(defect_mask, self.settings.pixel_crop_px, share)
             trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
-            images, corrupted, defect_mask = (cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device)))
+            images, corrupted, defect_mask = (
+                cut(each, windows, FEATURE_STRIDE) for each in (images, corrupted, defect_mask.to(images.device))
+            )
         return images, corrupted, defect_mask, trunk, tap_deviations(*told, model.tap_channels, trunk)
 
-    def _pixel_terms(self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor | None, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
+    def _pixel_terms(
+        self,
+        model: DetailVAE,
+        images: Tensor,
+        corrupted: Tensor,
+        defect_mask: Tensor | None,
+        trunk: Tensor,
+        taps: Tensor,
+    ) -> dict[str, Tensor]:
         painting = model.decode_pixels(trunk, corrupted, feature_surprise(taps, model.tap_channels))
-        weight = torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
+        weight = (
+            torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
+        )
         return self._painted_terms(painting, images, weight)
 
     def _painted_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -722,10 +840,12 @@ def crop_windows(defect_mask: Tensor, side_px: int, share: float) -> list[tuple[
 
 def cut(maps: Tensor, windows: list[tuple[int, int, int, int]], scale: int) -> Tensor:
     """One window of each of the first maps, (N, C, h * scale, w * scale); ``scale`` is pixels a stride-8 place."""
-    return torch.stack([
-        each[:, scale * top : scale * (top + height), scale * left : scale * (left + width)]
-        for each, (top, left, height, width) in zip(maps, windows, strict=False)
-    ])
+    return torch.stack(
+        [
+            each[:, scale * top : scale * (top + height), scale * left : scale * (left + width)]
+            for each, (top, left, height, width) in zip(maps, windows, strict=False)
+        ]
+    )
 
 
 class FeatureCache:
@@ -746,7 +866,9 @@ class FeatureCache:
         """Features (B, C, H/8, W/8) of images (B, 3, H, W) with these keys, on the device of the images."""
         if self.model.backbone is None:
             return None
-        kept = [self._one(key, images[index : index + 1]).float() for index, key in enumerate(keys)]  # autocast stacks no halves
+        kept = [
+            self._one(key, images[index : index + 1]).float() for index, key in enumerate(keys)
+        ]  # autocast stacks no halves
         return torch.stack(kept).to(images.device, memory_format=torch.channels_last)
 
     def _one(self, key: int, image: Tensor) -> Tensor:
@@ -764,7 +886,9 @@ class FeatureCache:
 
 @torch.no_grad()
 def fold_layers(model: nn.Module) -> nn.Module:
-    """The model with every normalisation and every ``PixelUnshuffle`` folded into the convolution beside it: the same outputs sooner, no more training."""
+    """The model with every normalisation and every ``PixelUnshuffle`` folded into the convolution beside it: the same
+    outputs sooner, no more training.
+    """
     for module in model.eval().modules():
         if isinstance(module, nn.Sequential):
             for at, (first, second) in enumerate(pairwise(module)):
@@ -797,6 +921,9 @@ def load_detail_vae(path: Path | str, device: torch.device | str = "cpu") -> Det
         device: as ``engine.resolve_device`` takes it.
 
     Raises:
-        InputError: the file cannot be read, is of another kind, its backbone's weights cannot be found, or there is no such device.
+        InputError: the file cannot be read, is of another kind, its backbone's weights cannot be found, or there is no
+            such device.
     """
-    return detail_vae_from_checkpoint(load_checkpoint(path, KIND, ("settings", "model")), path).to(resolve_device(device))
+    return detail_vae_from_checkpoint(load_checkpoint(path, KIND, ("settings", "model")), path).to(
+        resolve_device(device)
+    )

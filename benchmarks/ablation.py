@@ -1,7 +1,9 @@
-"""What each part of DetailVAE is worth: it is trained and tested without one part after the other, over several seeds; a table and a JSON file.
+"""What each part of DetailVAE is worth: it is trained and tested without one part after the other, over several seeds;
+a table and a JSON file.
 
-Parts of training cost a training each, of few images by default; parts of the maps and the score take the weights of the first row.
-Every row is what the scripts themselves would give: train_with_validation.py with the row's flags, then test_vae.py.
+Parts of training cost a training each, of few images by default; parts of the maps and the score take the weights of
+the first row. Every row is what the scripts themselves would give: train_with_validation.py with the row's flags, then
+test_vae.py.
 """
 
 from __future__ import annotations
@@ -45,8 +47,14 @@ TRAINED = {
 
 def alone(kind: str, name: str = "") -> list[str]:
     """Flags that leave of all "map" or "score" shares this one alone, or none."""
-    shares = [each.name for each in dataclasses.fields(config.MapSettings) if each.name.startswith(f"{kind}_") and each.name != "map_flips"]
-    return [word for each in shares for word in ("--" + each.replace("_", "-"), "1" if each == f"{kind}_{name}" else "0")]
+    shares = [
+        each.name
+        for each in dataclasses.fields(config.MapSettings)
+        if each.name.startswith(f"{kind}_") and each.name != "map_flips"
+    ]
+    return [
+        word for each in shares for word in ("--" + each.replace("_", "-"), "1" if each == f"{kind}_{name}" else "0")
+    ]
 
 
 RECALIBRATED = {
@@ -83,7 +91,10 @@ def main(settings: config.AblationSettings) -> None:
         InputError: no row could be measured.
     """
     if settings.weights or settings.resume:
-        raise config.UsageError("Every row is trained from the start or takes the weights of the first; expected no --weights and no --resume.")
+        raise config.UsageError(
+            "Every row is trained from the start or takes the weights of the first; expected no --weights and no "
+            "--resume."
+        )
     rows = chosen_rows(settings.rows)
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
@@ -98,7 +109,9 @@ def main(settings: config.AblationSettings) -> None:
         for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
             try:
                 if name in RECALIBRATED and (DEFAULT, seed) not in {(each["row"], each["seed"]) for each in measured}:
-                    raise config.InputError(f"the row '{DEFAULT}' left no weights to judge with.")  # an earlier run's would be there still
+                    raise config.InputError(
+                        f"the row '{DEFAULT}' left no weights to judge with."
+                    )  # an earlier run's would be there still
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
                 train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])
@@ -118,7 +131,9 @@ def chosen_rows(wanted: tuple[str, ...]) -> list[str]:
     known = [*TRAINED, *RECALIBRATED]
     for name in wanted:
         if name not in known:
-            raise config.UsageError(f"There is no row {name!r}; expected some of {', '.join(repr(each) for each in known)}.")
+            raise config.UsageError(
+                f"There is no row {name!r}; expected some of {', '.join(repr(each) for each in known)}."
+            )
     return [name for name in known if not wanted or name in wanted or name == DEFAULT]
 
 
@@ -130,21 +145,52 @@ def changes_nothing(name: str, settings: config.AblationSettings) -> bool:
 
 def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
     """Train or recalibrate one row with ``settings.seed``, test it, and return its figures."""
+
     def folder(row: str) -> Path:
         return out / f"{row.replace(' ', '_').replace(':', '').replace(',', '')}_{settings.seed}"
 
     here, started = folder(name), time.perf_counter()
-    common = ["--output-dir", here, "--device", settings.device, "--precision", settings.precision, "--num-workers", settings.num_workers]
+    common = [
+        "--output-dir",
+        here,
+        "--device",
+        settings.device,
+        "--precision",
+        settings.precision,
+        "--num-workers",
+        settings.num_workers,
+    ]
     if name in TRAINED:
         base = config.from_dict(config.TrainSettings, config.as_dict(settings))
         config.save(base, here / "base.yaml")
         call(train_with_validation.main, config.TrainSettings, "--config", here / "base.yaml", *common, *TRAINED[name])
     else:
-        call(train_with_validation.main, config.TrainSettings, "--weights", folder(DEFAULT) / train_with_validation.BEST, *common, *RECALIBRATED[name])
+        call(
+            train_with_validation.main,
+            config.TrainSettings,
+            "--weights",
+            folder(DEFAULT) / train_with_validation.BEST,
+            *common,
+            *RECALIBRATED[name],
+        )
     minutes = (time.perf_counter() - started) / 60
-    call(test_vae.main, config.DetailTestSettings, "--model", here / train_with_validation.BEST, *common, "--no-pictures", "--bootstrap", 0)
+    call(
+        test_vae.main,
+        config.DetailTestSettings,
+        "--model",
+        here / train_with_validation.BEST,
+        *common,
+        "--no-pictures",
+        "--bootstrap",
+        0,
+    )
     report = json.loads((here / "test_results" / "metrics" / "test_metrics.json").read_text(encoding="utf-8"))
-    return {"row": name, "seed": settings.seed, "minutes": minutes, **{title: value_at(report, path) for title, path in COLUMNS.items()}}
+    return {
+        "row": name,
+        "seed": settings.seed,
+        "minutes": minutes,
+        **{title: value_at(report, path) for title, path in COLUMNS.items()},
+    }
 
 
 def call(stage: Callable[[config.Settings], None], settings_class: type[config.Settings], *flags) -> None:

@@ -1,6 +1,8 @@
-"""The VAE classifier beside a plain ResNet and a frozen VAE with a head: same plots, epochs and cores; a table and a JSON file.
+"""The VAE classifier beside a plain ResNet and a frozen VAE with a head: same plots, epochs and cores; a table and a
+JSON file.
 
-All take the weights of the last epoch, averaged over steps; the test set is scored once for each, nothing is chosen by it.
+All take the weights of the last epoch, averaged over steps; the test set is scored once for each, nothing is chosen by
+it.
 """
 
 from __future__ import annotations
@@ -32,11 +34,17 @@ from classifier_data import read_plots
 from vae_classifier import smoothed_targets, view_log_probabilities
 
 HEAD_WIDTH = 256
-COLUMNS = (("test accuracy", "test", "accuracy"), ("test macro F1", "test", "macro_f1"), ("validation accuracy", "real", "accuracy"), ("fresh accuracy", "fresh", "accuracy"))
+COLUMNS = (
+    ("test accuracy", "test", "accuracy"),
+    ("test macro F1", "test", "macro_f1"),
+    ("validation accuracy", "real", "accuracy"),
+    ("fresh accuracy", "fresh", "accuracy"),
+)
 
 
 class PlainResNet(nn.Module):
-    """A ResNet of one basic block a stage (He et al. 2016, 4.9 M parameters) behind the interface of ``VAEClassifier``."""
+    """A ResNet of one basic block a stage (He et al. 2016,
+    4.9 M parameters) behind the interface of ``VAEClassifier``."""
 
     def __init__(self, n_classes: int):
         super().__init__()
@@ -64,7 +72,9 @@ class CrossEntropy:
         with torch.set_grad_enabled(not self.frozen):
             features, _ = model.encode(images)
         logits = model.head(features).float()
-        return {"total": F.cross_entropy(logits, smoothed_targets(labels, logits.shape[1], self.label_smoothing))}, logits
+        return {
+            "total": F.cross_entropy(logits, smoothed_targets(labels, logits.shape[1], self.label_smoothing))
+        }, logits
 
 
 def fit(run: stage.Run, epochs: int, title: str) -> None:
@@ -75,7 +85,15 @@ def fit(run: stage.Run, epochs: int, title: str) -> None:
         for epoch in range(1, epochs + 1):
             loader.sampler.set_epoch(epoch)
             seen = stage.Seen(len(run.classes))
-            engine.train_epoch(run.model, stage.stepping(loader, run, progress), stage.training_terms(run, seen), optimizer, scheduler, run.runtime, run.settings.gradient_clip)
+            engine.train_epoch(
+                run.model,
+                stage.stepping(loader, run, progress),
+                stage.training_terms(run, seen),
+                optimizer,
+                scheduler,
+                run.runtime,
+                run.settings.gradient_clip,
+            )
 
 
 def with_average(run: stage.Run, model: nn.Module, averaged: nn.Module) -> None:
@@ -100,7 +118,9 @@ def train_frozen(run: stage.Run) -> None:
     fit(run, max(1, run.settings.epochs - n_head), "VAE")
     model = run.judged
     for each in (model, run.model):
-        each.head = nn.Sequential(nn.Linear(run.settings.latent_dim, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, len(run.classes))).to(run.runtime.device)
+        each.head = nn.Sequential(
+            nn.Linear(run.settings.latent_dim, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, len(run.classes))
+        ).to(run.runtime.device)
     with_average(run, model.requires_grad_(False), run.model)
     model.head.requires_grad_(True)
     run.loss = CrossEntropy(run.settings.label_smoothing, frozen=True)
@@ -123,14 +143,24 @@ def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
 def measure(name: str, settings: config.ClassifierBenchmarkSettings) -> dict:
     """Train one method and score it; figures with intervals, seconds, plots/s from memory, parameters."""
     run = stage.prepare(settings)
-    test = read_plots(run.data.folder.test, settings, run.data.cache, plot_loader.progress_bar("test plots"), stage.say) if run.data.folder.test else None
+    test = (
+        read_plots(run.data.folder.test, settings, run.data.cache, plot_loader.progress_bar("test plots"), stage.say)
+        if run.data.folder.test
+        else None
+    )
     groups = {**({"test": test} if test is not None and len(test.labels) else {}), **run.data.validation}
     started = time.perf_counter()
     METHODS[name](run)
     trained = time.perf_counter()
     found = {group: predicted(run, labelled.images) for group, labelled in groups.items()}
     rate = sum(map(len, found.values())) / (time.perf_counter() - trained)
-    row = {"method": name, "seed": settings.seed, "training_s": trained - started, "plots_per_s": rate, "parameters": sum(p.numel() for p in run.judged.parameters())}
+    row = {
+        "method": name,
+        "seed": settings.seed,
+        "training_s": trained - started,
+        "plots_per_s": rate,
+        "parameters": sum(p.numel() for p in run.judged.parameters()),
+    }
     for group, classes in found.items():
         confusion = evaluation.confusion_matrix(groups[group].labels, classes, len(run.classes))
         report = evaluation.classification_report_dict(confusion, run.classes, settings.bootstrap, settings.seed)
@@ -145,7 +175,11 @@ def main(settings: config.ClassifierBenchmarkSettings) -> None:
     if not settings.data_dir:
         settings = stage.use_demo(settings)
     out, rows = Path(settings.output_dir) / "benchmark_results" / "classifier.json", []
-    print(f"{'method':<8s}" + "".join(f"{title:>24s}" for title, _, _ in COLUMNS) + f"{'training':>10s}{'plots/s':>9s}{'parameters':>12s}")
+    print(
+        f"{'method':<8s}"
+        + "".join(f"{title:>24s}" for title, _, _ in COLUMNS)
+        + f"{'training':>10s}{'plots/s':>9s}{'parameters':>12s}"
+    )
     for name in settings.methods:
         rows.append(measure(name, settings.replace(resume=False)))
         print(line(rows[-1]), flush=True)
@@ -157,7 +191,11 @@ def line(row: dict) -> str:
     """A row of the table."""
     figures = [row.get(group, {}).get(measure) for _, group, measure in COLUMNS]
     shown = [stage.sentence(figure).replace("95 %: ", "") if figure else "-" for figure in figures]
-    return f"{row['method']:<8s}" + "".join(f"{each:>24s}" for each in shown) + f"{row['training_s']:>8.0f} s{row['plots_per_s']:>9.0f}{row['parameters']:>12,d}"
+    return (
+        f"{row['method']:<8s}"
+        + "".join(f"{each:>24s}" for each in shown)
+        + f"{row['training_s']:>8.0f} s{row['plots_per_s']:>9.0f}{row['parameters']:>12,d}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""DetailVAE beside anomalib's PatchCore and PaDiM: same backbone weights, good images, threshold rule and cores; a table and a JSON file.
+"""DetailVAE beside anomalib's PatchCore and PaDiM: same backbone weights, good images, threshold rule and cores; a
+table and a JSON file.
 
 Each method runs in a process of its own, so that its peak memory is its own.
 """
@@ -39,7 +40,14 @@ import train_with_validation
 from perceptual_loss import Backbone, load_backbone
 from vae_model import farthest_points
 
-MEASURED = (("image", "auroc"), ("image", "f1"), ("pixel", "auroc"), ("pixel", "average_precision"), ("pixel", "aupro"), ("pixel", "pointing"))
+MEASURED = (
+    ("image", "auroc"),
+    ("image", "f1"),
+    ("pixel", "auroc"),
+    ("pixel", "average_precision"),
+    ("pixel", "aupro"),
+    ("pixel", "pointing"),
+)
 LAYER = "grid"  # what anomalib's models call the features they are given
 N_CHANNELS = 100
 CORESET_SHARE = 0.1
@@ -63,14 +71,19 @@ class NamedGrid(torch.nn.Module):
 def require_anomalib() -> None:
     """Raises InputError where anomalib is not installed."""
     if importlib.util.find_spec("anomalib") is None:
-        raise config.InputError("PatchCore and PaDiM are anomalib's, which is not installed; expected pip install -r benchmarks/requirements.txt, or --methods detailvae.")
+        raise config.InputError(
+            "PatchCore and PaDiM are anomalib's, which is not installed; expected pip install -r "
+            "benchmarks/requirements.txt, or --methods detailvae."
+        )
 
 
 def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> torch.nn.Module:
-    """anomalib's PatchCore (Roth et al. 2022) or PaDiM (Defard et al. 2021, over 100 random channels), fitted to ``images`` (N, 3, H, W).
+    """anomalib's PatchCore (Roth et al. 2022) or PaDiM (Defard et al. 2021, over 100 random channels), fitted to
+    ``images`` (N, 3, H, W).
 
-    Both see the grid of ``backbone`` in place of a network of their own. PatchCore's coreset is a tenth of the places, each the farthest from those
-    chosen before, as in anomalib, but found by ``vae_model.farthest_points`` in a random projection to 64 dimensions for anomalib's 300.
+    Both see the grid of ``backbone`` in place of a network of their own. PatchCore's coreset is a tenth of the places,
+    each the farthest from those chosen before, as in anomalib, but found by ``vae_model.farthest_points`` in a random
+    projection to 64 dimensions for anomalib's 300.
 
     Returns:
         A module that takes images (B, 3, H, W) to ``pred_score`` (B,) and ``anomaly_map`` (B, 1, H, W).
@@ -85,7 +98,9 @@ def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> 
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
     torch.manual_seed(seed)
-    model = (PatchcoreModel if name == "patchcore" else PadimModel)(backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False)  # replaced at once
+    model = (PatchcoreModel if name == "patchcore" else PadimModel)(
+        backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False
+    )  # replaced at once
     model.feature_extractor, model.layers = NamedGrid(backbone), [LAYER]
     if name == "padim":
         model.idx = torch.randperm(backbone.channels)[:N_CHANNELS]
@@ -97,7 +112,9 @@ def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> 
         else:
             places = torch.cat(model.embedding_store)
             model.embedding_store.clear()
-            model.memory_bank = places[farthest_points(places, max(1, round(CORESET_SHARE * len(places))), torch.Generator().manual_seed(seed))]
+            model.memory_bank = places[
+                farthest_points(places, max(1, round(CORESET_SHARE * len(places))), torch.Generator().manual_seed(seed))
+            ]
     return model.eval()
 
 
@@ -115,7 +132,10 @@ class Baseline:
         return found.pred_score.flatten().tolist(), found.anomaly_map[:, 0].numpy()
 
     def detect(self, images: Tensor) -> list[defect_maps.Detection]:
-        return [self.calibration.judge(score)._replace(defect_map=each) for score, each in zip(*self.maps(images), strict=True)]
+        return [
+            self.calibration.judge(score)._replace(defect_map=each)
+            for score, each in zip(*self.maps(images), strict=True)
+        ]
 
 
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
@@ -125,18 +145,26 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
         InputError: none of either can be read.
     """
     folder = image_folders.MVTecFolder(settings.data_dir)
-    good = train_with_validation.usual_images(folder.train_good, settings, engine.make_runtime(settings.device, settings.precision))
+    good = train_with_validation.usual_images(
+        folder.train_good, settings, engine.make_runtime(settings.device, settings.precision)
+    )
     paths = folder.split(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
-    train_with_validation.warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors])
+    train_with_validation.warn(
+        folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors]
+    )
     for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
         if not len(batch.images):
             raise config.InputError(f"None of the {len(some)} {kind} images of {settings.data_dir} can be read.")
-    baseline = Baseline(anomalib_model(name, load_backbone(settings.backbone, settings.vgg16_weights), training.images, settings.seed))
+    baseline = Baseline(
+        anomalib_model(name, load_backbone(settings.backbone, settings.vgg16_weights), training.images, settings.seed)
+    )
     scores, maps = zip(*(baseline.maps(batch) for batch in held.images.split(BATCH_SIZE)), strict=True)
     all_scores = itertools.chain.from_iterable(scores)
     pixels = defect_maps.pixels_within(maps, held.windows(settings.resize, folder.letterboxed))
-    baseline.calibration = defect_maps.Calibration.of({}, all_scores, pixels, settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac)
+    baseline.calibration = defect_maps.Calibration.of(
+        {}, all_scores, pixels, settings.target_false_alarms, settings.pixel_false_positives, not settings.trim_frac
+    )
     return baseline
 
 
@@ -144,14 +172,17 @@ def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.
     """What ``train_with_validation.py`` leaves behind."""
     with contextlib.redirect_stdout(sys.stderr):
         train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings), settings.given))
-    return defect_maps.load_detector(Path(settings.output_dir) / "models" / "best_model.pth", precision=settings.precision)
+    return defect_maps.load_detector(
+        Path(settings.output_dir) / "models" / "best_model.pth", precision=settings.precision
+    )
 
 
 # ------------------------------------------------------------------------------------------ training sets
 
 
 def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, folder: Path) -> str:
-    """The data set to train and test on: the given one, or one of links in which training has fewer images or defective ones.
+    """The data set to train and test on: the given one, or one of links in which training has fewer images or defective
+    ones.
 
     Args:
         n_images: in training, all told; 0 keeps every good one.
@@ -165,7 +196,10 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     defective = [item for item in source.test if item.category != "good"]
     n_images = n_images or len(source.train_good)
     n_bad = max(1, round(settings.contamination * n_images)) if settings.contamination else 0
-    for n, there, kind in ((n_images - n_bad, len(source.train_good), "good training images"), (n_bad, len(defective), "defective test images")):
+    for n, there, kind in (
+        (n_images - n_bad, len(source.train_good), "good training images"),
+        (n_bad, len(defective), "defective test images"),
+    ):
         if n > there:
             raise config.InputError(f"{settings.data_dir} has {there} {kind}; {n} were asked for.")
     good = [source.train_good[i] for i in sorted(rng.permutation(len(source.train_good))[: n_images - n_bad])]
@@ -205,16 +239,37 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     detector = train_detailvae(settings) if name == "detailvae" else train_baseline(name, settings)
     trained = time.perf_counter()
     folder, found = image_folders.MVTecFolder(settings.data_dir), []
-    for batch in data_loader.iter_image_batches([item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE):
+    for batch in data_loader.iter_image_batches(
+        [item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE
+    ):
         train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
-        detections = [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
-        found += zip(batch.paths, batch.original_sizes, batch.windows(settings.fitting, folder.letterboxed), detections, strict=True)
+        detections = (
+            [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
+        )
+        found += zip(
+            batch.paths,
+            batch.original_sizes,
+            batch.windows(settings.fitting, folder.letterboxed),
+            detections,
+            strict=True,
+        )
     if not found:
         raise config.InputError(f"None of the images in {folder.root / 'test'} can be read.")
-    speed = {"training_s": trained - started, "images_per_s": len(found) / (time.perf_counter() - trained), "peak_memory_mb": peak_memory_mb()}
+    speed = {
+        "training_s": trained - started,
+        "images_per_s": len(found) / (time.perf_counter() - trained),
+        "peak_memory_mb": peak_memory_mb(),
+    }
     by_path, maps, truths = {item.path: item for item in folder.test}, [], []
     for path, size, inside, each in found:  # grey bars are no pixels
-        truth = image_folders.read_truth(by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, lambda sentence: train_with_validation.warn([sentence]), size)
+        truth = image_folders.read_truth(
+            by_path[path],
+            settings.image_size,
+            settings.fitting,
+            each.defect_map.shape,
+            lambda sentence: train_with_validation.warn([sentence]),
+            size,
+        )
         maps.append(each.defect_map[inside])
         truths.append(None if truth is None else truth[inside])
     report = evaluation.detection_report(
@@ -227,7 +282,14 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
         N_RESAMPLES,
         settings.seed,
     )
-    return {"method": name, "seed": settings.seed, "train_images": len(folder.train_good), "contamination": settings.contamination, **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED}, **speed}
+    return {
+        "method": name,
+        "seed": settings.seed,
+        "train_images": len(folder.train_good),
+        "contamination": settings.contamination,
+        **{f"{level} {key}": report.get(level, {}).get(key) for level, key in MEASURED},
+        **speed,
+    }
 
 
 def peak_memory_mb() -> float | None:
@@ -240,7 +302,8 @@ def peak_memory_mb() -> float | None:
 
 
 def main(settings: config.DetectionBenchmarkSettings) -> None:
-    """Every method with every seed on the CPU, a row printed as soon as it is known; one that fails is left out, with a warning.
+    """Every method with every seed on the CPU, a row printed as soon as it is known; one that fails is left out, with a
+    warning.
 
     Raises:
         InputError: no method could be measured.
@@ -252,7 +315,9 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
     if not settings.methods:
         raise config.UsageError("--methods names none; expected some of detailvae, patchcore, padim.")
     if settings.device == "cuda" or settings.backbone == "none":
-        raise config.UsageError("The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none.")
+        raise config.UsageError(
+            "The baselines need a backbone and run on the CPU; expected no --device cuda and no --backbone none."
+        )
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
     settings = train_with_validation.fitted_as_on_disk(settings)
@@ -260,11 +325,29 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
     if set(settings.methods) != {"detailvae"}:
         require_anomalib()
     out, rows = Path(settings.output_dir) / "benchmark_results", []
-    print("  ".join(["method    ", "seed", "images", *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED), "training", "images/s", "memory"]))
+    print(
+        "  ".join(
+            [
+                "method    ",
+                "seed",
+                "images",
+                *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED),
+                "training",
+                "images/s",
+                "memory",
+            ]
+        )
+    )
     for n_images, seed in itertools.product(settings.train_images or (0,), settings.seeds or (settings.seed,)):
         data_dir = training_set(settings.replace(seed=seed), n_images, out / f"data_{n_images}_{seed}")
         for name in settings.methods:
-            run = settings.replace(seed=seed, data_dir=data_dir, device="cpu", resume=False, output_dir=str(out / f"{name}_{n_images}_{seed}"))
+            run = settings.replace(
+                seed=seed,
+                data_dir=data_dir,
+                device="cpu",
+                resume=False,
+                output_dir=str(out / f"{name}_{n_images}_{seed}"),
+            )
             try:
                 rows.append(in_own_process(name, run))
             except config.InputError as error:
@@ -287,7 +370,9 @@ def in_own_process(name: str, settings: config.DetectionBenchmarkSettings) -> di
         try:
             return pool.submit(measure, name, settings).result()
         except BrokenProcessPool:
-            raise config.InputError(f"{name} was killed, most likely for want of memory; try a smaller --image-size.") from None
+            raise config.InputError(
+                f"{name} was killed, most likely for want of memory; try a smaller --image-size."
+            ) from None
 
 
 def line(row: dict) -> str:
@@ -298,7 +383,9 @@ def line(row: dict) -> str:
         interval = f" ({figure['ci95'][0]:.3f}-{figure['ci95'][1]:.3f})" if figure and "ci95" in figure else ""
         shown.append((f"{figure['value']:.3f}{interval}" if figure else "-").rjust(22))
     memory = row["peak_memory_mb"]
-    return "  ".join([*shown, f"{row['training_s']:>6.0f} s", f"{row['images_per_s']:>8.1f}", f"{memory:>5.0f}M" if memory else "-"])
+    return "  ".join(
+        [*shown, f"{row['training_s']:>6.0f} s", f"{row['images_per_s']:>8.1f}", f"{memory:>5.0f}M" if memory else "-"]
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Data sets for measuring how general a method is, in the MVTec layout, where no photographs may be shared.
 
-Varied metal surfaces, a part that always lies the same way and a woven fabric, all drawn by code, and pieces of the user's own photographs of textures.
-The defects are drawn and have nothing to do with those that training draws.
+Varied metal surfaces, a part that always lies the same way and a woven fabric, all drawn by code, and pieces of the
+user's own photographs of textures. The defects are drawn and have nothing to do with those that training draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ N_HOLES, N_SCREWS, N_RIBS = 12, 4, 24
 YARN_PX = (11.0, 12.5)
 """Width of the fabric's yarns that run down and across."""
 TRAINING_PART, PIECE_FRAC, LEAST_PIECE_PX = 0.6, 0.35, 128
-"""Share of a photograph, from the left, that training images are pieces of; the side of a piece as a share of the photograph's shorter one, and at least."""
+"""Share of a photograph, from the left, that training images are pieces of; the side of a piece as a share of the
+photograph's shorter one, and at least.
+"""
 
 Drawn = tuple[np.ndarray, np.ndarray]
 """A float image (side, side, 3), BGR, about 0 to 255, and the mask (side, side) of its defect."""
@@ -41,7 +43,9 @@ Drawn = tuple[np.ndarray, np.ndarray]
 def grain(rng: np.random.Generator, side: int, across: float, down: float) -> np.ndarray:
     """Gaussian noise (side, side) of spread 1, blurred by so many pixels."""
     noise = rng.standard_normal((side, side)).astype(np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(across, 0.3), sigmaY=max(down, 0.3), borderType=cv2.BORDER_REFLECT_101)
+    noise = cv2.GaussianBlur(
+        noise, (0, 0), sigmaX=max(across, 0.3), sigmaY=max(down, 0.3), borderType=cv2.BORDER_REFLECT_101
+    )
     return noise / noise.std()
 
 
@@ -95,7 +99,11 @@ def surface(rng: np.random.Generator, side: int = SIDE) -> np.ndarray:
         turn = cv2.getRotationMatrix2D((side / 2, side / 2), rng.uniform(0, 180), 1.5)
         texture = cv2.warpAffine(texture, turn, (side, side), borderMode=cv2.BORDER_REFLECT)
     texture = texture + 0.5 * grain(rng, side, 40, 40)
-    grey = rng.uniform(90, 170) * light(rng, side, rng.uniform(0.1, 0.6)) + rng.uniform(6, 18) * texture + rng.normal(0, 2, (side, side))
+    grey = (
+        rng.uniform(90, 170) * light(rng, side, rng.uniform(0.1, 0.6))
+        + rng.uniform(6, 18) * texture
+        + rng.normal(0, 2, (side, side))
+    )
     return np.clip(grey[..., None] * rng.uniform(0.96, 1.04, 3), 0, 255).astype(np.float32)
 
 
@@ -119,7 +127,14 @@ def stained(rng: np.random.Generator, image: np.ndarray, sign: int) -> Drawn:
 def pitted(rng: np.random.Generator, image: np.ndarray, sign: int) -> Drawn:
     cover, middle = np.zeros(image.shape[:2], np.float32), rng.uniform(0.2, 0.8, 2) * len(image)
     for _ in range(rng.integers(3, 12)):
-        cv2.circle(cover, tuple(int(each) for each in middle + rng.normal(0, 25, 2)), int(rng.integers(1, 5)), 1.0, -1, cv2.LINE_AA)
+        cv2.circle(
+            cover,
+            tuple(int(each) for each in middle + rng.normal(0, 25, 2)),
+            int(rng.integers(1, 5)),
+            1.0,
+            -1,
+            cv2.LINE_AA,
+        )
     cover = cv2.GaussianBlur(cover, (0, 0), 0.8)
     return image - rng.uniform(30, 70) * cover[..., None], cover > 0.4
 
@@ -147,8 +162,14 @@ SURFACE_DEFECTS: dict[str, Callable[[np.random.Generator, np.ndarray, int], Draw
 def piece(rng: np.random.Generator, photo: np.ndarray, side_px: int, side: int = SIDE) -> np.ndarray:
     """A random square of ``side_px`` pixels of a photograph (H, W, 3), lit unevenly, with the grain of a camera."""
     top, left = (rng.integers(0, length - side_px + 1) for length in photo.shape[:2])
-    cut = cv2.resize(photo[top : top + side_px, left : left + side_px].astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
-    return cut * light(rng, side, rng.uniform(0, 0.2))[..., None].astype(np.float32) * rng.uniform(0.92, 1.08) + rng.normal(0, 2, cut.shape)
+    cut = cv2.resize(
+        photo[top : top + side_px, left : left + side_px].astype(np.float32),
+        (side, side),
+        interpolation=cv2.INTER_CUBIC,
+    )
+    return cut * light(rng, side, rng.uniform(0, 0.2))[..., None].astype(np.float32) * rng.uniform(
+        0.92, 1.08
+    ) + rng.normal(0, 2, cut.shape)
 
 
 def slit(rng: np.random.Generator, image: np.ndarray) -> Drawn:
@@ -187,7 +208,9 @@ PIECE_DEFECTS = {"slit": slit, "thread": threaded, "tint": tinted, "hole": pierc
 
 
 def cap(rng: np.random.Generator, missing: tuple[str, int] | None = None, side: int = SIDE) -> np.ndarray:
-    """A round cap with holes, screws turned at random, ribs and a label, (side, side, 3); one of them is ``missing``, or the label misprinted."""
+    """A round cap with holes, screws turned at random, ribs and a label, (side, side, 3); one of them is ``missing``,
+    or the label misprinted.
+    """
     scale = side / SIDE
     image = np.full((2 * side, 2 * side, 3), BACKGROUND, np.uint8)
     middle = np.array([side, side])
@@ -225,16 +248,28 @@ def cap(rng: np.random.Generator, missing: tuple[str, int] | None = None, side: 
         cv2.line(image, at(point - slot), at(point + slot), (80, 80, 78), px(9), cv2.LINE_AA)
     for rib in range(N_RIBS):
         if missing != ("rib", rib):
-            cv2.line(image, at(around(90, rib, N_RIBS)), at(around(170, rib, N_RIBS)), (130, 134, 138), px(6), cv2.LINE_AA)
+            cv2.line(
+                image, at(around(90, rib, N_RIBS)), at(around(170, rib, N_RIBS)), (130, 134, 138), px(6), cv2.LINE_AA
+            )
     disc(middle, 70, (60, 90, 150))
     disc(middle, 70, (40, 60, 100), 5)
     label = "DV-30" if missing == ("label", 0) else "DV-80"
-    cv2.putText(image, label, at(middle + scale * np.array([-62, 12])), cv2.FONT_HERSHEY_SIMPLEX, 1.2 * scale, (230, 230, 230), px(4), cv2.LINE_AA)
+    cv2.putText(
+        image,
+        label,
+        at(middle + scale * np.array([-62, 12])),
+        cv2.FONT_HERSHEY_SIMPLEX,
+        1.2 * scale,
+        (230, 230, 230),
+        px(4),
+        cv2.LINE_AA,
+    )
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def incomplete(rng: np.random.Generator, image: np.ndarray) -> Drawn:
-    """A cap that lacks a hole, a screw or a rib, or has another label; the mask is where it differs from the whole one."""
+    """A cap that lacks a hole, a screw or a rib, or has another label;
+    the mask is where it differs from the whole one."""
     kinds = ("hole", N_HOLES), ("screw", N_SCREWS), ("rib", N_RIBS), ("label", 1)
     drawn = [(name, int(rng.integers(n))) for name, n in kinds]
     missing, seed = drawn[rng.integers(len(kinds))], int(rng.integers(1 << 30))
@@ -293,8 +328,12 @@ CAP_DEFECTS: dict[str, Callable[[np.random.Generator, np.ndarray], Drawn]] = {
 # -------------------------------------------------------------------------------------- a woven fabric
 
 
-def fabric(rng: np.random.Generator, side: int = SIDE, broken: float | None = None, thick: float | None = None) -> Drawn:
-    """A plain weave, a little turned and warped, of yarns of uneven brightness; where asked, with a yarn broken, or thick, for a length, so far across or down, 0 to 1."""
+def fabric(
+    rng: np.random.Generator, side: int = SIDE, broken: float | None = None, thick: float | None = None
+) -> Drawn:
+    """A plain weave, a little turned and warped, of yarns of uneven brightness; where asked, with a yarn broken, or
+    thick, for a length, so far across or down, 0 to 1.
+    """
     y, x = np.mgrid[:side, :side].astype(np.float32)
     angle = np.deg2rad(rng.normal(0, 1.5))
     across = x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, 200) + 1.4 * grain(rng, side, 35, 35)
@@ -304,7 +343,11 @@ def fabric(rng: np.random.Generator, side: int = SIDE, broken: float | None = No
     warp_at, weft_at = (np.sin(np.pi * (at - np.floor(at))) for at in yarns)  # 1 along the middle of a yarn
     warp_tone, weft_tone = (rng.normal(0, 7, 400).astype(np.float32) for _ in range(2))
     over = (warp + weft) % 2 == 0
-    image = np.where(over, 95 + 60 * warp_at * (0.6 + 0.4 * weft_at) + warp_tone[warp % 400], 75 + 60 * weft_at * (0.6 + 0.4 * warp_at) + weft_tone[weft % 400])
+    image = np.where(
+        over,
+        95 + 60 * warp_at * (0.6 + 0.4 * weft_at) + warp_tone[warp % 400],
+        75 + 60 * weft_at * (0.6 + 0.4 * warp_at) + weft_tone[weft % 400],
+    )
     mask = np.zeros((side, side), bool)
     if broken is not None:
         mask = (warp == warp[side // 2, int(side * broken)]) & _a_length(rng, y)
@@ -337,7 +380,10 @@ def photographed(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) 
     side = len(image)
     move = cv2.getRotationMatrix2D((side / 2, side / 2), rng.normal(0, 0.7), 1 + rng.normal(0, 0.004))
     move[:, 2] += rng.normal(0, 2, 2)
-    image, moved = (cv2.warpAffine(each.astype(np.float32), move, (side, side), borderMode=cv2.BORDER_REPLICATE) for each in (image, mask))
+    image, moved = (
+        cv2.warpAffine(each.astype(np.float32), move, (side, side), borderMode=cv2.BORDER_REPLICATE)
+        for each in (image, mask)
+    )
     lit = image * light(rng, side, rng.uniform(0, 0.25))[..., None].astype(np.float32) * rng.uniform(0.93, 1.07)
     return lit + rng.normal(0, 2.2, image.shape) + 3 * grain(rng, side, 1, 1)[..., None], moved > 0.5
 
@@ -352,7 +398,9 @@ def write(root: Path, folder: str, number: int, image: np.ndarray, mask: np.ndar
         write_png(root / folder.replace("test", "ground_truth") / f"{number:03d}_mask.png", mask.astype(np.uint8) * 255)
 
 
-def write_surfaces(root: Path, seed: int = 0, n_train: int = 300, n_good: int = 40, n_each: int = 12, side: int = SIDE) -> None:
+def write_surfaces(
+    root: Path, seed: int = 0, n_train: int = 300, n_good: int = 40, n_each: int = 12, side: int = SIDE
+) -> None:
     """Metal surfaces, none like another; so many to train, good ones to test, and defective ones of each kind."""
     rng = np.random.default_rng(2 * seed + 5)
     for folder, n in (("train/good", n_train), ("test/good", n_good)):
@@ -364,8 +412,11 @@ def write_surfaces(root: Path, seed: int = 0, n_train: int = 300, n_good: int = 
             write(root, f"test/{kind}", number, *draw(rng, image, sign))
 
 
-def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
-    """The cap, always nearly in the same place; so many to train, good ones to test, and defective ones of each kind."""
+def write_caps(
+    root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE
+) -> None:
+    """The cap, always nearly in the same place; so many to train, good ones to test,
+    and defective ones of each kind."""
     rng = np.random.default_rng(2 * seed + 6)
     sound = np.zeros((side, side), bool)
     for folder, n in (("train/good", n_train), ("test/good", n_good)):
@@ -376,7 +427,9 @@ def write_caps(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, 
             write(root, f"test/{kind}", number, *photographed(rng, *draw(rng, cap(rng, side=side))))
 
 
-def write_fabrics(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
+def write_fabrics(
+    root: Path, seed: int = 0, n_train: int = 110, n_good: int = 30, n_each: int = 10, side: int = SIDE
+) -> None:
     """Pieces of a woven fabric; so many to train, good ones to test, and defective ones of each kind."""
     rng = np.random.default_rng(2 * seed + 21)
     for folder, n in (("train/good", n_train), ("test/good", n_good)):
@@ -387,8 +440,17 @@ def write_fabrics(root: Path, seed: int = 0, n_train: int = 110, n_good: int = 3
             write(root, f"test/{kind}", number, *draw(rng, side))
 
 
-def write_pieces(root: Path, photo: np.ndarray, seed: int = 0, n_train: int = 200, n_good: int = 30, n_each: int = 10, side: int = SIDE) -> None:
-    """Pieces of a photograph (H, W, 3), BGR: of its left part to train, of its right part to test, defective ones of each kind.
+def write_pieces(
+    root: Path,
+    photo: np.ndarray,
+    seed: int = 0,
+    n_train: int = 200,
+    n_good: int = 30,
+    n_each: int = 10,
+    side: int = SIDE,
+) -> None:
+    """Pieces of a photograph (H, W, 3), BGR: of its left part to train, of its right part to test, defective ones of
+    each kind.
 
     Raises:
         ValueError: the photograph is too small, or its right part narrower than a piece.
@@ -397,7 +459,10 @@ def write_pieces(root: Path, photo: np.ndarray, seed: int = 0, n_train: int = 20
     training, test = np.split(photo, [int(TRAINING_PART * photo.shape[1])], axis=1)
     if side_px < LEAST_PIECE_PX or test.shape[1] < side_px:
         least = math.ceil(LEAST_PIECE_PX / PIECE_FRAC)
-        raise ValueError(f"the photograph is {photo.shape[0]} x {photo.shape[1]} px; expected a shorter side of {least} px or more, and about the same height as width.")
+        raise ValueError(
+            f"the photograph is {photo.shape[0]} x {photo.shape[1]} px; expected a shorter side of {least} px or "
+            "more, and about the same height as width."
+        )
     for folder, part, n in (("train/good", training, n_train), ("test/good", test, n_good)):
         for number in range(n):
             write(root, folder, number, piece(rng, part, side_px, side))

@@ -51,7 +51,13 @@ def make_model(tiny_backbone):
 
     def make(backbone="none", **changes):
         torch.manual_seed(0)
-        narrow = {"latent_dim": 4, "detail_channels": 2, "base_channels": 4, "backbone": backbone, "segmentation": False}
+        narrow = {
+            "latent_dim": 4,
+            "detail_channels": 2,
+            "base_channels": 4,
+            "backbone": backbone,
+            "segmentation": False,
+        }
         return vae_model.DetailVAE(config.ModelSettings(**{**narrow, **changes}))
 
     return make
@@ -59,10 +65,18 @@ def make_model(tiny_backbone):
 
 @pytest.fixture
 def run_readme_code(tmp_path, monkeypatch):
-    """``run_readme_code("load_detector")`` runs README's Python block that has this word, in a folder of its own, and returns its names."""
+    """``run_readme_code("load_detector")`` runs README's Python block that has this word, in a folder of its own, and
+    returns its names.
+    """
 
     def run(word):
-        (code,) = (block for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), re.S) if word in block)
+        (code,) = (
+            block
+            for block in re.findall(
+                r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), re.S
+            )
+            if word in block
+        )
         monkeypatch.chdir(tmp_path)
         names = {}
         exec(code, names)
@@ -73,7 +87,7 @@ def run_readme_code(tmp_path, monkeypatch):
 
 def picture(height=48, width=64, seed=0):
     """Smooth, every corner another colour: JPEG keeps it and a turn shows."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = 20 * np.sin(6 * x + 5 * y + seed)
     return np.clip(np.stack([40 + 170 * x + waves, 40 + 170 * y, 200 - 90 * x - 60 * y], 2), 0, 255).astype(np.uint8)
 
@@ -113,7 +127,9 @@ def bomb(width, height):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def make_set(root, n_good=6, n_test=2, masks=True, defect="scratch"):
@@ -134,7 +150,9 @@ def save_mask(path, shape=(48, 64)):
 
 
 def prepare(source, out, **changes):
-    return data_loader.preprocess(config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes))
+    return data_loader.preprocess(
+        config.PreprocessSettings(source=(str(source),), out=str(out), image_size=64, **changes)
+    )
 
 
 def stamps(out):

@@ -26,7 +26,11 @@ from benchmarks import ablation, classifier, detection, drawn_sets
 
 @pytest.fixture
 def anomalib():
-    return pytest.importorskip("anomalib", reason="the baselines are anomalib's: pip install -r benchmarks/requirements.txt", exc_type=ImportError)
+    return pytest.importorskip(
+        "anomalib",
+        reason="the baselines are anomalib's: pip install -r benchmarks/requirements.txt",
+        exc_type=ImportError,
+    )
 
 
 def good_images(n, seed=1):
@@ -57,7 +61,9 @@ def test_the_coreset_holds_the_place_unlike_all_others(anomalib, tiny_backbone):
 def test_without_anomalib_its_methods_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(detection.importlib.util, "find_spec", lambda name: None)
     settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path))
-    with pytest.raises(config.InputError, match=r"expected pip install -r benchmarks/requirements.txt, or --methods detailvae"):
+    with pytest.raises(
+        config.InputError, match=r"expected pip install -r benchmarks/requirements.txt, or --methods detailvae"
+    ):
         detection.main(settings)
     assert (Path(detection.__file__).parent / "requirements.txt").is_file()
 
@@ -67,30 +73,53 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
     if len(methods) > 1:
         request.getfixturevalue("anomalib")
     settings = config.DetectionBenchmarkSettings(
-        data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", methods=methods, train_samples=4
+        data_dir=str(make_parts(tmp_path / "parts")),
+        output_dir=str(tmp_path),
+        image_size=64,
+        epochs=1,
+        perceptual_weight=0.0,
+        base_channels=4,
+        picture_every=9,
+        device="cpu",
+        methods=methods,
+        train_samples=4,
     )
     detection.main(settings)
     rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
     assert [row["method"] for row in rows] == list(methods)
-    assert all(0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows)
+    assert all(
+        0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows
+    )
     assert sum(line.startswith(methods) for line in capsys.readouterr().out.splitlines()) == len(methods)
 
 
 def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
     wide, mask = np.full((32, 64, 3), 90, np.uint8), np.zeros((32, 64), np.uint8)
     mask[8:16, 20:30] = 255
-    wides = [f"{folder}/{n:03d}" for folder, n in (("train/good", 0), ("train/good", 1), ("train/good", 2), ("test/good", 0), ("test/cut", 0))]
+    wides = [
+        f"{folder}/{n:03d}"
+        for folder, n in (("train/good", 0), ("train/good", 1), ("train/good", 2), ("test/good", 0), ("test/cut", 0))
+    ]
     for name, picture in [*((name, wide) for name in wides), ("ground_truth/cut/000_mask", mask)]:
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), picture)
     calibration = defect_maps.Calibration.of({}, [1.0, 2.0], np.zeros(4), 0.05, 0.01)
     row = np.arange(64.0)[:, None] * np.ones((1, 64))  # a map that says in which row of the square a pixel lies
-    stub = type("Stub", (), {"calibration": calibration, "detect": lambda self, images: [calibration.judge(1.0)._replace(defect_map=row) for _ in images]})()
+    stub = type(
+        "Stub",
+        (),
+        {
+            "calibration": calibration,
+            "detect": lambda self, images: [calibration.judge(1.0)._replace(defect_map=row) for _ in images],
+        },
+    )()
     judged = []
     monkeypatch.setattr(detection, "train_baseline", lambda *args: stub)
     monkeypatch.setattr(detection.evaluation, "detection_report", lambda *args: judged.append(args) or {})
-    detection.measure("padim", config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox"))
+    detection.measure(
+        "padim", config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox")
+    )
     maps, masks = judged[0][3:5]
     assert all(np.array_equal(each, row[16:48]) for each in maps)
     assert [int(each.sum()) for each in masks] == [80, 0] and masks[0][8:16, 20:30].all()
@@ -104,8 +133,12 @@ def brightness(name, backbone, images, seed):
 def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for index in range(12):
-        image_files.write_png(tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8))
-    settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu")
+        image_files.write_png(
+            tmp_path / "train" / "good" / f"{index:03d}.png", rng.integers(0, 255, (24, 64, 3)).astype(np.uint8)
+        )
+    settings = config.DetectionBenchmarkSettings(
+        data_dir=str(tmp_path), image_size=64, resize="letterbox", pixel_false_positives=0.02, device="cpu"
+    )
     monkeypatch.setattr(detection, "anomalib_model", brightness)
     baseline = detection.train_baseline("padim", settings)
     held = image_folders.split_holdout(image_folders.find_images(tmp_path), settings.holdout_frac, settings.seed)[1]
@@ -115,9 +148,13 @@ def test_a_baseline_is_calibrated_on_no_grey_bars(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_broken", [1, 3, 12])
 def test_a_baseline_says_which_images_it_skips_and_that_none_is_left(tmp_path, monkeypatch, capsys, n_broken):
-    settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), image_size=64, device="cpu")
+    settings = config.DetectionBenchmarkSettings(
+        data_dir=str(make_parts(tmp_path / "parts")), image_size=64, device="cpu"
+    )
     monkeypatch.setattr(detection, "anomalib_model", brightness)
-    training, held = image_folders.split_holdout(image_folders.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed)
+    training, held = image_folders.split_holdout(
+        image_folders.find_images(tmp_path / "parts" / "train"), settings.holdout_frac, settings.seed
+    )
     broken = {1: training[:1], 3: held, 12: training}[n_broken]
     for path in broken:
         path.write_bytes(b"broken")
@@ -134,14 +171,29 @@ def test_a_method_that_fails_does_not_end_the_others(tmp_path, monkeypatch, caps
     def measure(name, settings):
         if name == "padim" or settings.seed == 1:
             raise config.InputError("None can be read.")
-        return {"method": name, "seed": settings.seed, "train_images": 12, "images_per_s": 1.0, "training_s": 1.0, "peak_memory_mb": None, **{f"{level} {key}": None for level, key in detection.MEASURED}}
+        return {
+            "method": name,
+            "seed": settings.seed,
+            "train_images": 12,
+            "images_per_s": 1.0,
+            "training_s": 1.0,
+            "peak_memory_mb": None,
+            **{f"{level} {key}": None for level, key in detection.MEASURED},
+        }
 
     monkeypatch.setattr(detection, "in_own_process", measure)
     monkeypatch.setattr(detection, "require_anomalib", lambda: None)
-    settings = config.DetectionBenchmarkSettings(data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), seeds=(0, 1, 2))
+    settings = config.DetectionBenchmarkSettings(
+        data_dir=str(make_parts(tmp_path / "parts")), output_dir=str(tmp_path), seeds=(0, 1, 2)
+    )
     detection.main(settings)
     rows = json.loads((tmp_path / "benchmark_results" / "detection.json").read_text())["rows"]
-    assert [(row["method"], row["seed"]) for row in rows] == [("detailvae", 0), ("patchcore", 0), ("detailvae", 2), ("patchcore", 2)]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("detailvae", 0),
+        ("patchcore", 0),
+        ("detailvae", 2),
+        ("patchcore", 2),
+    ]
     assert capsys.readouterr().err.count("padim fails with seed") == 3
     with pytest.raises(config.InputError, match="No method could be measured"):
         detection.main(settings.replace(methods=("padim",)))
@@ -166,14 +218,40 @@ def test_images_preprocessed_with_grey_bars_are_judged_as_training_sees_them(tmp
     parts = make_parts(tmp_path / "parts")
     for path in image_folders.find_images(parts):
         cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (160, 64)))
-    data_loader.preprocess(config.PreprocessSettings(source=(str(parts),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+    data_loader.preprocess(
+        config.PreprocessSettings(source=(str(parts),), out=str(tmp_path / "set"), image_size=64, resize="letterbox")
+    )
     measured, trained = [], []
-    monkeypatch.setattr(detection, "in_own_process", lambda name, settings: measured.append(settings) or {"method": name, **dict.fromkeys(("seed", "train_images", "images_per_s", "training_s"), 1), "peak_memory_mb": None, **{f"{level} {key}": None for level, key in detection.MEASURED}})
-    settings = config.from_dict(config.DetectionBenchmarkSettings, {"data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path), "image_size": 64, "methods": ["detailvae"], "train_images": [6]}, given)
+    monkeypatch.setattr(
+        detection,
+        "in_own_process",
+        lambda name, settings: (
+            measured.append(settings)
+            or {
+                "method": name,
+                **dict.fromkeys(("seed", "train_images", "images_per_s", "training_s"), 1),
+                "peak_memory_mb": None,
+                **{f"{level} {key}": None for level, key in detection.MEASURED},
+            }
+        ),
+    )
+    settings = config.from_dict(
+        config.DetectionBenchmarkSettings,
+        {
+            "data_dir": str(tmp_path / "set"),
+            "output_dir": str(tmp_path),
+            "image_size": 64,
+            "methods": ["detailvae"],
+            "train_images": [6],
+        },
+        given,
+    )
     detection.main(settings)
     assert measured[0].resize == ("stretch" if given else "letterbox")
     found = image_folders.MVTecFolder(measured[0].data_dir)
-    assert {found.letterboxed[path] for path in found.train_good} == {(64, 160)} and all(item.path in found.letterboxed for item in found.test)
+    assert {found.letterboxed[path] for path in found.train_good} == {(64, 160)} and all(
+        item.path in found.letterboxed for item in found.test
+    )
     monkeypatch.setattr(detection.train_with_validation, "main", trained.append)
     monkeypatch.setattr(detection.defect_maps, "load_detector", lambda *args, **kwargs: None)
     detection.train_detailvae(measured[0])
@@ -188,12 +266,19 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     (deeper / "000.png").write_bytes((parts / "test" / "scratch" / "001.png").read_bytes())
     image_files.write_png(parts / "validation" / "good" / "000.png", np.zeros((8, 8), np.uint8))
     settings = config.DetectionBenchmarkSettings(data_dir=str(parts), contamination=0.1, seed=3)
-    before, found = image_folders.MVTecFolder(parts), image_folders.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few"))
+    before, found = (
+        image_folders.MVTecFolder(parts),
+        image_folders.MVTecFolder(detection.training_set(settings, 4, tmp_path / "few")),
+    )
     hidden = [path for path in found.train_good if "scratch" in path.parts]
     assert len(found.train_good) == 4 and len(hidden) == 1
     assert [path.resolve() for path in found.validation_good] == before.validation_good
-    assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {item.path.resolve() for item in found.test}
-    assert {path.resolve() for path in found.train_good if path not in hidden} <= {path.resolve() for path in before.train_good}
+    assert len(found.test) == len(before.test) - 1 and hidden[0].resolve() not in {
+        item.path.resolve() for item in found.test
+    }
+    assert {path.resolve() for path in found.train_good if path not in hidden} <= {
+        path.resolve() for path in before.train_good
+    }
     assert sum(item.mask_paths != () for item in found.test) >= 3
     assert (parts / "test" / "scratch" / "000.png").read_bytes() == original
     assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
@@ -207,7 +292,17 @@ def ablated(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablated")
     ablation.main(
         config.AblationSettings(
-            data_dir=str(make_parts(root / "parts")), output_dir=str(root), image_size=64, epochs=1, perceptual_weight=0.0, base_channels=4, picture_every=9, device="cpu", precision="bfloat16", seeds=(3,), rows=("no skips", "score of the bank alone")
+            data_dir=str(make_parts(root / "parts")),
+            output_dir=str(root),
+            image_size=64,
+            epochs=1,
+            perceptual_weight=0.0,
+            base_channels=4,
+            picture_every=9,
+            device="cpu",
+            precision="bfloat16",
+            seeds=(3,),
+            rows=("no skips", "score of the bank alone"),
         )
     )
     return root / "benchmark_results"
@@ -215,17 +310,31 @@ def ablated(tmp_path_factory):
 
 def test_the_ablation_leaves_out_what_a_row_says(ablated):
     rows = json.loads((ablated / "ablation.json").read_text())["rows"]
-    assert [(row["row"], row["seed"]) for row in rows] == [("everything", 3), ("no skips", 3), ("score of the bank alone", 3)]
-    whole, no_skips, bank = (config.read_yaml(ablated / "ablation" / name / "models" / "config.yaml") for name in ("everything_3", "no_skips_3", "score_of_the_bank_alone_3"))
+    assert [(row["row"], row["seed"]) for row in rows] == [
+        ("everything", 3),
+        ("no skips", 3),
+        ("score of the bank alone", 3),
+    ]
+    whole, no_skips, bank = (
+        config.read_yaml(ablated / "ablation" / name / "models" / "config.yaml")
+        for name in ("everything_3", "no_skips_3", "score_of_the_bank_alone_3")
+    )
     changed = lambda other: {key for key in whole if whole[key] != other[key]} - {"output_dir", "weights"}  # noqa: E731
     assert changed(no_skips) == {"skips"} and changed(bank) == {"score_nearest"}
 
 
 def test_a_row_of_maps_keeps_the_weights_of_the_first(ablated):
-    weights = [engine.load_checkpoint(ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",))["model"] for name in ("everything_3", "score_of_the_bank_alone_3")]
+    weights = [
+        engine.load_checkpoint(ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",))[
+            "model"
+        ]
+        for name in ("everything_3", "score_of_the_bank_alone_3")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     recalibrated = ablated / "ablation" / "score_of_the_bank_alone_3"
-    assert not (recalibrated / "models" / "last.pth").exists() and config.read_yaml(recalibrated / "models" / "config.yaml")["weights"].endswith("everything_3/models/best_model.pth")
+    assert not (recalibrated / "models" / "last.pth").exists() and config.read_yaml(
+        recalibrated / "models" / "config.yaml"
+    )["weights"].endswith("everything_3/models/best_model.pth")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +355,10 @@ def test_rows_that_change_nothing_are_known(preset, same):
 def test_a_score_alone_is_alone_whatever_the_preset(name):
     preset = config.read_yaml(Path(ablation.__file__).parent.parent / "configs" / "bracket_white.yaml")
     asked = config.parse(config.TrainSettings, "", ablation.alone("score", name))
-    maps = config.from_dict(config.MapSettings, {**config.as_dict(config.TrainSettings()), **preset, **{key: getattr(asked, key) for key in asked.given}})
+    maps = config.from_dict(
+        config.MapSettings,
+        {**config.as_dict(config.TrainSettings()), **preset, **{key: getattr(asked, key) for key in asked.given}},
+    )
     assert defect_maps.score_shares(maps, has_features=True) == {name: 1.0}
 
 
@@ -265,7 +377,9 @@ def test_a_row_of_maps_takes_no_weights_of_an_earlier_run(tmp_path, monkeypatch,
 
     monkeypatch.setattr(ablation, "measure", measure)
     data = make_parts(tmp_path / "parts")
-    settings = config.AblationSettings(data_dir=str(data), output_dir=str(tmp_path), seeds=(1, 2), rows=("map without bank",))
+    settings = config.AblationSettings(
+        data_dir=str(data), output_dir=str(tmp_path), seeds=(1, 2), rows=("map without bank",)
+    )
     ablation.main(settings)
     rows = json.loads((tmp_path / "benchmark_results" / "ablation.json").read_text())["rows"]
     assert [(row["row"], row["seed"]) for row in rows] == [("everything", 2), ("map without bank", 2)]
@@ -276,17 +390,44 @@ def test_a_row_of_maps_takes_no_weights_of_an_earlier_run(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("given", [(), ("--resize", "stretch")])
 def test_rows_of_preprocessed_images_are_fitted_as_these_were(tmp_path, monkeypatch, capsys, given):
-    data_loader.preprocess(config.PreprocessSettings(source=(str(make_parts(tmp_path / "parts")),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+    data_loader.preprocess(
+        config.PreprocessSettings(
+            source=(str(make_parts(tmp_path / "parts")),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"
+        )
+    )
     fitted = []
-    monkeypatch.setattr(ablation, "measure", lambda name, settings, out: fitted.append(settings.resize) or {"row": name, "seed": 0, "minutes": 1.0, **dict.fromkeys(ablation.COLUMNS)})
-    arguments = ["--data-dir", str(tmp_path / "set"), "--output-dir", str(tmp_path), "--image-size", "64", "--rows", "no skips", "--seeds", "0", *given]
+    monkeypatch.setattr(
+        ablation,
+        "measure",
+        lambda name, settings, out: (
+            fitted.append(settings.resize)
+            or {"row": name, "seed": 0, "minutes": 1.0, **dict.fromkeys(ablation.COLUMNS)}
+        ),
+    )
+    arguments = [
+        "--data-dir",
+        str(tmp_path / "set"),
+        "--output-dir",
+        str(tmp_path),
+        "--image-size",
+        "64",
+        "--rows",
+        "no skips",
+        "--seeds",
+        "0",
+        *given,
+    ]
     assert config.run_script(config.AblationSettings, "", ablation.main, arguments) == 0
-    assert fitted == ["stretch" if given else "letterbox"] * 2 and ("warning: " in capsys.readouterr().err) == bool(given)
+    assert fitted == ["stretch" if given else "letterbox"] * 2 and ("warning: " in capsys.readouterr().err) == bool(
+        given
+    )
 
 
 def test_mean_and_spread_stand_in_a_row_of_the_ablation():
     rows = [{**dict.fromkeys(ablation.COLUMNS), "pixel AP": value, "minutes": 2.0} for value in (0.25, 0.5)]
-    assert ablation.line("x", rows).split(" | ")[3] == "0.375 (0.250)" and ablation.line("x", rows).split(" | ")[1] == "-"
+    assert (
+        ablation.line("x", rows).split(" | ")[3] == "0.375 (0.250)" and ablation.line("x", rows).split(" | ")[1] == "-"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -294,26 +435,52 @@ def compared(tmp_path_factory):
     """Rows of the classifier benchmark on tiny plots, by method."""
     root = tmp_path_factory.mktemp("compared")
     settings = classifier_settings(make_plots(root / "plots"), root / "out", epochs=2)
-    classifier.main(config.from_dict(config.ClassifierBenchmarkSettings, {**config.as_dict(settings), "head_share": 0.5}))
-    return {row["method"]: row for row in json.loads((root / "out" / "benchmark_results" / "classifier.json").read_text())["rows"]}
+    classifier.main(
+        config.from_dict(config.ClassifierBenchmarkSettings, {**config.as_dict(settings), "head_share": 0.5})
+    )
+    return {
+        row["method"]: row
+        for row in json.loads((root / "out" / "benchmark_results" / "classifier.json").read_text())["rows"]
+    }
 
 
 def test_the_classifier_benchmark_scores_every_method_on_test_and_validation(compared):
     assert list(compared) == ["joint", "resnet", "frozen"]
     for row in compared.values():
-        assert 0 <= row["test"]["accuracy"]["value"] <= 1 and set(row["test"]["macro_f1"]) == {"value", "ci95"} and "real" in row
+        assert (
+            0 <= row["test"]["accuracy"]["value"] <= 1
+            and set(row["test"]["macro_f1"]) == {"value", "ci95"}
+            and "real" in row
+        )
     assert compared["resnet"]["parameters"] == sum(p.numel() for p in classifier.PlainResNet(3).parameters())
 
 
 def test_a_frozen_encoder_learns_nothing_from_labels():
     torch.manual_seed(0)
-    model = vae_classifier.VAEClassifier(config.ClassifierModelSettings(widths=(8, 8), profile_channels=4, decoder_channels=8, detail_channels=2, reconstruction_size=32, latent_dim=4), 3)
+    model = vae_classifier.VAEClassifier(
+        config.ClassifierModelSettings(
+            widths=(8, 8),
+            profile_channels=4,
+            decoder_channels=8,
+            detail_channels=2,
+            reconstruction_size=32,
+            latent_dim=4,
+        ),
+        3,
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    terms, _ = classifier.CrossEntropy(0.1, frozen=True).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
+    terms, _ = classifier.CrossEntropy(0.1, frozen=True).terms(
+        model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    )
     terms["total"].backward()
-    assert {name for name, each in model.named_parameters() if each.grad is not None} == {"head.1.weight", "head.1.bias"}
+    assert {name for name, each in model.named_parameters() if each.grad is not None} == {
+        "head.1.weight",
+        "head.1.bias",
+    }
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    learning, _ = classifier.CrossEntropy(0.1).terms(model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
+    learning, _ = classifier.CrossEntropy(0.1).terms(
+        model.train(), torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    )
     learning["total"].backward()
     assert model.to_latent.weight.grad is not None
 
@@ -321,7 +488,9 @@ def test_a_frozen_encoder_learns_nothing_from_labels():
 # ------------------------------------------------------------------------------------------------ drawn sets
 
 
-PHOTO = np.random.default_rng(3).integers(40, 200, (40, 50, 3), np.uint8).repeat(10, 0).repeat(10, 1)  # patches of 10 px
+PHOTO = (
+    np.random.default_rng(3).integers(40, 200, (40, 50, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+)  # patches of 10 px
 
 
 def drawings():
@@ -370,11 +539,21 @@ def test_a_piece_to_test_is_of_no_part_of_the_photo_that_was_trained_on(tmp_path
     photo = np.full((400, 400, 3), 80, np.uint8)
     photo[:, 240:] = 160
     drawn_sets.write_pieces(tmp_path, photo, 0, 4, 4, 0, side=64)
-    train, test = (np.mean([image_files.read_image(path).mean() for path in (tmp_path / part / "good").iterdir()]) for part in ("train", "test"))
+    train, test = (
+        np.mean([image_files.read_image(path).mean() for path in (tmp_path / part / "good").iterdir()])
+        for part in ("train", "test")
+    )
     assert train == pytest.approx(80, rel=0.15) and test == pytest.approx(160, rel=0.15)
 
 
-@pytest.mark.parametrize(("shape", "words"), [((300, 300), "300 x 300 px; expected a shorter side of 366 px"), ((800, 500), "800 x 500 px"), (None, "cannot be read (No such file")])
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((300, 300), "300 x 300 px; expected a shorter side of 366 px"),
+        ((800, 500), "800 x 500 px"),
+        (None, "cannot be read (No such file"),
+    ],
+)
 def test_a_photo_that_makes_no_set_is_named(tmp_path, monkeypatch, capsys, shape, words):
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: None)
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: None)
@@ -393,7 +572,12 @@ def test_drawn_sets_are_in_the_layout_and_the_same_every_time(tmp_path):
     def pieces(root, *args, side):
         drawn_sets.write_pieces(root, PHOTO, *args, side=side)
 
-    for name, write in (("surfaces", drawn_sets.write_surfaces), ("cap", drawn_sets.write_caps), ("fabric", drawn_sets.write_fabrics), ("pieces", pieces)):
+    for name, write in (
+        ("surfaces", drawn_sets.write_surfaces),
+        ("cap", drawn_sets.write_caps),
+        ("fabric", drawn_sets.write_fabrics),
+        ("pieces", pieces),
+    ):
         for run in ("first", "second"):
             write(tmp_path / run / name, 3, 3, 2, 1, side=128)
         write(tmp_path / "other" / name, 4, 1, 0, 0, side=128)
@@ -416,9 +600,18 @@ def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_sets, "write_surfaces", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_caps", lambda root, seed: written.append((root, seed)))
     monkeypatch.setattr(drawn_sets, "write_fabrics", lambda root, seed: written.append((root, seed)))
-    monkeypatch.setattr(drawn_sets, "write_pieces", lambda root, photo, seed: written.append((root, photo[0, 0].tolist(), seed)))
+    monkeypatch.setattr(
+        drawn_sets, "write_pieces", lambda root, photo, seed: written.append((root, photo[0, 0].tolist(), seed))
+    )
     image_files.write_png(tmp_path / "a wall.png", np.full((8, 8, 3), (1, 2, 3), np.uint8))
-    drawn_sets.main(config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4, photos=(str(tmp_path / "a wall.png"),)))
-    assert written == [(tmp_path / "sets" / "a wall", [3, 2, 1], 4), (tmp_path / "sets" / "surfaces", 4), (tmp_path / "sets" / "cap", 4), (tmp_path / "sets" / "fabric", 4)]
+    drawn_sets.main(
+        config.DrawnSetsSettings(output_dir=str(tmp_path), out="sets", seed=4, photos=(str(tmp_path / "a wall.png"),))
+    )
+    assert written == [
+        (tmp_path / "sets" / "a wall", [3, 2, 1], 4),
+        (tmp_path / "sets" / "surfaces", 4),
+        (tmp_path / "sets" / "cap", 4),
+        (tmp_path / "sets" / "fabric", 4),
+    ]
     with pytest.raises(config.UsageError, match="expected photographs of different names"):
         drawn_sets.main(config.DrawnSetsSettings(photos=("here/cap.jpg",)))

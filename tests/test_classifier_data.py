@@ -35,7 +35,10 @@ def test_every_real_plot_is_shown_once_an_epoch_and_generated_ones_in_turn():
     assert list(again) == keys
 
 
-@pytest.mark.parametrize(("n_generated", "share", "samples", "expected"), [(0, 0.5, 0, (6, 0)), (10, 1.0, 0, (6, 0)), (10, 0.25, 40, (10, 30)), (10, 0.5, 3, (2, 1))])
+@pytest.mark.parametrize(
+    ("n_generated", "share", "samples", "expected"),
+    [(0, 0.5, 0, (6, 0)), (10, 1.0, 0, (6, 0)), (10, 0.25, 40, (10, 30)), (10, 0.5, 3, (2, 1))],
+)
 def test_shares_hold_for_any_number_of_samples(n_generated, share, samples, expected):
     keys = list(classifier_data.MixedSampler(6, n_generated, share, samples, seed=0))
     n_real = sum(key % (6 + n_generated) < 6 for key in keys)
@@ -69,7 +72,13 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
     assert len(calls) == 3 and (again[0].images == mixed_in[0].images).all()
     next(tmp_path.glob("generated_home*")).write_bytes(b"damaged")
     classifier_data.make_generated(settings, list(series_generator.KINDS), tmp_path, bar, said.append)
-    classifier_data.make_generated(settings.replace(seed=1, generated_home=0, generated_present=0), list(series_generator.KINDS), tmp_path, bar, said.append)
+    classifier_data.make_generated(
+        settings.replace(seed=1, generated_home=0, generated_present=0),
+        list(series_generator.KINDS),
+        tmp_path,
+        bar,
+        said.append,
+    )
     assert len(calls) == 5 and calls[4][0][2] != calls[2][0][2]
 
 
@@ -81,7 +90,9 @@ def test_a_generated_series_becomes_a_plot_of_the_networks_size():
 
 def test_other_classes_get_no_generated_plots_and_it_is_said(tmp_path):
     said = []
-    mixed_in, fresh = classifier_data.make_generated(config.TrainClassifierSettings(data_dir="x"), CLASSES, tmp_path, quiet, said.append)
+    mixed_in, fresh = classifier_data.make_generated(
+        config.TrainClassifierSettings(data_dir="x"), CLASSES, tmp_path, quiet, said.append
+    )
     assert not mixed_in and not len(fresh.labels)
     assert said == ["The 3 classes of x are not the nine kinds that betise makes: no generated plots are mixed in."]
 

@@ -24,14 +24,24 @@ import vae_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["flat", "jump", "rise"]
-TINY = {"image_size": 64, "widths": (8, 8), "profile_channels": 4, "decoder_channels": 8, "detail_channels": 2, "reconstruction_size": 32, "latent_dim": 4}
+TINY = {
+    "image_size": 64,
+    "widths": (8, 8),
+    "profile_channels": 4,
+    "decoder_channels": 8,
+    "detail_channels": 2,
+    "reconstruction_size": 32,
+    "latent_dim": 4,
+}
 N_TRAIN, N_TEST = 8, 3
 
 
 def write_plot(path, kind, rng):
     """A plot of 100 x 80 px with spines, as a PNG."""
     x = np.linspace(0, 1, 84)
-    heights = {"flat": 36 + 0 * x, "rise": 60 - 48 * x, "jump": np.where(x > rng.uniform(0.3, 0.7), 16, 56)}[kind] + rng.normal(0, 2, 84)
+    heights = {"flat": 36 + 0 * x, "rise": 60 - 48 * x, "jump": np.where(x > rng.uniform(0.3, 0.7), 16, 56)}[
+        kind
+    ] + rng.normal(0, 2, 84)
     image = np.full((80, 100, 3), 255, np.uint8)
     image[4:74, 8] = image[73, 8:98] = 0
     points = np.stack([np.arange(84) + 11, heights.clip(5, 70)], 1).round().astype(np.int32)
@@ -51,7 +61,16 @@ def make_data(root):
 
 
 def settings_for(data, out, **changes):
-    values = {**TINY, "data_dir": str(data), "output_dir": str(out), "epochs": 2, "picture_every": 2, "bootstrap": 20, "validation_frac": 0.25, "batch_size": 8}
+    values = {
+        **TINY,
+        "data_dir": str(data),
+        "output_dir": str(out),
+        "epochs": 2,
+        "picture_every": 2,
+        "bootstrap": 20,
+        "validation_frac": 0.25,
+        "batch_size": 8,
+    }
     return config.TrainClassifierSettings(**{**values, **changes})
 
 
@@ -70,11 +89,23 @@ def model(trained):
 
 
 def run_inference(*argv):
-    return config.run_script(config.InferClassifierSettings, "Infer.", inference.main, [str(each) for each in argv], prog="inference_vae_classifier.py")
+    return config.run_script(
+        config.InferClassifierSettings,
+        "Infer.",
+        inference.main,
+        [str(each) for each in argv],
+        prog="inference_vae_classifier.py",
+    )
 
 
 def run_training(*argv):
-    return config.run_script(config.TrainClassifierSettings, "Train.", training.main, [str(each) for each in argv], prog="train_vae_classifier.py")
+    return config.run_script(
+        config.TrainClassifierSettings,
+        "Train.",
+        training.main,
+        [str(each) for each in argv],
+        prog="train_vae_classifier.py",
+    )
 
 
 def one_sentence(capsys):
@@ -102,12 +133,21 @@ def test_training_leaves_what_it_promises(trained):
     _, out = trained
     results = json.loads((out / "results" / "vae_classifier_results.json").read_text())
     assert {"accuracy", "macro_f1", "macro_precision", "macro_recall"} <= results.keys()
-    assert results["accuracy"].keys() == {"value", "ci95"} and results["scored_on"] == "test" and results["n_images"] == 3 * N_TEST
+    assert (
+        results["accuracy"].keys() == {"value", "ci95"}
+        and results["scored_on"] == "test"
+        and results["n_images"] == 3 * N_TEST
+    )
     assert set(results["per_class"]) == set(CLASSES) and np.sum(results["confusion_matrix"]) == 3 * N_TEST
     assert results["validation"]["n_images"] == 6 and "fresh_series" not in results
     assert results["expected_calibration_error"].keys() == {"before", "after", "temperature", "temperature_flips"}
     assert results["reconstruction"]["ssim"]["value"] <= 1
-    for name in ("vae_models/config.yaml", "results/vae_classifier_curves.png", "results/vae_classifier_confusion.png", "reconstructions/vae_classifier_epoch_2.png"):
+    for name in (
+        "vae_models/config.yaml",
+        "results/vae_classifier_curves.png",
+        "results/vae_classifier_confusion.png",
+        "reconstructions/vae_classifier_epoch_2.png",
+    ):
         assert (out / name).stat().st_size > 100, name
     assert not (out / "reconstructions" / "vae_classifier_epoch_1.png").exists()
 
@@ -115,7 +155,16 @@ def test_training_leaves_what_it_promises(trained):
 def test_the_history_names_every_number_and_no_time(trained):
     history = json.loads((trained[1] / "results" / "vae_classifier_history.json").read_text())
     assert [row["epoch"] for row in history["epochs"]] == [1, 2] and history["best_epoch"] in (1, 2)
-    terms = ("total", "reconstruction", "kl", "classification", "accuracy", "macro_f1", "macro_precision", "macro_recall")
+    terms = (
+        "total",
+        "reconstruction",
+        "kl",
+        "classification",
+        "accuracy",
+        "macro_f1",
+        "macro_precision",
+        "macro_recall",
+    )
     assert history["epochs"][0].keys() == {"epoch", *(f"{part}/{term}" for part in ("train", "val") for term in terms)}
     best = max(history["epochs"], key=lambda row: row["val/macro_f1"])  # there are no fresh series
     assert history["best_epoch"] == best["epoch"]
@@ -123,7 +172,9 @@ def test_the_history_names_every_number_and_no_time(trained):
 
 def test_the_best_epoch_is_judged_on_all_validation_plots():
     assert training.validation_score({"val/macro_f1": 0.8, "test/macro_f1": 0.1}) == 0.8
-    assert training.validation_score({"val/macro_f1": 0.8, "fresh/macro_f1": 0.6, "train/macro_f1": 0.1}) == pytest.approx(0.7)
+    assert training.validation_score(
+        {"val/macro_f1": 0.8, "fresh/macro_f1": 0.6, "train/macro_f1": 0.1}
+    ) == pytest.approx(0.7)
 
 
 def test_the_checkpoint_is_enough_for_inference(trained):
@@ -154,10 +205,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
     training.main(settings.replace(resume=True))
     history = "results/vae_classifier_history.json"
     assert (tmp_path / "out" / history).read_bytes() == (out / history).read_bytes()
-    ours, theirs = (engine.load_checkpoint(folder / training.BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out))
+    ours, theirs = (
+        engine.load_checkpoint(folder / training.BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out)
+    )
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
-    assert ours["calibration"]["scores"] == theirs["calibration"]["scores"] and ours["calibration"]["temperature"] == theirs["calibration"]["temperature"]
-    confusion = [json.loads((folder / "results" / "vae_classifier_results.json").read_text())["confusion_matrix"] for folder in (tmp_path / "out", out)]
+    assert (
+        ours["calibration"]["scores"] == theirs["calibration"]["scores"]
+        and ours["calibration"]["temperature"] == theirs["calibration"]["temperature"]
+    )
+    confusion = [
+        json.loads((folder / "results" / "vae_classifier_results.json").read_text())["confusion_matrix"]
+        for folder in (tmp_path / "out", out)
+    ]
     assert confusion[0] == [confusion[1][2], confusion[1][1], confusion[1][0]]
 
 
@@ -182,7 +241,10 @@ def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_pa
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda train: (train / "flat").rename(train / "even"), "class_names ['flat', 'jump', 'rise'], not ['even', 'jump', 'rise']"),
+        (
+            lambda train: (train / "flat").rename(train / "even"),
+            "class_names ['flat', 'jump', 'rise'], not ['even', 'jump', 'rise']",
+        ),
         (lambda train: shutil.copy(train / "flat" / "0.png", train / "flat" / "9.png"), "n_training_files 24, not 25"),
         (lambda train: (train / "flat" / "0.png").rename(train / "flat" / "9.png"), "training_files '"),
     ],
@@ -199,7 +261,11 @@ def test_resuming_with_other_data_is_refused(trained, tmp_path, change, words):
 
 
 def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.ClassifierLoss, "terms", lambda self, model, images, labels: ({"total": torch.tensor(float("nan"))}, torch.zeros(len(labels), 3)))
+    monkeypatch.setattr(
+        training.ClassifierLoss,
+        "terms",
+        lambda self, model, images, labels: ({"total": torch.tensor(float("nan"))}, torch.zeros(len(labels), 3)),
+    )
     with pytest.raises(engine.DivergedError, match=r"became nan; training stops \(try a lower --learning-rate\)\.$"):
         training.main(settings_for(trained[0], tmp_path))
     shutil.copytree(trained[1] / "vae_models", tmp_path / "vae_models", dirs_exist_ok=True)
@@ -232,7 +298,11 @@ def test_a_validation_that_is_not_finite_ends_training_and_keeps_what_was_best(t
     assert engine.load_checkpoint(tmp_path / training.BEST, vae_classifier.KIND)["epoch"] == 1
     evaluate = engine.evaluate
     monkeypatch.setattr(engine, "evaluate", lambda *rest: {**evaluate(*rest), "total": float("nan")})
-    with pytest.raises(engine.DivergedError, match=r"total of validation became nan; training stops \(try a lower --learning-rate\); .*best_vae_classifier\.pth is of an earlier run\.$"):
+    with pytest.raises(
+        engine.DivergedError,
+        match=r"total of validation became nan; training stops \(try a lower --learning-rate\); "
+        r".*best_vae_classifier\.pth is of an earlier run\.$",
+    ):
         training.main(settings_for(trained[0], tmp_path))
 
 
@@ -249,8 +319,16 @@ def test_a_fresh_run_leaves_no_report_of_an_earlier_one_but_its_models(trained, 
     monkeypatch.setattr(training, "validate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.main(settings_for(trained[0], tmp_path))
-    found = {path.relative_to(tmp_path).as_posix() for folder in ("vae_models", "results", "reconstructions") for path in (tmp_path / folder).iterdir()}
-    assert found == mine | {"vae_models/config.yaml", "vae_models/best_vae_classifier.pth", "vae_models/last_vae_classifier.pth"}
+    found = {
+        path.relative_to(tmp_path).as_posix()
+        for folder in ("vae_models", "results", "reconstructions")
+        for path in (tmp_path / folder).iterdir()
+    }
+    assert found == mine | {
+        "vae_models/config.yaml",
+        "vae_models/best_vae_classifier.pth",
+        "vae_models/last_vae_classifier.pth",
+    }
 
 
 def test_the_average_forgets_its_start_and_follows_statistics():
@@ -261,7 +339,9 @@ def test_the_average_forgets_its_start_and_follows_statistics():
         model.running_mean.fill_(2.0)
         model.num_batches_tracked.fill_(5)
     average.update()
-    assert averaged.weight.tolist() == pytest.approx([1 + 2 * 9 / 11] * 2) and averaged.num_batches_tracked == 5  # (1+1)/(10+1) of the old
+    assert (
+        averaged.weight.tolist() == pytest.approx([1 + 2 * 9 / 11] * 2) and averaged.num_batches_tracked == 5
+    )  # (1+1)/(10+1) of the old
     for _ in range(60):
         average.update()
     assert averaged.running_mean.tolist() == pytest.approx([2.0, 2.0])
@@ -277,7 +357,12 @@ def test_what_is_wrong_with_plots_and_how_far_reading_is_are_told_on_stderr(tmp_
         path.write_bytes(b"broken")
     training.main(settings_for(data, tmp_path / "out", epochs=1))
     said = capsys.readouterr()
-    for words in (*(f"warning: {path} is skipped: " for path in broken), "The 3 classes of ", "training plots: 100%", "test plots: 100%"):
+    for words in (
+        *(f"warning: {path} is skipped: " for path in broken),
+        "The 3 classes of ",
+        "training plots: 100%",
+        "test plots: 100%",
+    ):
         assert words in said.err and words not in said.out, words
 
 
@@ -337,7 +422,11 @@ def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, ca
     monkeypatch.setattr(plot_loader, "make_demo", lambda root, progress: root)
     settings = training.use_demo(config.TrainClassifierSettings(output_dir="out", epochs=3))
     preset = config.read_yaml(str(ROOT / "configs" / "classifier_demo.yaml"))
-    assert settings.epochs == 3 and settings.image_size == preset["image_size"] and settings.data_dir == str(Path("out/data/demo_series"))
+    assert (
+        settings.epochs == 3
+        and settings.image_size == preset["image_size"]
+        and settings.data_dir == str(Path("out/data/demo_series"))
+    )
     assert "built-in demo" in capsys.readouterr().err
     (tmp_path / "data" / "train" / "good").mkdir(parents=True)  # a folder of DetailVAE's
     (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()
@@ -351,23 +440,50 @@ def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, ca
 
 def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     data, out = trained
-    good_csv, bad_csv, empty = series_csv(tmp_path / "a.csv", "data\n0.5\n\"\"\nnan\n-1\n2\n"), series_csv(tmp_path / "b.csv", "data\n1\n1\n1\n"), series_csv(tmp_path / "c.csv", "")
+    good_csv, bad_csv, empty = (
+        series_csv(tmp_path / "a.csv", 'data\n0.5\n""\nnan\n-1\n2\n'),
+        series_csv(tmp_path / "b.csv", "data\n1\n1\n1\n"),
+        series_csv(tmp_path / "c.csv", ""),
+    )
     (tmp_path / "broken.png").write_bytes(b"no image")
     noise = tmp_path / "noise.png"
-    noise.write_bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))[1].tobytes())
+    noise.write_bytes(
+        cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))[1].tobytes()
+    )
     inputs = [data / "test" / "rise", good_csv, bad_csv, tmp_path / "broken.png", empty, noise]
-    assert run_inference(*inputs, "--model", out / training.BEST, "--output-dir", tmp_path, "--max-pictures", 2, "--batch-size", 2) == 0
+    assert (
+        run_inference(
+            *inputs, "--model", out / training.BEST, "--output-dir", tmp_path, "--max-pictures", 2, "--batch-size", 2
+        )
+        == 0
+    )
     folder = tmp_path / "results" / "vae_classifier_predictions"
     rows = read_rows(folder / "predictions.csv")
     assert list(rows[0]) == ["path", "predicted", "confidence", "p_value", *CLASSES, "reason"]
-    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png", "a.csv", "b.csv", "broken.png", "c.csv", "noise.png"]
+    assert [Path(row["path"]).name for row in rows] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "a.csv",
+        "b.csv",
+        "broken.png",
+        "c.csv",
+        "noise.png",
+    ]
     assert [row["predicted"] == "error" for row in rows] == [False] * 4 + [True] * 3 + [False]
     assert [row["reason"] for row in rows[2:4]] == ["", "2 of 5 rows hold no number"]
-    assert "constant" in rows[4]["reason"] and "is empty" in rows[6]["reason"] and rows[5]["reason"] and rows[4]["flat"] == ""
+    assert (
+        "constant" in rows[4]["reason"]
+        and "is empty" in rows[6]["reason"]
+        and rows[5]["reason"]
+        and rows[4]["flat"] == ""
+    )
     for row in (rows[0], rows[3]):
         shares = {name: float(row[name]) for name in CLASSES}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4) and row["predicted"] == max(shares, key=shares.get)
-        assert float(row["confidence"]) == pytest.approx(max(shares.values()), abs=1e-6) and 0 < float(row["p_value"]) <= 1
+        assert (
+            float(row["confidence"]) == pytest.approx(max(shares.values()), abs=1e-6) and 0 < float(row["p_value"]) <= 1
+        )
     assert [path.name for path in sorted(folder.glob("*.png"))] == ["00001_0.png", "00002_1.png"]
     said = capsys.readouterr()
     assert "8 files, 3 unreadable" in said.out and "plots/s" in said.out and f"{noise}: " in said.out
@@ -376,7 +492,12 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
 
 def test_where_no_plot_can_be_read_the_table_says_why_and_inference_fails(trained, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    assert run_inference(tmp_path / "broken.png", "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--encode") == 1
+    assert (
+        run_inference(
+            tmp_path / "broken.png", "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--encode"
+        )
+        == 1
+    )
     assert "error: No file can be read; the last, " in capsys.readouterr().err
     (row,) = read_rows(tmp_path / "results" / "vae_classifier_predictions" / "predictions.csv")
     assert row["predicted"] == "error" and row["reason"]
@@ -410,7 +531,10 @@ def test_the_longest_file_names_cost_nothing(trained, tmp_path):
 
 def test_pictures_of_an_earlier_run_are_removed_unless_they_are_given(trained, tmp_path):
     data, out = trained
-    folder, flags = tmp_path / "results" / "vae_classifier_predictions", ["--model", out / training.BEST, "--output-dir", tmp_path]
+    folder, flags = (
+        tmp_path / "results" / "vae_classifier_predictions",
+        ["--model", out / training.BEST, "--output-dir", tmp_path],
+    )
     assert run_inference(data / "test", *flags) == 0
     shutil.copy(folder / "00001_0.png", folder / "mine.png")
     assert run_inference(data / "test" / "jump" / "2.png", *flags) == 0
@@ -426,7 +550,10 @@ def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert len(inference.batch_predict("plots", model, CLASSES, output_dir="plots/found")) == N_TEST
-        assert run_inference("more", "more/*", "--model", out / training.BEST, "--output-dir", "more", "--scatter", "pca") == 0
+        assert (
+            run_inference("more", "more/*", "--model", out / training.BEST, "--output-dir", "more", "--scatter", "pca")
+            == 0
+        )
         assert len(read_rows(Path("more/results/vae_classifier_predictions/predictions.csv"))) == N_TEST
     assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 1  # asked for, with the table
 
@@ -434,9 +561,14 @@ def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monke
 def test_what_is_flagged_is_said_to_be_none_of_these(model):
     calibration = model.calibration
     calibration.alpha = 0.2
-    known, strange = (inference.Predicted(Path("x.png"), {"flat": 0.9, "rise": 0.07, "jump": 0.03}, p) for p in (0.3, 0.2))
+    known, strange = (
+        inference.Predicted(Path("x.png"), {"flat": 0.9, "rise": 0.07, "jump": 0.03}, p) for p in (0.3, 0.2)
+    )
     assert inference.top_three(known, model) == "x.png: flat 90.0%, rise 7.0%, jump 3.0% (p = 0.30)"
-    assert inference.top_three(strange, model) == "x.png: none of these (p = 0.200; nearest: flat 90.0%, rise 7.0%, jump 3.0%)"
+    assert (
+        inference.top_three(strange, model)
+        == "x.png: none of these (p = 0.200; nearest: flat 90.0%, rise 7.0%, jump 3.0%)"
+    )
     assert inference.row(strange, CLASSES)[1] == "flat"
 
 
@@ -445,13 +577,32 @@ def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     loaded, class_names = inference.load_vae_classifier(str(out / training.BEST), torch.device("cpu"))
     path = data / "test" / "jump" / "0.png"
-    predicted, probs, reconstruction = inference.predict_single_image(image_path=str(path), model=loaded, class_names=class_names, device=torch.device("cpu"), save_visualization="result.png")
-    assert predicted == next(iter(probs)) and list(probs.values()) == sorted(probs.values(), reverse=True) and set(probs) == set(CLASSES)
+    predicted, probs, reconstruction = inference.predict_single_image(
+        image_path=str(path),
+        model=loaded,
+        class_names=class_names,
+        device=torch.device("cpu"),
+        save_visualization="result.png",
+    )
+    assert (
+        predicted == next(iter(probs))
+        and list(probs.values()) == sorted(probs.values(), reverse=True)
+        and set(probs) == set(CLASSES)
+    )
     assert reconstruction.shape == (3, 32, 32) and Path("result.png").stat().st_size > 1000
-    results = inference.batch_predict(image_dir=data / "test", model=loaded, class_names=class_names, device="cpu", output_dir="batch")
-    assert len(results) == 3 * N_TEST and ("jump/0.png", predicted, pytest.approx(probs[predicted], abs=1e-5)) in results
-    assert len(read_rows(Path("batch/predictions.csv"))) == 3 * N_TEST and len(list(Path("batch").glob("*.png"))) == 3 * N_TEST
-    named, shares = inference.predict_from_csv(csv_path=series_csv(tmp_path / "s.csv"), model=loaded, class_names=class_names, device="cpu", save_plot=True)
+    results = inference.batch_predict(
+        image_dir=data / "test", model=loaded, class_names=class_names, device="cpu", output_dir="batch"
+    )
+    assert (
+        len(results) == 3 * N_TEST and ("jump/0.png", predicted, pytest.approx(probs[predicted], abs=1e-5)) in results
+    )
+    assert (
+        len(read_rows(Path("batch/predictions.csv"))) == 3 * N_TEST
+        and len(list(Path("batch").glob("*.png"))) == 3 * N_TEST
+    )
+    named, shares = inference.predict_from_csv(
+        csv_path=series_csv(tmp_path / "s.csv"), model=loaded, class_names=class_names, device="cpu", save_plot=True
+    )
     drawn = Path("results/vae_classifier_predictions/s_plot.png")
     assert inference.predict_single_image(drawn, loaded, class_names)[0] == named == next(iter(shares))
     with pytest.raises(config.InputError, match=r"bad\.csv holds a header and no rows"):
@@ -462,11 +613,23 @@ def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch)
 
 
 def test_a_model_and_its_class_names_belong_together(trained, model, tmp_path):
-    new, plot = vae_classifier.VAEClassifier(config.ClassifierModelSettings(**{key: TINY[key] for key in TINY if key != "image_size"}), 3), trained[0] / "test" / "flat" / "0.png"
-    for call, path in ((inference.predict_single_image, plot), (inference.predict_from_csv, series_csv(tmp_path / "s.csv"))):
-        with pytest.raises(config.InputError, match=r"^2 class names for a model of 3 classes; expected flat, jump, rise\.$"):
+    new, plot = (
+        vae_classifier.VAEClassifier(
+            config.ClassifierModelSettings(**{key: TINY[key] for key in TINY if key != "image_size"}), 3
+        ),
+        trained[0] / "test" / "flat" / "0.png",
+    )
+    for call, path in (
+        (inference.predict_single_image, plot),
+        (inference.predict_from_csv, series_csv(tmp_path / "s.csv")),
+    ):
+        with pytest.raises(
+            config.InputError, match=r"^2 class names for a model of 3 classes; expected flat, jump, rise\.$"
+        ):
             call(path, model, CLASSES[:2])
-        with pytest.raises(config.InputError, match=r"^The model comes from no file; expected one that load_vae_classifier returns\.$"):
+        with pytest.raises(
+            config.InputError, match=r"^The model comes from no file; expected one that load_vae_classifier returns\.$"
+        ):
             call(path, new, CLASSES)
 
 
@@ -476,14 +639,27 @@ def test_readmes_lines_run(trained, tmp_path, run_readme_code):
     shutil.copy(trained[0] / "test" / "flat" / "0.png", tmp_path / "one.png")
     series_csv(tmp_path / "series.csv")
     names = run_readme_code("load_vae_classifier")
-    assert set(names["probs"]) == set(CLASSES) and names["predicted"] in CLASSES and names["reconstruction"].shape[0] == 3
-    assert (tmp_path / "result.png").is_file() and (tmp_path / "results" / "vae_classifier_predictions" / "series_plot.png").is_file()
+    assert (
+        set(names["probs"]) == set(CLASSES) and names["predicted"] in CLASSES and names["reconstruction"].shape[0] == 3
+    )
+    assert (tmp_path / "result.png").is_file() and (
+        tmp_path / "results" / "vae_classifier_predictions" / "series_plot.png"
+    ).is_file()
 
 
 def test_the_callers_own_class_names_are_those_of_the_table(trained, model, tmp_path):
     results = inference.batch_predict(trained[0] / "test", model, ["eben", "Sprung", "Anstieg"], output_dir=tmp_path)
     rows = read_rows(tmp_path / "predictions.csv")
-    assert [row["predicted"] for row in rows] == [name for _, name, _ in results] and set(rows[0]) == {"path", "predicted", "confidence", "p_value", "eben", "Sprung", "Anstieg", "reason"}
+    assert [row["predicted"] for row in rows] == [name for _, name, _ in results] and set(rows[0]) == {
+        "path",
+        "predicted",
+        "confidence",
+        "p_value",
+        "eben",
+        "Sprung",
+        "Anstieg",
+        "reason",
+    }
 
 
 def test_a_file_is_no_folder_for_predictions(trained, model, tmp_path):
@@ -502,7 +678,11 @@ def test_model_and_images_meet_on_the_device_asked_for_or_the_models_own(trained
 
     monkeypatch.setattr(vae_classifier, "judge", judge)
     monkeypatch.setattr(engine, "resolve_device", torch.device)
-    for call, path in ((inference.predict_single_image, trained[0] / "test" / "flat" / "0.png"), (inference.batch_predict, trained[0] / "test"), (inference.predict_from_csv, series_csv(tmp_path / "s.csv"))):
+    for call, path in (
+        (inference.predict_single_image, trained[0] / "test" / "flat" / "0.png"),
+        (inference.batch_predict, trained[0] / "test"),
+        (inference.predict_from_csv, series_csv(tmp_path / "s.csv")),
+    ):
         model = inference.load_vae_classifier(trained[1] / training.BEST)[0]
         for asked, expected in ((None, "cpu"), ("meta", "meta"), (None, "meta")):
             with pytest.raises(Judged, match=expected):
@@ -510,7 +690,10 @@ def test_model_and_images_meet_on_the_device_asked_for_or_the_models_own(trained
 
 
 def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):
-    said = [inference.predict_from_csv(series_csv(tmp_path / name), model, CLASSES, output_dir=tmp_path) for name in ("series.csv", "series.txt")]
+    said = [
+        inference.predict_from_csv(series_csv(tmp_path / name), model, CLASSES, output_dir=tmp_path)
+        for name in ("series.csv", "series.txt")
+    ]
     assert said[0] == said[1] and (tmp_path / "series_plot.png").stat().st_size > 1000
     with pytest.raises(config.InputError, match=r"0\.png is not a text file; expected a CSV\.$"):
         inference.predict_from_csv(trained[0] / "test" / "flat" / "0.png", model, CLASSES, output_dir=tmp_path)
@@ -518,7 +701,13 @@ def test_a_series_is_read_as_csv_whatever_its_ending(trained, model, tmp_path):
 
 def test_a_prediction_does_not_depend_on_the_batch_or_its_neighbours(trained, model):
     paths = sorted((trained[0] / "test").glob("*/*.png"))
-    singly, together = ([(each.path, each.p_value, each.probabilities) for each in inference.predict(paths, model, CLASSES, batch_size=n)] for n in (1, 4))
+    singly, together = (
+        [
+            (each.path, each.p_value, each.probabilities)
+            for each in inference.predict(paths, model, CLASSES, batch_size=n)
+        ]
+        for n in (1, 4)
+    )
     for one, other in zip(singly, together, strict=True):
         assert one[0] == other[0] and one[1] == other[1] and one[2] == pytest.approx(other[2], abs=1e-5)
 
@@ -533,8 +722,13 @@ def test_results_keep_the_order_of_paths_also_where_one_comes_twice(trained, mod
 
 def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
     kept = [inference.Predicted(Path(folder) / f"{number}.png") for folder in CLASSES[:2] for number in range(3)]
-    clusters, apart = np.array([1, 1, 1, 0, 0, 0]), [each._replace(path=Path("unknown") / each.path.name) for each in kept]
-    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters).startswith(": adjusted Rand index 1.000 against the classes of 6 plots")
+    clusters, apart = (
+        np.array([1, 1, 1, 0, 0, 0]),
+        [each._replace(path=Path("unknown") / each.path.name) for each in kept],
+    )
+    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters).startswith(
+        ": adjusted Rand index 1.000 against the classes of 6 plots"
+    )
     assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == ""
 
 
@@ -548,11 +742,29 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
     assert run_inference(data / "test", *flags, "--clusters", 3, "--scatter", "pca") == 0
     assert "3 clusters: adjusted Rand index" in capsys.readouterr().out
     rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
-    assert list(rows[0])[:4] == ["path", "predicted", "cluster", "mu_0"] and {row["cluster"] for row in rows} == {"0", "1", "2"}
+    assert list(rows[0])[:4] == ["path", "predicted", "cluster", "mu_0"] and {row["cluster"] for row in rows} == {
+        "0",
+        "1",
+        "2",
+    }
     assert run_inference("--generate", "rise", "--n-pictured", 4, *flags) == 0
-    assert run_inference(data / "test" / "flat" / "0.png", data / "test" / "rise" / "0.png", "--interpolate", "--n-pictured", 5, *flags) == 0
+    assert (
+        run_inference(
+            data / "test" / "flat" / "0.png",
+            data / "test" / "rise" / "0.png",
+            "--interpolate",
+            "--n-pictured",
+            5,
+            *flags,
+        )
+        == 0
+    )
     shapes = {path.name: cv2.imread(str(path)).shape[:2] for path in (tmp_path / "results" / "latent").glob("*.png")}
-    assert shapes["generated_rise.png"] == (40, 160) and shapes["interpolation.png"] == (40, 200) and {"scatter_pca.png", "clusters_pca.png"} <= set(shapes)
+    assert (
+        shapes["generated_rise.png"] == (40, 160)
+        and shapes["interpolation.png"] == (40, 200)
+        and {"scatter_pca.png", "clusters_pca.png"} <= set(shapes)
+    )
     capsys.readouterr()
     assert run_inference("--generate", "seasonal", *flags) == 1
     assert "no class 'seasonal'; expected one of flat, jump, rise" in one_sentence(capsys)
@@ -561,7 +773,20 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
 def test_a_plot_that_cannot_be_read_costs_the_clusters_but_not_the_latent_table(trained, tmp_path, capsys):
     shutil.copytree(trained[0] / "test" / "flat", tmp_path / "plots")
     (tmp_path / "plots" / "broken.png").write_bytes(b"no image")
-    assert run_inference(tmp_path / "plots", "--encode", "--clusters", N_TEST + 1, "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--no-pictures") == 1
+    assert (
+        run_inference(
+            tmp_path / "plots",
+            "--encode",
+            "--clusters",
+            N_TEST + 1,
+            "--model",
+            trained[1] / training.BEST,
+            "--output-dir",
+            tmp_path,
+            "--no-pictures",
+        )
+        == 1
+    )
     assert "clusters" in one_sentence(capsys)
     assert len(read_rows(tmp_path / "results" / "latent" / "latent.csv")) == N_TEST
 
@@ -588,6 +813,10 @@ def test_wrong_usage_is_answered_in_one_sentence(trained, tmp_path, capsys, argv
 
 @pytest.mark.parametrize("stage", ["train_vae_classifier.py", "inference_vae_classifier.py"])
 def test_help_needs_no_heavy_imports(stage):
-    code = f"import sys, runpy; sys.argv = ['{stage}', '--help']\ntry:\n    runpy.run_path('{ROOT / stage}', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        f"import sys, runpy; sys.argv = ['{stage}', '--help']\n"
+        f"try: runpy.run_path('{ROOT / stage}', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0 and found.stdout.rstrip().endswith("False False") and "--batch-size" in found.stdout

@@ -17,7 +17,14 @@ import config
 ROOT = Path(__file__).parent.parent
 CLASSES = config.all_settings()
 LEAVES = [cls for cls in CLASSES if not cls.__subclasses__()]
-STAGES = [ROOT / "data_loader.py", *(path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]) if "config.answer_early(" in path.read_text(encoding="utf-8"))]
+STAGES = [
+    ROOT / "data_loader.py",
+    *(
+        path
+        for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
+        if "config.answer_early(" in path.read_text(encoding="utf-8")
+    ),
+]
 
 
 def parse(cls, *argv):
@@ -68,7 +75,11 @@ def test_settings_survive_yaml_and_come_back_equal(cls):
     settings = cls()
     if dataclasses.fields(cls):
         hints = typing.get_type_hints(cls)
-        changed = {field.name: {str: ("a", "b"), int: (4, 8)}[typing.get_args(hints[field.name])[0]] for field in dataclasses.fields(cls) if field.default == ()}
+        changed = {
+            field.name: {str: ("a", "b"), int: (4, 8)}[typing.get_args(hints[field.name])[0]]
+            for field in dataclasses.fields(cls)
+            if field.default == ()
+        }
         settings = settings.replace(**changed, **({"seed": 3} if hasattr(settings, "seed") else {}))
     plain = config.as_dict(settings)
     assert all(isinstance(value, (str, int, float, bool, list)) for value in plain.values())
@@ -130,7 +141,9 @@ def test_bare_arguments_may_stand_in_the_file(tmp_path):
     path = write_yaml(tmp_path, "images: [a.png, b.png]\n")
     assert parse(config.ClassifySettings, "--config", path).images == ("a.png", "b.png")
     assert parse(config.ClassifySettings, "c.png", "--config", path).images == ("c.png",)
-    assert "arguments are required: images. See " in refused(config.ClassifySettings, "--config", write_yaml(tmp_path, "images: []\n"))
+    assert "arguments are required: images. See " in refused(
+        config.ClassifySettings, "--config", write_yaml(tmp_path, "images: []\n")
+    )
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "epochs", "widths"])
@@ -154,7 +167,9 @@ def test_bare_arguments_become_a_tuple_and_one_is_needed():
 
 
 def test_yaml_keys_may_have_dashes_and_numbers_may_be_written_1e_3(tmp_path):
-    settings = parse(config.TrainSettings, "--config", write_yaml(tmp_path, "learning-rate: 1e-3\nkl_weight: 2\nbatch-size: 4"))
+    settings = parse(
+        config.TrainSettings, "--config", write_yaml(tmp_path, "learning-rate: 1e-3\nkl_weight: 2\nbatch-size: 4")
+    )
     assert (settings.learning_rate, settings.kl_weight, settings.batch_size) == (0.001, 2.0, 4)
     assert type(settings.kl_weight) is float
 
@@ -268,7 +283,14 @@ def raising(error):
     return main
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."),
+    ],
+)
 def test_want_of_memory_is_said_in_a_sentence(capsys, error):
     code, said = run(raising(error), capsys)
     assert code == 1 and said.err == "error: there is not enough memory; try a smaller --batch-size or --image-size.\n"
@@ -292,9 +314,17 @@ def test_a_script_that_works_returns_0_and_gets_its_settings(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (config.InputError("The folder x is empty; expected images."), 1, "error: The folder x is empty; expected images."),
+        (
+            config.InputError("The folder x is empty; expected images."),
+            1,
+            "error: The folder x is empty; expected images.",
+        ),
         (config.UsageError("alpha is 2; expected at most 1."), 2, "error: alpha is 2; expected at most 1."),
-        (FileNotFoundError(2, "No such file or directory", "a/b.png"), 1, "error: No such file or directory (a/b.png)."),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b.png"),
+            1,
+            "error: No such file or directory (a/b.png).",
+        ),
         (OSError(28, "No space left on device"), 1, "error: No space left on device."),
         (OSError("the disk is odd"), 1, "error: the disk is odd."),
         (KeyboardInterrupt(), 130, "interrupted: what was already written is kept."),
@@ -318,7 +348,9 @@ def test_wrong_usage_ends_with_2_before_main_runs(capsys):
 
 
 def python(*argv, **options):
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=ROOT, check=False, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=ROOT, check=False, **options
+    )
 
 
 @pytest.mark.parametrize("unbuffered", ["1", ""], ids=["breaks in print", "breaks at exit"])
@@ -329,7 +361,14 @@ def test_a_reader_that_leaves_early_is_no_failure(tmp_path, unbuffered):
         "def main(settings):\n    sys.stdin.readline()\n    print('late')\n"
         "sys.exit(config.run_script(config.RunSettings, 'A stage.', main))\n"
     )
-    process = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()
     process.stdin.write("go\n")
     process.stdin.close()
@@ -353,9 +392,15 @@ def test_help_and_wrong_usage_are_answered_before_heavy_imports(stage):
 
 
 def test_ctrl_c_during_imports_is_one_line():
-    done = python("-c", "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise KeyboardInterrupt")
+    done = python(
+        "-c",
+        "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise KeyboardInterrupt",
+    )
     assert done.returncode in (-2, 130) and done.stderr == "interrupted: nothing was begun.\n"
-    broken = python("-c", "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise ValueError('x')")
+    broken = python(
+        "-c",
+        "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise ValueError('x')",
+    )
     assert broken.returncode == 1 and "Traceback" in broken.stderr
 
 
@@ -364,14 +409,18 @@ def test_help_shows_every_flag_with_its_meaning(cls):
     text = " ".join(config.build_parser(cls, "A stage.", "stage.py").format_help().split())
     for field in dataclasses.fields(cls):
         about = field.metadata
-        assert (field.name if about["positional"] else f"--{field.name.replace('_', '-')} ") in text and about["meaning"].split()[0] in text
+        assert (field.name if about["positional"] else f"--{field.name.replace('_', '-')} ") in text and about[
+            "meaning"
+        ].split()[0] in text
         assert not about["unit"] or f"[{about['unit']}]" in text
 
 
 def test_a_preset_fills_in_only_what_nobody_gave_also_where_the_default_was_given(tmp_path):
     default = config.TrainSettings().image_size
     (tmp_path / "a.yaml").write_text("batch_size: 2")
-    settings = config.parse(config.TrainSettings, "", ["--image-size", str(default), "--config", str(tmp_path / "a.yaml")])
+    settings = config.parse(
+        config.TrainSettings, "", ["--image-size", str(default), "--config", str(tmp_path / "a.yaml")]
+    )
     filled = settings.with_preset({"image_size": 128, "batch_size": 16, "learning_rate": 0.5})
     assert (filled.image_size, filled.batch_size, filled.learning_rate) == (default, 2, 0.5)
     assert filled.given == filled.replace(epochs=3).given == {"image_size", "batch_size"}

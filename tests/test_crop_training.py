@@ -26,7 +26,10 @@ def training(tmp_path):
 
 
 def test_how_many_images_it_takes():
-    asked = [crop_training.n_images(SETTINGS.replace(crop_images=n), shown) for n, shown in ((0, 3), (0, 800), (0, 80_000), (7, 80_000))]
+    asked = [
+        crop_training.n_images(SETTINGS.replace(crop_images=n), shown)
+        for n, shown in ((0, 3), (0, 800), (0, 80_000), (7, 80_000))
+    ]
     assert asked == [1, 200, crop_training.MOST_IMAGES, 7]
 
 
@@ -36,9 +39,18 @@ def test_crops_hold_the_images_and_what_the_model_says_of_them(make_model, train
     model.fit_feature_scale(training.plain_batches(4))
     crops = drawn_crops(model, training, range(3), N_STRANGE, CPU)
     assert len(crops.mask) == 3 * N_DEFECTS
-    assert crops.taps.shape[1:] == (len(model.tap_channels), 8, 8) and crops.features.shape[1:] == (2 * model.n_features, 8, 8)
-    numbers = [0, 1] * N_DEFECTS + [2] * N_DEFECTS  # batches of two, cropped in rounds; a crop is all of an image of 64 px
-    clean, damaged, where = (torch.stack(each) for each in zip(*(training.with_defects(number, N_DEFECTS) for number in numbers), strict=True))
+    assert crops.taps.shape[1:] == (len(model.tap_channels), 8, 8) and crops.features.shape[1:] == (
+        2 * model.n_features,
+        8,
+        8,
+    )
+    numbers = [0, 1] * N_DEFECTS + [
+        2
+    ] * N_DEFECTS  # batches of two, cropped in rounds; a crop is all of an image of 64 px
+    clean, damaged, where = (
+        torch.stack(each)
+        for each in zip(*(training.with_defects(number, N_DEFECTS) for number in numbers), strict=True)
+    )
     assert torch.equal(crops.mask.float(), where)
     torch.testing.assert_close(crops.images.float(), damaged, atol=1e-3, rtol=0)
     torch.testing.assert_close(crops.clean.float(), clean, atol=1e-3, rtol=0)
@@ -48,7 +60,9 @@ def test_crops_hold_the_images_and_what_the_model_says_of_them(make_model, train
     torch.testing.assert_close(painting.logvar.float(), told.pixel_logvar.detach(), atol=4e-2, rtol=0)
     assert not torch.equal(painting.painted, painting.reconstruction)
     if model.n_features:
-        torch.testing.assert_close(crops.features[:, : model.n_features].float(), told.features.clamp(-10, 10), atol=1e-2, rtol=0)
+        torch.testing.assert_close(
+            crops.features[:, : model.n_features].float(), told.features.clamp(-10, 10), atol=1e-2, rtol=0
+        )
 
 
 def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_model, tmp_path):
@@ -56,14 +70,30 @@ def test_crops_of_larger_images_lie_around_a_defect_and_belong_together(make_mod
     training = data_loader.GoodImages(paths, 256, "stretch", config.AugmentSettings(), 0.75, 0)
     model = make_model("efficientnet_lite0").eval()
     crops = drawn_crops(model, training, range(2), N_STRANGE, CPU)
-    assert crops.images.shape == (2 * N_DEFECTS, 3, 64, 64) and crops.taps.shape[2:] == (8, 8) and crops.mask[2 * N_STRANGE :].flatten(1).any(1).all()
+    assert (
+        crops.images.shape == (2 * N_DEFECTS, 3, 64, 64)
+        and crops.taps.shape[2:] == (8, 8)
+        and crops.mask[2 * N_STRANGE :].flatten(1).any(1).all()
+    )
     for row in range(len(crops.images)):
         clean, damaged, where = training.with_defects(row % 2, N_DEFECTS)
         taps, features = (each[0] for each in model.seen(model.describe(damaged[None], paint=False)))
-        pairs = [(where, crops.mask), (damaged, crops.images), (clean, crops.clean), (taps, crops.taps), (features, crops.features)]
+        pairs = [
+            (where, crops.mask),
+            (damaged, crops.images),
+            (clean, crops.clean),
+            (taps, crops.taps),
+            (features, crops.features),
+        ]
         windows = [(top, left, 8, 8) for top in range(25) for left in range(25)]
-        cuts = [torch.stack([cut(whole[None], [window], part.shape[-1] // 8)[0] for window in windows]) for whole, part in pairs]
-        same = [(each - part[row].float()).abs().flatten(1).amax(1) < 1e-2 for each, (_, part) in zip(cuts, pairs, strict=True)]
+        cuts = [
+            torch.stack([cut(whole[None], [window], part.shape[-1] // 8)[0] for window in windows])
+            for whole, part in pairs
+        ]
+        same = [
+            (each - part[row].float()).abs().flatten(1).amax(1) < 1e-2
+            for each, (_, part) in zip(cuts, pairs, strict=True)
+        ]
         assert torch.stack(same).all(0).sum() == 1
         if row < 2 * N_STRANGE:
             top, left, height, width = windows[int(torch.stack(same).all(0).nonzero())]
@@ -77,7 +107,11 @@ def test_strange_is_what_deviates_most_of_what_is_not_drawn():
     mask[0, :, 110:120, 90:100] = 1.0  # which the second of them is near
     strange = strange_places(mask, taps)
     assert strange.shape == mask.shape and strange.sum((1, 2, 3)).tolist() == [4 * 64, 4 * 64]
-    assert (strange[0, 0, 24:32, 32:40] == 1).all() and (strange[1, 0, 56:64, 56:64] == 1).all() and not strange[0, 0, 88:136, 72:120].any()
+    assert (
+        (strange[0, 0, 24:32, 32:40] == 1).all()
+        and (strange[1, 0, 56:64, 56:64] == 1).all()
+        and not strange[0, 0, 88:136, 72:120].any()
+    )
     assert strange_places(mask, taps[:, :0]) is mask  # without features
 
 
@@ -95,7 +129,11 @@ def test_a_head_is_shown_where_it_takes_a_good_place_for_a_defect(make_model, tm
             logits = model.describe(damaged[None], paint=True).defect_logits
         suspected = strange_places(where[None], torch.nn.functional.max_pool2d(logits, 8))
         sure = logits[(suspected > 0) & (where[None] == 0)].max()
-        same = [(cut(damaged[None], [(top, left, 8, 8)], 8)[0] - crops.images[row].float()).abs().max() < 1e-3 for top in range(25) for left in range(25)]
+        same = [
+            (cut(damaged[None], [(top, left, 8, 8)], 8)[0] - crops.images[row].float()).abs().max() < 1e-3
+            for top in range(25)
+            for left in range(25)
+        ]
         top, left = divmod(same.index(True), 25)
         assert cut(suspected, [(top, left, 8, 8)], 8).any() and sure > logits.mean()
 
@@ -117,12 +155,28 @@ def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     chance = torch.get_rng_state()
     losses = learn_last(model, training, 120, LOSS, SETTINGS, CPU)
-    assert torch.equal(torch.get_rng_state(), chance) and losses.keys() == {"pixels", "outlines", "mistakes"} and 0 < losses["outlines"] < 0.69
+    assert (
+        torch.equal(torch.get_rng_state(), chance)
+        and losses.keys() == {"pixels", "outlines", "mistakes"}
+        and 0 < losses["outlines"] < 0.69
+    )
     of_pixels = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
-    assert {name.partition(".")[0] for name in of_pixels} == {"up4", "up2", "detail4", "detail2", "skip4", "skip2", "skip1", "pixel_head", *(["stem2", "stem4"] if model.n_features else [])}
+    assert {name.partition(".")[0] for name in of_pixels} == {
+        "up4",
+        "up2",
+        "detail4",
+        "detail2",
+        "skip4",
+        "skip2",
+        "skip1",
+        "pixel_head",
+        *(["stem2", "stem4"] if model.n_features else []),
+    }
     assert {name.partition(".")[0] for name in model.state_dict().keys() - before.keys()} == {"defect_head"}
     assert not any(module.training for module in (model, *model.pixel_branch))
-    clean, damaged, masks = (torch.stack(each) for each in zip(*(dark_square(training, 1000 + number) for number in range(8)), strict=True))
+    clean, damaged, masks = (
+        torch.stack(each) for each in zip(*(dark_square(training, 1000 + number) for number in range(8)), strict=True)
+    )
     told = model.describe(damaged)
     found = (told.defect_logits > 0) == (masks > 0)
     assert found[masks > 0].float().mean() > 0.9 and found[masks == 0].float().mean() > 0.97
@@ -142,4 +196,6 @@ def test_the_same_seed_learns_the_same_and_without_a_head_pixels_alone(make_mode
     (losses, first), (_, again), (alone, plain) = learned(True), learned(True), learned(False)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert alone == {"pixels": losses["pixels"]}
-    assert all(torch.equal(value, first[name]) for name, value in plain.items()) and not any(name.startswith("defect_head") for name in plain)
+    assert all(torch.equal(value, first[name]) for name, value in plain.items()) and not any(
+        name.startswith("defect_head") for name in plain
+    )

@@ -21,7 +21,9 @@ import image_files
 import image_folders
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN = config.AugmentSettings(flip_horizontal=False, rotation_deg=0.0, shift_frac=0.0, scale_frac=0.0, brightness=0.0, saturation=0.0)
+PLAIN = config.AugmentSettings(
+    flip_horizontal=False, rotation_deg=0.0, shift_frac=0.0, scale_frac=0.0, brightness=0.0, saturation=0.0
+)
 
 
 # ------------------------------------------------------------------------------------- pixels to tensors
@@ -110,9 +112,17 @@ def test_decoding_runs_ahead_by_a_bounded_number(tmp_path, monkeypatch):
 def good_images(tmp_path):
     paths = [save(tmp_path / f"{i}.png", picture(seed=i)) for i in range(5)]
     (tmp_path / "zero.png").write_bytes(b"")
-    return lambda **changes: dl.GoodImages(**{
-        "paths": [*paths, tmp_path / "zero.png"], "image_size": 64, "resize": "stretch", "augment": config.TrainSettings(), "defect_share": 0.5, "seed": 3, **changes
-    })
+    return lambda **changes: dl.GoodImages(
+        **{
+            "paths": [*paths, tmp_path / "zero.png"],
+            "image_size": 64,
+            "resize": "stretch",
+            "augment": config.TrainSettings(),
+            "defect_share": 0.5,
+            "seed": 3,
+            **changes,
+        }
+    )
 
 
 def same(a, b):
@@ -162,7 +172,9 @@ def test_the_first_variant_is_the_image_as_it_is(good_images):
     dataset = good_images(n_variants=3, defect_share=0.0)
     (whole,) = dataset.plain_batches(5)
     for index in range(5):
-        assert torch.equal(dataset[index].images, whole[index]) and torch.equal(dataset[15 + index].images, whole[index])
+        assert torch.equal(dataset[index].images, whole[index]) and torch.equal(
+            dataset[15 + index].images, whole[index]
+        )
         assert not torch.equal(dataset[5 + index].images, whole[index])
 
 
@@ -171,8 +183,15 @@ def test_images_with_several_defects_are_told_by_their_number_alone(good_images)
     masks = []
     for number in range(8):
         clean, damaged, mask = data.with_defects(number, 3)
-        assert all(torch.equal(*pair) for pair in zip((clean, damaged, mask), good_images().with_defects(number, 3), strict=True))
-        assert damaged.shape[1:] == mask.shape[1:] and damaged.dtype == mask.dtype == torch.float32 and set(mask.unique().tolist()) == {0.0, 1.0}
+        assert all(
+            torch.equal(*pair)
+            for pair in zip((clean, damaged, mask), good_images().with_defects(number, 3), strict=True)
+        )
+        assert (
+            damaged.shape[1:] == mask.shape[1:]
+            and damaged.dtype == mask.dtype == torch.float32
+            and set(mask.unique().tolist()) == {0.0, 1.0}
+        )
         assert any(torch.equal(each, clean) for each in dl.to_tensor(data.images)) == (number % 4 == 0)
         changed = (clean - damaged).abs().amax(0)
         assert (changed * (1 - mask[0])).max() < 6 / 255 <= changed[mask[0] > 0].max()
@@ -211,7 +230,13 @@ def test_each_augmentation_does_what_it_says():
     for out in results(saturation=0.5):
         assert np.abs(out @ np.array([0.299, 0.587, 0.114]) - luma)[8:-8].mean() < 2.0
     smooth = cv2.GaussianBlur(image, (0, 0), 4)
-    shifts = [cv2.phaseCorrelate(smooth[..., 0].astype(float), dl.augment_image(smooth, PLAIN.replace(shift_frac=0.1), np.random.default_rng(s))[..., 0].astype(float))[0] for s in range(20)]
+    shifts = [
+        cv2.phaseCorrelate(
+            smooth[..., 0].astype(float),
+            dl.augment_image(smooth, PLAIN.replace(shift_frac=0.1), np.random.default_rng(s))[..., 0].astype(float),
+        )[0]
+        for s in range(20)
+    ]
     assert 2.0 < np.abs(shifts).max() < 7.5
     dot = np.zeros((65, 65, 3), np.uint8)
     dot[28:37, 28:37] = 255
@@ -272,7 +297,10 @@ def test_preprocess_keeps_the_validation_folder(tmp_path):
     raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
     save(raw / "validation" / "good" / "000.png", picture(seed=50))
     assert prepare(raw, out)["counts"]["validation/good"] == 1
-    assert [np.array_equal(image_files.read_image(path), image_files.fit_image(picture(seed=50), 64, "stretch")) for path in image_folders.MVTecFolder(out).validation_good] == [True]
+    assert [
+        np.array_equal(image_files.read_image(path), image_files.fit_image(picture(seed=50), 64, "stretch"))
+        for path in image_folders.MVTecFolder(out).validation_good
+    ] == [True]
     with pytest.raises(config.InputError, match="lies in the source folder"):
         prepare(raw, raw / "validation" / "out")
 
@@ -280,8 +308,12 @@ def test_preprocess_keeps_the_validation_folder(tmp_path):
 def test_the_longest_file_names_are_written_too(tmp_path):
     for folder, n in (("train/good", 3), ("test/dent", 1)):
         for i in range(n):
-            image_files.write_png(tmp_path / "raw" / folder / f"{'l' * 250}{i}.png", np.full((64, 64, 3), 60 * i, np.uint8))
-    image_files.write_png(tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8))
+            image_files.write_png(
+                tmp_path / "raw" / folder / f"{'l' * 250}{i}.png", np.full((64, 64, 3), 60 * i, np.uint8)
+            )
+    image_files.write_png(
+        tmp_path / "raw" / "ground_truth" / "dent" / f"{'l' * 250}0.png", np.full((64, 64), 255, np.uint8)
+    )
     report = prepare(tmp_path / "raw", tmp_path / "out")
     assert len(report["kept"]) == 5 and not report["skipped"]
     assert image_folders.MVTecFolder(tmp_path / "out").test[0].mask_paths
@@ -292,7 +324,11 @@ def test_preprocessing_warns_of_a_mask_of_another_shape_each_time(tmp_path):
     save_mask(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", (64, 64))
     for _ in range(2):
         report = prepare(tmp_path / "raw", tmp_path / "out")
-        assert len(report["warnings"]) == 1 and "000_mask.png is 64 x 64 px and its image" in report["warnings"][0] and not report["skipped"]
+        assert (
+            len(report["warnings"]) == 1
+            and "000_mask.png is 64 x 64 px and its image" in report["warnings"][0]
+            and not report["skipped"]
+        )
 
 
 def test_preprocess_writes_the_layout(tmp_path):
@@ -301,12 +337,20 @@ def test_preprocess_writes_the_layout(tmp_path):
     reasons = damaged_files(tmp_path / "raw" / "train" / "good")
     report = prepare(tmp_path / "raw", tmp_path / "out")
     assert json.loads((tmp_path / "out" / image_folders.REPORT_NAME).read_text()) == report
-    assert report["counts"] == {"ground_truth/scratch": 2, "test/good": 2, "test/scratch": 2, "train/good": 6, "skipped": len(reasons)}
+    assert report["counts"] == {
+        "ground_truth/scratch": 2,
+        "test/good": 2,
+        "test/scratch": 2,
+        "train/good": 6,
+        "skipped": len(reasons),
+    }
     assert {Path(row["source"]).name for row in report["skipped"]} == set(reasons)
     assert all(reasons[Path(row["source"]).name] in row["reason"] for row in report["skipped"])
     data = image_folders.MVTecFolder(tmp_path / "out")
     assert len(data.train_good) == 6 and len(data.test) == 4
-    assert np.array_equal(image_files.read_image(data.train_good[1]), image_files.fit_image(picture(seed=1), 64, "stretch"))
+    assert np.array_equal(
+        image_files.read_image(data.train_good[1]), image_files.fit_image(picture(seed=1), 64, "stretch")
+    )
     masks = [image_files.read_defects(item.mask_paths, item.path) for item in data.test if item.mask_paths]
     expected = np.zeros((64, 64), bool)
     expected[16:32, 16:32] = True
@@ -325,8 +369,13 @@ def test_preprocess_again_redoes_only_what_changed(tmp_path):
     prepare(raw, out)
     second = stamps(out)
     assert {name for name in second if second[name] != first.get(name)} == {"train/good/002.png", "train/good/003.png"}
-    assert set(first) - set(second) == {"train/good/004.png", "train/good/005.png"}, "what is gone or broken leaves nothing behind"
-    assert np.array_equal(image_files.read_image(out / "train" / "good" / "002.png"), image_files.fit_image(picture(seed=77), 64, "stretch"))
+    assert set(first) - set(second) == {"train/good/004.png", "train/good/005.png"}, (
+        "what is gone or broken leaves nothing behind"
+    )
+    assert np.array_equal(
+        image_files.read_image(out / "train" / "good" / "002.png"),
+        image_files.fit_image(picture(seed=77), 64, "stretch"),
+    )
     prepare(raw, out, resize="letterbox")
     assert all(stamps(out)[name] != second[name] for name in second), "other settings, other files"
 
@@ -359,9 +408,14 @@ def test_same_stems_lose_nothing(tmp_path):
     assert report["counts"]["train/good"] == 8 and report["counts"]["test/scratch"] == 4
     outputs = [row["output"] for row in report["kept"]]
     assert len(set(outputs)) == len(outputs) == len(stamps(out))
-    assert np.array_equal(image_files.read_image(out / "train" / "good" / "000_bmp.png"), image_files.fit_image(picture(seed=9), 64, "stretch"))
+    assert np.array_equal(
+        image_files.read_image(out / "train" / "good" / "000_bmp.png"),
+        image_files.fit_image(picture(seed=9), 64, "stretch"),
+    )
     data = image_folders.MVTecFolder(out)
-    assert [item.path.stem for item in data.test if item.mask_paths] == ["000"]  # whose mask is that of the two images 001?
+    assert [item.path.stem for item in data.test if item.mask_paths] == [
+        "000"
+    ]  # whose mask is that of the two images 001?
 
 
 @pytest.mark.parametrize("kept", [[1], 3, [{}], [{"output": 2}]])
@@ -378,14 +432,23 @@ def test_bars_that_preprocessing_drew_are_known(tmp_path):
     for resize in ("letterbox", "stretch"):
         report = prepare(raw, tmp_path / resize, resize=resize)
         sizes = {row["output"]: (row["height"], row["width"]) for row in report["kept"]}
-        assert sizes["train/good/high.png"] == (80, 40) and sizes["test/scratch/000.png"] == sizes["ground_truth/scratch/000_mask.png"] == (48, 64)
+        assert sizes["train/good/high.png"] == (80, 40) and sizes["test/scratch/000.png"] == sizes[
+            "ground_truth/scratch/000_mask.png"
+        ] == (48, 64)
     folder, stretched = (image_folders.MVTecFolder(tmp_path / name) for name in ("letterbox", "stretch"))
     batch = dl.load_batch(folder.train_good[-2:], 64, "letterbox")
-    assert batch.windows("letterbox", folder.letterboxed) == [(slice(8, 56), slice(0, 64)), (slice(0, 64), slice(16, 48))]
-    assert batch.windows("letterbox") == batch.windows("stretch", folder.letterboxed) == [(slice(0, 64), slice(0, 64))] * 2
+    assert batch.windows("letterbox", folder.letterboxed) == [
+        (slice(8, 56), slice(0, 64)),
+        (slice(0, 64), slice(16, 48)),
+    ]
+    assert (
+        batch.windows("letterbox") == batch.windows("stretch", folder.letterboxed) == [(slice(0, 64), slice(0, 64))] * 2
+    )
     assert stretched.letterboxed == image_folders.MVTecFolder(raw).letterboxed == {}
     rows = json.loads((tmp_path / "letterbox" / image_folders.REPORT_NAME).read_text())
-    rows["kept"] = [{key: value for key, value in row.items() if key not in ("height", "width")} for row in rows["kept"]]
+    rows["kept"] = [
+        {key: value for key, value in row.items() if key not in ("height", "width")} for row in rows["kept"]
+    ]
     (tmp_path / "letterbox" / image_folders.REPORT_NAME).write_text(json.dumps(rows))  # as an earlier version wrote it
     assert image_folders.MVTecFolder(tmp_path / "letterbox").letterboxed == {}
     prepare(raw, tmp_path / "letterbox", resize="letterbox")
@@ -443,7 +506,9 @@ def test_too_few_usable_images_are_said_after_the_report(tmp_path):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "data_loader.py"), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data_loader.py"), *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_the_script(tmp_path):
@@ -453,20 +518,37 @@ def test_the_script(tmp_path):
     assert done.returncode == 0 and "train/good" in done.stdout and "Traceback" not in done.stderr
     assert "zero.png is empty (0 bytes)." in done.stderr and (tmp_path / "out" / image_folders.REPORT_NAME).is_file()
     (tmp_path / "file").write_text("x")
-    for arguments, code in (((tmp_path / "absent", "--out", tmp_path / "o"), 1), ((tmp_path / "raw dir", "--out", tmp_path / "file"), 1), ((), 2), (("x", "--image-siz", "64"), 2)):
+    for arguments, code in (
+        ((tmp_path / "absent", "--out", tmp_path / "o"), 1),
+        ((tmp_path / "raw dir", "--out", tmp_path / "file"), 1),
+        ((), 2),
+        (("x", "--image-siz", "64"), 2),
+    ):
         failed = run(*arguments)
-        assert failed.returncode == code and failed.stderr.startswith("error: ") and len(failed.stderr.strip().splitlines()) == 1
+        assert (
+            failed.returncode == code
+            and failed.stderr.startswith("error: ")
+            and len(failed.stderr.strip().splitlines()) == 1
+        )
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, runpy; sys.argv = ['data_loader.py', '--help']\ntry: runpy.run_path('data_loader.py', run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys, runpy; sys.argv = ['data_loader.py', '--help']\n"
+        "try: runpy.run_path('data_loader.py', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "--image-size" in done.stdout and done.stdout.strip().endswith("False")
 
 
 def test_defects_are_drawn_within_the_window_of_each_image():
     images = dl.to_tensor([picture(64, 64, seed=seed) for seed in range(3)])
-    windows = [(slice(16, 48), slice(None)), (slice(None), slice(8, 56)), (slice(0, 10), slice(None))]  # the last a mere strip
+    windows = [
+        (slice(16, 48), slice(None)),
+        (slice(None), slice(8, 56)),
+        (slice(0, 10), slice(None)),
+    ]  # the last a mere strip
     drawn, masks = dl.draw_on(images, windows, 1.0, np.random.default_rng(0))
     changed = (drawn != images).any(1).numpy()
     assert masks[0].any() and masks[1].any() and not masks[2].any() and torch.equal(drawn[2], images[2])
@@ -480,7 +562,9 @@ def test_defects_are_drawn_within_the_window_of_each_image():
     assert larger.sum() > 2 * masks.sum()
 
 
-@pytest.mark.parametrize("output", ["../victim.txt", "train/good/../../../victim.txt", "{root}/victim.txt", "train", "a\0b", 5])
+@pytest.mark.parametrize(
+    "output", ["../victim.txt", "train/good/../../../victim.txt", "{root}/victim.txt", "train", "a\0b", 5]
+)
 def test_preprocessing_removes_nothing_that_a_report_names_elsewhere(tmp_path, output):
     for name in "abcdef":
         save(tmp_path / "raw" / f"{name}.png")
@@ -497,5 +581,7 @@ def test_a_link_to_itself_costs_preprocessing_nothing_else(tmp_path):
     for name in "abcdef":
         save(tmp_path / "raw" / f"{name}.png")
     (tmp_path / "raw" / "self.png").symlink_to("self.png")
-    report = dl.preprocess(config.PreprocessSettings(source=(str(tmp_path / "raw"),), out=str(tmp_path / "set"), image_size=64))
+    report = dl.preprocess(
+        config.PreprocessSettings(source=(str(tmp_path / "raw"),), out=str(tmp_path / "set"), image_size=64)
+    )
     assert len(report["kept"]) == 6 and "cannot be read" in report["skipped"][0]["reason"]

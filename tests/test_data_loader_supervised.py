@@ -46,7 +46,8 @@ GOOD = {
     "blank first line": "\n\nvalue\n" + LINES,
     "no newline at the end": LINES.rstrip(),
     "semicolons": "time;value\n" + "".join(f"{i};{v}\n" for i, v in enumerate(NUMBERS)),
-    "semicolons and decimal commas": "time;value\n" + "".join(f"{i};{v}\n".replace(".", ",") for i, v in enumerate(NUMBERS)),
+    "semicolons and decimal commas": "time;value\n"
+    + "".join(f"{i};{v}\n".replace(".", ",") for i, v in enumerate(NUMBERS)),
     "tabs": "x\tvalue\n" + "".join(f"{9 - i}\t{v}\n" for i, v in enumerate(NUMBERS)),
     "tabs and decimal commas, no header": "".join(f"{i}\t{v}\n".replace(".", ",") for i, v in enumerate(NUMBERS)),
     "one column with decimal commas": "data\n" + COMMAS,
@@ -71,14 +72,18 @@ GOOD = {
     "rising first column with an empty field": "t_s,signal\n0,1.5\n,-2.25\n2,3\n3,0.5\n",
     "unix seconds with jitter": "when,temp\n1600000000,1.5\n1600000011,-2.25\n1600000019,3\n1600000030,0.5\n",
     "Excel's separator line": "sep=;\nreading;data\n" + "".join(f"{i * i - 5};{v}\n" for i, v in enumerate(NUMBERS)),
-    "a comment above": "# recorded by X, room 3\nreading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "a comment above": "# recorded by X, room 3\nreading,data\n"
+    + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
     "as numpy writes a header": "# reading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
-    "a line of text above": "recorded by X\n\nreading,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
-    "as R writes a table": '"reading","data"\n' + "".join(f'"{i + 1}",{i * i - 5},{v}\n' for i, v in enumerate(NUMBERS)),
+    "a line of text above": "recorded by X\n\nreading,data\n"
+    + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "as R writes a table": '"reading","data"\n'
+    + "".join(f'"{i + 1}",{i * i - 5},{v}\n' for i, v in enumerate(NUMBERS)),
     "as R writes one column": '"Flow"\n' + "".join(f'"{i + 1}",{v}\n' for i, v in enumerate(NUMBERS)),
     "as pandas writes a column without a name": "0\n" + LINES,
     "a separator behind every row": "temp,humidity\n" + "".join(f"{v},{50 + i},\n" for i, v in enumerate(NUMBERS)),
-    "other marks than line ends in a name": "reading\x85\x0b\u2028,data\n" + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
+    "other marks than line ends in a name": "reading\x85\x0b\u2028,data\n"
+    + "".join(f"{i * i - 5},{v}\n" for i, v in enumerate(NUMBERS)),
     "a typographer's minus": "".join(f"{v}\n".replace("-", "\u2212") for v in NUMBERS),
 }
 
@@ -110,8 +115,16 @@ def test_lines_above_the_header_are_no_rows_even_with_a_number(tmp_path, kind):
     heading = ABOVE[kind]
     names = [line for line in heading.splitlines() if line][-1]
     separator = ";" if ";" in names else ","
-    first = (lambda i: "") if names == "data" else (lambda i: f"2020-01-{i + 1:02d}{separator}") if "date" in names else (lambda i: f"{i}{separator}")
-    series = series_plots.read_series(write(tmp_path, heading + "".join(f"{first(i)}{value}\n" for i, value in enumerate(values))))
+    first = (
+        (lambda i: "")
+        if names == "data"
+        else (lambda i: f"2020-01-{i + 1:02d}{separator}")
+        if "date" in names
+        else (lambda i: f"{i}{separator}")
+    )
+    series = series_plots.read_series(
+        write(tmp_path, heading + "".join(f"{first(i)}{value}\n" for i, value in enumerate(values)))
+    )
     np.testing.assert_array_equal(series.values, values)
     assert (series.column, series.n_dropped) == ("data", int("units" in kind))
 
@@ -146,13 +159,22 @@ CLOCKS = {
 @pytest.mark.parametrize("names", CLOCKS)
 def test_a_time_column_is_known_by_its_words_and_without_a_name_by_its_steps(tmp_path, names):
     values = np.random.default_rng(0).normal(size=30).round(3)
-    series = series_plots.read_series(write(tmp_path, f"{names}\n".lstrip() + "".join(f"{CLOCKS[names](i)},{value}\n" for i, value in enumerate(values))))
+    series = series_plots.read_series(
+        write(
+            tmp_path, f"{names}\n".lstrip() + "".join(f"{CLOCKS[names](i)},{value}\n" for i, value in enumerate(values))
+        )
+    )
     np.testing.assert_array_equal(series.values, [i * i - 3 * i for i in range(30)] if "t_min" in names else values)
 
 
 def test_a_first_column_of_uneven_steps_is_the_data(tmp_path):
     falling = np.sort(np.random.default_rng(0).normal(size=30).round(3))[::-1]
-    np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "".join(f"{value},{i % 2}\n" for i, value in enumerate(falling)))).values, falling)
+    np.testing.assert_array_equal(
+        series_plots.read_series(
+            write(tmp_path, "".join(f"{value},{i % 2}\n" for i, value in enumerate(falling)))
+        ).values,
+        falling,
+    )
     np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "9\n7\n5\n3\n")).values, [9, 7, 5, 3])
 
 
@@ -161,13 +183,22 @@ GROUPED = {
     "American": "date,value\n" + "".join(f'2020-01-0{i + 1},"{v:,.0f}"\n' for i, v in enumerate(THOUSANDS)),
     "American with decimals": "value\n" + "".join(f'"{v:,.2f}"\n' for v in THOUSANDS),
     "American, one column without quotes": "value\n" + "".join(f"{v:,.0f}\n" for v in THOUSANDS),
-    "German": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)),
-    "German with a gap": "datum;wert\n" + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)) + "5;-\n",
-    "German beside dates": "Datum;Wert\n" + "".join(f"0{i + 1}.01.2024;{v:_.1f}\n".replace(".0\n", ",0\n").replace("_", ".") for i, v in enumerate(THOUSANDS)),
+    "German": "datum;wert\n"
+    + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS)),
+    "German with a gap": "datum;wert\n"
+    + "".join(f"{i};{v:,.2f}\n".translate(str.maketrans(",.", ".,")) for i, v in enumerate(THOUSANDS))
+    + "5;-\n",
+    "German beside dates": "Datum;Wert\n"
+    + "".join(
+        f"0{i + 1}.01.2024;{v:_.1f}\n".replace(".0\n", ",0\n").replace("_", ".") for i, v in enumerate(THOUSANDS)
+    ),
     "Swiss": "value\n" + "".join(f"{v:_.2f}\n".replace("_", "'") for v in THOUSANDS),
-    "typographer's Swiss": "t;wert\n" + "".join(f"{i};{v:_.2f}\n".replace("_", "\u2019") for i, v in enumerate(THOUSANDS)),
-    "French": "t;valeur\n" + "".join(f"{i};{v:_.2f}\n".replace("_", "\u202f").replace(".", ",") for i, v in enumerate(THOUSANDS)),
-    "French, one column, no semicolon": "valeur\n" + "".join(f"{v:_.1f}\n".replace("_", "\xa0").replace(".", ",") for v in THOUSANDS),
+    "typographer's Swiss": "t;wert\n"
+    + "".join(f"{i};{v:_.2f}\n".replace("_", "\u2019") for i, v in enumerate(THOUSANDS)),
+    "French": "t;valeur\n"
+    + "".join(f"{i};{v:_.2f}\n".replace("_", "\u202f").replace(".", ",") for i, v in enumerate(THOUSANDS)),
+    "French, one column, no semicolon": "valeur\n"
+    + "".join(f"{v:_.1f}\n".replace("_", "\xa0").replace(".", ",") for v in THOUSANDS),
     "no-break spaces, no header": "".join(f"{v:_.0f}\n".replace("_", "\xa0") for v in THOUSANDS),
 }
 
@@ -220,7 +251,9 @@ def test_a_decimal_mark_is_not_taken_for_one_of_thousands(tmp_path, kind):
 
 
 def test_a_row_of_units_is_counted_as_dropped(tmp_path):
-    series = series_plots.read_series(write(tmp_path, "zeit,druck\ns,mV\n" + "".join(f"{i},{v}\n" for i, v in enumerate(NUMBERS))))
+    series = series_plots.read_series(
+        write(tmp_path, "zeit,druck\ns,mV\n" + "".join(f"{i},{v}\n" for i, v in enumerate(NUMBERS)))
+    )
     np.testing.assert_allclose(series.values, NUMBERS)
     assert (series.column, series.n_dropped) == ("druck", 1)
 
@@ -258,7 +291,9 @@ def test_a_bad_csv_is_refused_in_one_sentence(tmp_path, kind):
     path = write(tmp_path, text)
     if kind == "ragged":
         path = write(tmp_path, "a,b\n" + "1,2\n" * 300 + "1,2,3,4\n")
-    with pytest.raises(config.InputError, match=f"series.csv .*{expected.replace('(', '.').replace(')', '.').replace('+', '.')}") as caught:
+    with pytest.raises(
+        config.InputError, match=f"series.csv .*{expected.replace('(', '.').replace(')', '.').replace('+', '.')}"
+    ) as caught:
         series_plots.read_series(path)
     message = str(caught.value)
     assert message.endswith(".") and "\n" not in message and "Traceback" not in message
@@ -292,7 +327,9 @@ def reference_plot(values: np.ndarray) -> np.ndarray:
 def series_of(case: str) -> np.ndarray:
     rng = np.random.default_rng(len(case))
     noise = rng.normal(size={"short": 60, "medium": 350}.get(case, 1200))
-    return {"walk": np.cumsum(noise), "tiny": noise * 1e-3, "large": 1e4 * noise, "offset": 1e8 + noise}.get(case, noise)
+    return {"walk": np.cumsum(noise), "tiny": noise * 1e-3, "large": 1e4 * noise, "offset": 1e8 + noise}.get(
+        case, noise
+    )
 
 
 @pytest.mark.parametrize("case", ["short", "medium", "long", "walk", "tiny", "large", "offset"])
@@ -450,7 +487,9 @@ def test_a_damaged_cache_is_made_anew(root, tmp_path, damage):
     (file,) = cache.iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 255
-    file.write_bytes({"cut": bytes(data[: len(data) // 2]), "flipped": bytes(data), "empty": b"", "text": b"no archive"}[damage])
+    file.write_bytes(
+        {"cut": bytes(data[: len(data) // 2]), "flipped": bytes(data), "empty": b"", "text": b"no archive"}[damage]
+    )
     second = loader.load_plots(paths, 32, False, cache)
     assert second.n_decoded == 12
     np.testing.assert_array_equal(second.images, first.images)
@@ -460,7 +499,9 @@ def test_a_damaged_cache_is_made_anew(root, tmp_path, damage):
 
 # ------------------------------------------------------------------------------------------- augmentation
 
-OFF = config.SupervisedDataSettings(flip_time=False, flip_value=False, stretch_frac=0.0, shift_frac=0.0, line_jitter=0.0)
+OFF = config.SupervisedDataSettings(
+    flip_time=False, flip_value=False, stretch_frac=0.0, shift_frac=0.0, line_jitter=0.0
+)
 
 
 def test_no_augmentation_changes_nothing_and_flips_are_flips():
@@ -473,7 +514,9 @@ def test_no_augmentation_changes_nothing_and_flips_are_flips():
 
 def test_a_flip_in_time_is_the_plot_of_the_series_backwards():
     values = series_of("medium")
-    there, back = (loader.prepare_image(series_plots.render_series(v), 224, True).astype(int) for v in (values, values[::-1]))
+    there, back = (
+        loader.prepare_image(series_plots.render_series(v), 224, True).astype(int) for v in (values, values[::-1])
+    )
     upside = loader.prepare_image(series_plots.render_series(-values), 224, True).astype(int)
     off = np.abs(there - back).mean()
     assert np.abs(there[:, ::-1] - back).mean() < 0.5 * off and np.abs(there[::-1] - upside).mean() < 0.5 * off
@@ -492,7 +535,12 @@ def test_augmentation_keeps_shape_range_and_the_line():
 
 
 def test_samples_depend_on_seed_epoch_and_index_only():
-    images = np.stack([loader.prepare_image(series_plots.render_series(series_of(case)), 64, True) for case in ("short", "medium", "walk")])
+    images = np.stack(
+        [
+            loader.prepare_image(series_plots.render_series(series_of(case)), 64, True)
+            for case in ("short", "medium", "walk")
+        ]
+    )
     before = images.copy()
     data = loader.LabelledImages(images, [2, 0, 1], config.SupervisedDataSettings(), seed=5)
     other = loader.LabelledImages(images, [2, 0, 1], config.SupervisedDataSettings(), seed=5)
@@ -568,10 +616,14 @@ def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
     write(source, "data\n2\n2\n", "down/flat.csv")
     report = loader.render_folder(source, out, num_workers=0)
     assert (report["rendered"], report["kept"], report["classes"]) == (3, 0, {"down": 1, "up": 2})
-    assert [row["source"] for row in report["skipped"]] == ["down/flat.csv"] and "constant" in report["skipped"][0]["reason"]
+    assert [row["source"] for row in report["skipped"]] == ["down/flat.csv"] and "constant" in report["skipped"][0][
+        "reason"
+    ]
     assert report["dropped_rows"] == {"down/a.csv": 1, "up/a.csv": 1, "up/b.csv": 1}
     assert json.loads((out / "render_report.json").read_text()) == report
-    np.testing.assert_array_equal(image_files.read_image(out / "up" / "a.png"), image_files.read_image(out / "down" / "a.png"))
+    np.testing.assert_array_equal(
+        image_files.read_image(out / "up" / "a.png"), image_files.read_image(out / "down" / "a.png")
+    )
     later = out.stat().st_mtime_ns + 10**9
     os.utime(source / "up" / "a.csv", ns=(later, later))
     again = loader.render_folder(source, out, num_workers=0)
@@ -591,10 +643,18 @@ def test_a_plot_is_of_the_source_there_is_now(tmp_path):
     report = loader.render_folder(source, out, num_workers=0)
     assert sorted(path.name for path in (out / "a").iterdir()) == ["x.png", "y.png"] and report["classes"] == {"a": 2}
     for name, plot in (("x", second), ("y", third)):
-        assert np.abs(image_files.read_image(out / "a" / f"{name}.png").astype(int) - plot).mean() < 2 < np.abs(first.astype(int) - plot).mean()
+        assert (
+            np.abs(image_files.read_image(out / "a" / f"{name}.png").astype(int) - plot).mean()
+            < 2
+            < np.abs(first.astype(int) - plot).mean()
+        )
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
     loader.render_folder(write(tmp_path / "more", text[0], "b/z.csv").parent.parent, out, num_workers=0)
-    assert sorted(path.name for path in out.glob("*/*.png")) == ["x.png", "y.png", "z.png"]  # of sources that are still there
+    assert sorted(path.name for path in out.glob("*/*.png")) == [
+        "x.png",
+        "y.png",
+        "z.png",
+    ]  # of sources that are still there
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
 
 
@@ -624,8 +684,23 @@ def test_wrong_commands_end_with_2_and_name_the_right_ones(capsys):
 
 def test_the_script_renders_with_processes(tmp_path):
     for i in range(16):
-        write(tmp_path / "csv", "data\n" + "\n".join(map(str, np.random.default_rng(i).normal(size=50))), f"kind/{i:02d}.csv")
-    command = [sys.executable, str(ROOT / "data_loader_supervised.py"), "render", str(tmp_path / "csv"), "--out", "plots", "--output-dir", str(tmp_path), "--num-workers", "2"]
+        write(
+            tmp_path / "csv",
+            "data\n" + "\n".join(map(str, np.random.default_rng(i).normal(size=50))),
+            f"kind/{i:02d}.csv",
+        )
+    command = [
+        sys.executable,
+        str(ROOT / "data_loader_supervised.py"),
+        "render",
+        str(tmp_path / "csv"),
+        "--out",
+        "plots",
+        "--output-dir",
+        str(tmp_path),
+        "--num-workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "16 plots drawn" in done.stdout and len(list((tmp_path / "plots" / "kind").glob("*.png"))) == 16
@@ -655,7 +730,13 @@ def test_series_repeat_by_seed_and_leave_global_chance_alone(kind, style):
     ("base", "features"),
     [
         ("arma", {"mean_shift": {"mode": "multiple", "num_breaks": 3, "direction": "up", "location": "end"}}),
-        ("ar", {"linear_trend": {"direction": "down"}, "trend_shift": {"mode": "single", "location": "middle", "change_type": "direction_change"}}),
+        (
+            "ar",
+            {
+                "linear_trend": {"direction": "down"},
+                "trend_shift": {"mode": "single", "location": "middle", "change_type": "direction_change"},
+            },
+        ),
         ("multiple_seasonality", {"contextual_anomaly": {"mode": "single", "location": "middle"}}),
         ("garch", {}),
     ],
@@ -663,7 +744,13 @@ def test_series_repeat_by_seed_and_leave_global_chance_alone(kind, style):
 def test_the_present_style_is_betises_own(base, features):
     betise = pytest.importorskip("betise")
     n, seed = 400, 11
-    dataset = {"base_series": base, "num_series": 1, "length_range": [n, n], "random_seed": seed, "features": {name: {"enabled": True, **options} for name, options in features.items()}}
+    dataset = {
+        "base_series": base,
+        "num_series": 1,
+        "length_range": [n, n],
+        "random_seed": seed,
+        "features": {name: {"enabled": True, **options} for name, options in features.items()},
+    }
     expected = betise.generate_dataframe(betise.load_config(dataset=dataset))[0]["data"].to_numpy()
     state, python_state = np.random.get_state(), random.getstate()
     np.random.seed(seed)
@@ -710,14 +797,23 @@ def test_generate_writes_the_same_files_by_seed(tmp_path):
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
         series = series_plots.read_series(tmp_path / "a_csv" / path.with_suffix(".csv"))
         drawn = loader.prepare_image(series_plots.render_series(series.values), 64, True).astype(int)
-        assert np.abs(drawn - loader.prepare_image(image_files.read_image(tmp_path / "a" / path), 64, True)).mean() < 2.0
+        assert (
+            np.abs(drawn - loader.prepare_image(image_files.read_image(tmp_path / "a" / path), 64, True)).mean() < 2.0
+        )
     assert first["betise"].startswith("0.6") and first["seed"] == 4 and len(first["series"]) == 9
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["series"][0]["parameters"]["length"] >= 50
     third = loader.generate(tmp_path / "c", 1, seed=5, num_workers=0)
     assert [row["parameters"] for row in third["series"]] != [row["parameters"] for row in first["series"]]
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"seed": 5}, "seed 4, not 5"), ({"per_class": 2}, "per_class 1, not 2"), ({"home_share": 1.0}, "home_share 0.5, not 1.0")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 5}, "seed 4, not 5"),
+        ({"per_class": 2}, "per_class 1, not 2"),
+        ({"home_share": 1.0}, "home_share 0.5, not 1.0"),
+    ],
+)
 def test_series_of_other_arguments_are_not_mixed_in_one_folder(tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr(series_generator, "require_betise", lambda: "1")
     monkeypatch.setattr(loader, "_generate_one", lambda job: {})

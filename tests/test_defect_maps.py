@@ -34,9 +34,21 @@ from evaluation import ssim_map
 
 @pytest.mark.parametrize(
     ("n", "alpha", "rank", "promised"),
-    [(19, 0.05, 19, True), (20, 0.05, 20, True), (39, 0.05, 38, True), (9, 0.1, 9, True), (99, 0.1, 90, True), (4, 0.2, 4, True), (1, 0.5, 1, True), (249, 0.172, 207, True),
-     (18, 0.05, 18, False), (8, 0.1, 8, False), (1, 0.05, 1, False), (22, 0.01, 22, False)],
-)  # fmt: skip
+    [
+        (19, 0.05, 19, True),
+        (20, 0.05, 20, True),
+        (39, 0.05, 38, True),
+        (9, 0.1, 9, True),
+        (99, 0.1, 90, True),
+        (4, 0.2, 4, True),
+        (1, 0.5, 1, True),
+        (249, 0.172, 207, True),
+        (18, 0.05, 18, False),
+        (8, 0.1, 8, False),
+        (1, 0.05, 1, False),
+        (22, 0.01, 22, False),
+    ],
+)
 def test_the_threshold_is_the_score_of_the_conformal_rank(n, alpha, rank, promised):
     scores = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
     assert conformal_threshold(scores, alpha) == (float(rank), promised)
@@ -47,13 +59,16 @@ def test_a_threshold_needs_a_score():
         conformal_threshold(np.array([]), 0.05)
 
 
-@pytest.mark.parametrize(("odd", "alpha", "expected"), [
-    ([], 0.05, (19.0, True)),
-    ([60.0], 0.05, (19.0, False)),  # beyond 15 + 3 * 9.5 = 43.5: set aside
-    ([40.0], 0.05, (40.0, True)),
-    ([60.0, 70.0], 0.05, (70.0, True)),  # two are no exception
-    ([60.0], 0.1, (19.0, True)),  # it would not be the threshold
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("odd", "alpha", "expected"),
+    [
+        ([], 0.05, (19.0, True)),
+        ([60.0], 0.05, (19.0, False)),  # beyond 15 + 3 * 9.5 = 43.5: set aside
+        ([40.0], 0.05, (40.0, True)),
+        ([60.0, 70.0], 0.05, (70.0, True)),  # two are no exception
+        ([60.0], 0.1, (19.0, True)),  # it would not be the threshold
+    ],
+)
 def test_one_good_score_far_from_the_others_does_not_set_the_threshold(odd, alpha, expected):
     scores = [*map(float, range(1, 20)), *odd]
     assert defect_maps.sober_threshold(scores, alpha) == expected
@@ -78,7 +93,8 @@ def test_false_alarms_stay_below_two_in_n_also_where_one_like_no_other_is_set_as
 @pytest.mark.parametrize("n", [4, 9, 19, 22, 50])
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
 def test_false_alarms_stay_below_the_rate_asked_for(n, alpha):
-    """The realised rate over 4,000 calibrations is the exact one, (n + 1 - rank) / (n + 1), within 4 standard errors."""
+    """The realised rate over 4,000 calibrations is the exact one, (n + 1 - rank) / (n + 1),
+    within 4 standard errors."""
     n_draws = 4000
     scores = np.random.default_rng(n).lognormal(size=(n_draws, n + 1))
     found = [conformal_threshold(row[:-1], alpha) for row in scores]
@@ -94,7 +110,9 @@ def test_false_alarms_stay_below_the_rate_asked_for(n, alpha):
 
 def test_the_p_value_counts_good_scores_that_are_as_high():
     good = np.array([3.0, 1.0, 2.0, 2.0])
-    assert [p_value(score, good) for score in (0.0, 1.0, 2.0, 2.5, 3.0, 4.0)] == pytest.approx([1.0, 1.0, 0.8, 0.4, 0.4, 0.2])
+    assert [p_value(score, good) for score in (0.0, 1.0, 2.0, 2.5, 3.0, 4.0)] == pytest.approx(
+        [1.0, 1.0, 0.8, 0.4, 0.4, 0.2]
+    )
 
 
 def test_p_values_of_good_images_are_not_too_small():
@@ -106,7 +124,9 @@ def test_p_values_of_good_images_are_not_too_small():
             assert np.mean(p <= u + 1e-12) <= u + 4 * math.sqrt(u * (1 - u) / len(p))
 
 
-@pytest.mark.parametrize(("scores", "fence"), [(range(1, 10), 7 + 3 * 4), (range(101, 110), 1.5 * 107), (range(1, 8), math.inf)])
+@pytest.mark.parametrize(
+    ("scores", "fence"), [(range(1, 10), 7 + 3 * 4), (range(101, 110), 1.5 * 107), (range(1, 8), math.inf)]
+)
 def test_the_outer_fence_is_three_interquartile_ranges_and_half_of_the_upper_quartile_away(scores, fence):
     assert defect_maps.outer_fence([float(score) for score in scores]) == fence
 
@@ -130,7 +150,9 @@ def test_a_score_is_above_the_threshold_exactly_where_its_p_value_is_at_most_alp
 def test_the_image_score_is_the_mean_of_the_largest_values(top_frac):
     defect_map = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
     n_top = max(1, round(top_frac * 2000))
-    assert image_score(defect_map, top_frac) == pytest.approx(np.sort(defect_map.ravel())[::-1][:n_top].mean(), rel=1e-5, abs=1e-6)
+    assert image_score(defect_map, top_frac) == pytest.approx(
+        np.sort(defect_map.ravel())[::-1][:n_top].mean(), rel=1e-5, abs=1e-6
+    )
 
 
 def test_refining_keeps_a_constant_and_adds_nothing_to_zero():
@@ -169,12 +191,18 @@ def test_smoothing_is_a_gaussian_of_that_share_of_the_longer_side():
 
 
 def test_shares_add_up_and_fall_back_to_pixels():
-    settings = MapSettings(map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5, map_bank=0.0)
-    assert map_shares(settings, True) == pytest.approx({"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125})
+    settings = MapSettings(
+        map_pixel=1.0, map_ssim=0.0, map_perceptual=0.5, map_feature=2.0, map_likelihood=0.5, map_bank=0.0
+    )
+    assert map_shares(settings, True) == pytest.approx(
+        {"pixel": 0.25, "perceptual": 0.125, "feature": 0.5, "likelihood": 0.125}
+    )
     assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
     only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
     assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
-    nothing = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0)
+    nothing = MapSettings(
+        map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0
+    )
     assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
     scored = settings.replace(score_likelihood=0.0, score_nearest=1.0, score_bank=3.0)
     assert score_shares(scored, True) == {"nearest": 0.25, "bank": 0.75}
@@ -186,7 +214,18 @@ def test_shares_add_up_and_fall_back_to_pixels():
 
 NEAREST_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 1.0, "score_bank": 0.0}
 FUSED_SCORE = {"score_deviation": 0.0, "score_likelihood": 0.0, "score_nearest": 0.0, "score_bank": 0.0}
-PIXELS = MapSettings(map_pixel=1.0, map_ssim=1.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0, link_frac=0.0, own_level=0.0, smoothing_frac=0.02, closing_frac=0.05, top_frac=0.01)
+PIXELS = MapSettings(
+    map_pixel=1.0,
+    map_ssim=1.0,
+    map_feature=0.0,
+    map_likelihood=0.0,
+    map_bank=0.0,
+    link_frac=0.0,
+    own_level=0.0,
+    smoothing_frac=0.02,
+    closing_frac=0.05,
+    top_frac=0.01,
+)
 ALL = PIXELS.replace(map_feature=1.0, map_likelihood=1.0, map_perceptual=1.0)
 
 
@@ -229,7 +268,17 @@ def test_bfloat16_moves_maps_by_little_and_what_is_said_is_float32(make_model):
     half = dataclasses.replace(full, runtime=engine.Runtime(torch.device("cpu"), torch.bfloat16))
     images = good_images(3)
     said = half.describe(images, half.needed)
-    assert {each.dtype for each in (*said.vae, said.pixel_logvar, said.defect_logits, said.features, said.feature_mu, said.feature_logvar)} == {torch.float32}
+    assert {
+        each.dtype
+        for each in (
+            *said.vae,
+            said.pixel_logvar,
+            said.defect_logits,
+            said.features,
+            said.feature_mu,
+            said.feature_logvar,
+        )
+    } == {torch.float32}
     for name in half.needed:
         exact, found = (each.all_maps(images, [name])[name] for each in (full, half))
         assert 0 < np.abs(found - exact).max() < 0.05 * exact.max(), name
@@ -257,46 +306,84 @@ def test_raw_maps_are_what_their_names_say(make_model):
         maps = defect_maps.raw_maps((*defect_maps.MAPS, "segmentation"), model, images, told, Distance())
     reconstruction = told.vae.reconstruction
     assert tuple(maps) == (*defect_maps.MAPS, "segmentation")
-    assert all(each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values())
+    assert all(
+        each.shape == (2, 1, 64, 64) and each.dtype == torch.float32 and each.min() >= 0 for each in maps.values()
+    )
     torch.testing.assert_close(maps["pixel"], (reconstruction - images).abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps["ssim"], 1 - ssim_map(reconstruction, images, data_range=1.0))
     torch.testing.assert_close(maps["perceptual"], (reconstruction - images).abs().amax(1, keepdim=True))
     torch.testing.assert_close(maps["segmentation"], torch.sigmoid(told.defect_logits))
     error = told.features - told.feature_mu
     taps = (error**2 / told.feature_logvar.exp()).split([2, 4], 1)  # those of the stand-in
-    coarse = {"feature": (error**2).mean(1), "deviation": sum(tap.mean(1).sqrt() for tap in taps) / 2, "bank": defect_maps.nearest_distance(told.features, model.bank)}
+    coarse = {
+        "feature": (error**2).mean(1),
+        "deviation": sum(tap.mean(1).sqrt() for tap in taps) / 2,
+        "bank": defect_maps.nearest_distance(told.features, model.bank),
+    }
     for name, expected in coarse.items():
-        cells = torch.nn.functional.adaptive_avg_pool2d(maps[name], 8)  # bilinear growth keeps the middle of cells about
+        cells = torch.nn.functional.adaptive_avg_pool2d(
+            maps[name], 8
+        )  # bilinear growth keeps the middle of cells about
         assert np.corrcoef(cells.flatten(), expected.flatten())[0, 1] > 0.9
     torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
     model.whitening.copy_(torch.randn(6, 6))
     white = torch.einsum("cd,bdhw->bchw", model.whitening, error / torch.exp(told.feature_logvar).sqrt())
     torch.testing.assert_close(defect_maps.decorrelated(defect_maps.deviation_of(told), model), white)
-    balanced = 0.5 * ((white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt())  # the stand-in's taps have 2 and 4 channels
+    balanced = 0.5 * (
+        (white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt()
+    )  # the stand-in's taps have 2 and 4 channels
     torch.testing.assert_close(defect_maps.feature_likelihood(white, model.tap_channels)[:, 0], balanced)
 
 
 @pytest.mark.parametrize("thorough", [True, False])
 @pytest.mark.parametrize(("trust", "weight"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.7)])
 def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypatch, thorough, trust, weight):
-    shaped = PIXELS.replace(segmentation_gate=0.9, segmentation_trust=trust, segmentation_weight=weight, outline_window_frac=0.25, outline_smoothing_frac=0.0, **NEAREST_SCORE)
+    shaped = PIXELS.replace(
+        segmentation_gate=0.9,
+        segmentation_trust=trust,
+        segmentation_weight=weight,
+        outline_window_frac=0.25,
+        outline_smoothing_frac=0.0,
+        **NEAREST_SCORE,
+    )
     detector = detector_of(make_model("efficientnet_lite0", segmentation=True), shaped)
-    plain = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE))
+    plain = detector_of(
+        make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(segmentation_gate=0.0, **NEAREST_SCORE)
+    )
     for each in (detector, plain):
         each.calibration = dataclasses.replace(each.calibration, threshold=-1.0)  # so that all are defective
     left = torch.where(torch.arange(64) < 32, 40.0, -40.0)  # sure of the left half
-    monkeypatch.setattr(detector.model.defect_head, "forward", lambda images, painting, taps, features: left.expand(len(images), 1, 64, 64))
+    monkeypatch.setattr(
+        detector.model.defect_head,
+        "forward",
+        lambda images, painting, taps, features: left.expand(len(images), 1, 64, 64),
+    )
     assert detector.shown == ["pixel", "ssim", "segmentation"] and plain.shown == ["pixel", "ssim"]
     beside = 0.1 + 0.9 * defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)
     n_shaped = 0
     images = torch.cat([good_images(1), torch.rand(1, 3, 64, 64)])
     for gated, whole in zip(detector.detect(images, thorough), plain.detect(images, thorough), strict=True):
-        np.testing.assert_allclose(gated.defect_map[:, :24], whole.defect_map[:, :24] + weight, rtol=1e-3, atol=1e-4)  # and the sure half is raised
+        np.testing.assert_allclose(
+            gated.defect_map[:, :24], whole.defect_map[:, :24] + weight, rtol=1e-3, atol=1e-4
+        )  # and the sure half is raised
         seen = whole.defect_map[:, 36:38]
         level = defect_maps.SHAPED_ABOVE
-        np.testing.assert_allclose(gated.defect_map[:, 36:38], np.where(seen > level, level + beside * (seen - level), seen), rtol=1e-2, atol=1e-4)
-        away, believed = whole.defect_map[:, 48:], (defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)) ** trust  # out of its reach
-        np.testing.assert_allclose(gated.defect_map[:, 48:], np.where(away > level, level + believed * (away - level), away), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(
+            gated.defect_map[:, 36:38],
+            np.where(seen > level, level + beside * (seen - level), seen),
+            rtol=1e-2,
+            atol=1e-4,
+        )
+        away, believed = (
+            whole.defect_map[:, 48:],
+            (defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)) ** trust,
+        )  # out of its reach
+        np.testing.assert_allclose(
+            gated.defect_map[:, 48:],
+            np.where(away > level, level + believed * (away - level), away),
+            rtol=1e-2,
+            atol=1e-4,
+        )
         assert gated.score == pytest.approx(whole.score)
         n_shaped += (seen > level).sum()
     assert n_shaped
@@ -308,9 +395,17 @@ def test_an_outline_compares_a_place_with_its_surroundings_alone():
     found, believed = defect_maps.outline(probability, 9, 0.5)
     assert found.dtype == np.float32 and found.shape == probability.shape
     assert found[0, 10, 10] == found[0, 30, 30] == 1.0  # sure or not, each is the peak of its place
-    assert found[0, 10, 12] == pytest.approx(0.42 / 0.92) and found[0, 14, 10] == pytest.approx(0.02 / 0.92) and found[0, 34, 30] == pytest.approx(0.02 / 0.42)
+    assert (
+        found[0, 10, 12] == pytest.approx(0.42 / 0.92)
+        and found[0, 14, 10] == pytest.approx(0.02 / 0.92)
+        and found[0, 34, 30] == pytest.approx(0.02 / 0.42)
+    )
     assert (found[0, 20] == 1.0).all() and (found[1] == 1.0).all()
-    assert believed.shape == probability.shape and believed[0, 10, 12] == pytest.approx((0.92 / 1.02) ** 0.5) and believed[0, 20, 20] == pytest.approx((0.02 / 1.02) ** 0.5)
+    assert (
+        believed.shape == probability.shape
+        and believed[0, 10, 12] == pytest.approx((0.92 / 1.02) ** 0.5)
+        and believed[0, 20, 20] == pytest.approx((0.02 / 1.02) ** 0.5)
+    )
     np.testing.assert_array_equal(defect_maps.outline(probability, 9, 0.0)[1], 1.0)
     np.testing.assert_array_equal(defect_maps.outline(probability, 0, 0.0)[0], 1.0)
 
@@ -377,14 +472,20 @@ def test_the_distance_to_the_nearest_prototype_is_zero_at_prototypes_and_euclide
 
 def test_maps_with_no_share_are_not_computed(make_model):
     detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_ssim=0.0, **NEAREST_SCORE))
-    assert (list(detector.fused), list(detector.scored), set(detector.calibration.scales)) == (["pixel"], ["nearest"], {"pixel", "nearest"})
+    assert (list(detector.fused), list(detector.scored), set(detector.calibration.scales)) == (
+        ["pixel"],
+        ["nearest"],
+        {"pixel", "nearest"},
+    )
     without = detector_of(make_model(), PIXELS.replace(map_ssim=0.0, **NEAREST_SCORE))
     assert list(without.scored) == ["pixel"] and set(without.calibration.scales) == {"pixel"}
 
 
 def test_what_one_map_shouts_counts_less_than_what_two_maps_say():
     smooth = {"pixel": np.array([[[9.0, 3.0, -0.5]]], np.float32), "bank": np.array([[[0.0, 3.0, -0.5]]], np.float32)}
-    shouted, said, low = fuse(smooth, {"pixel": MapScale(0.0, 1.0), "bank": MapScale(0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5})[0, 0]
+    shouted, said, low = fuse(
+        smooth, {"pixel": MapScale(0.0, 1.0), "bank": MapScale(0.0, 1.0)}, {"pixel": 0.5, "bank": 0.5}
+    )[0, 0]
     assert said == pytest.approx(3.0) and shouted == pytest.approx(10**0.5 - 1) and low == pytest.approx(-0.5)
 
 
@@ -392,8 +493,13 @@ def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_feature
     maps = PIXELS.replace(map_ssim=0.0, map_likelihood=1.0, residual_ceiling=0.5)
     detector = detector_of(make_model("efficientnet_lite0"), maps)
     scales = {"pixel": MapScale(0.0, 1.0), "likelihood": MapScale(0.0, 1.0)}
-    smooth = {"pixel": np.array([[[0.2, 0.5, 80.0]]], np.float32), "likelihood": np.array([[[3.0, 3.0, 3.0]]], np.float32)}
-    np.testing.assert_allclose(detector.defect_maps(smooth, scales)[0, 0], [(1.2 * 4) ** 0.5 - 1, 6**0.5 - 1, 6**0.5 - 1], rtol=1e-5)
+    smooth = {
+        "pixel": np.array([[[0.2, 0.5, 80.0]]], np.float32),
+        "likelihood": np.array([[[3.0, 3.0, 3.0]]], np.float32),
+    }
+    np.testing.assert_allclose(
+        detector.defect_maps(smooth, scales)[0, 0], [(1.2 * 4) ** 0.5 - 1, 6**0.5 - 1, 6**0.5 - 1], rtol=1e-5
+    )
     detector.maps = maps.replace(residual_ceiling=0.0)
     assert detector.defect_maps(smooth, scales)[0, 0, 2] == pytest.approx((81 * 4) ** 0.5 - 1, rel=1e-5)
     alone = detector_of(make_model(segmentation=False), PIXELS.replace(map_ssim=0.0, residual_ceiling=0.5))
@@ -401,7 +507,9 @@ def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_feature
 
 
 def test_the_fused_map_is_the_weighted_geometric_mean_of_one_more_than_the_scaled_maps(make_model):
-    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0))
+    detector = detector_of(
+        make_model("efficientnet_lite0"), PIXELS.replace(map_pixel=3.0, map_ssim=0.0, map_likelihood=1.0)
+    )
     smooth = maps_of(detector, good_images(2, seed=1))
     scales = {"pixel": MapScale(0.0, 0.2), "likelihood": MapScale(0.0, 2.0)}  # all above 0
     expected = (1 + smooth["pixel"] / 0.2) ** 0.75 * (1 + smooth["likelihood"] / 2.0) ** 0.25 - 1
@@ -409,7 +517,10 @@ def test_the_fused_map_is_the_weighted_geometric_mean_of_one_more_than_the_scale
 
 
 def test_without_morphology_maps_are_as_they_were_computed(make_model):
-    detector = detector_of(make_model("efficientnet_lite0"), ALL.replace(map_perceptual=0.0, map_deviation=1.0, smoothing_frac=0.0, closing_frac=0.0))
+    detector = detector_of(
+        make_model("efficientnet_lite0"),
+        ALL.replace(map_perceptual=0.0, map_deviation=1.0, smoothing_frac=0.0, closing_frac=0.0),
+    )
     images = good_images(2, seed=1)
     refined = maps_of(detector, images)
     raw = defect_maps.raw_maps(list(refined), detector.model, images, detector.describe(images, refined))
@@ -419,27 +530,45 @@ def test_without_morphology_maps_are_as_they_were_computed(make_model):
 
 def test_the_head_is_smoothed_by_its_own_width_and_not_closed(make_model):
     images, names = good_images(2, seed=1), ["pixel", "segmentation"]
-    detector = detector_of(make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(outline_smoothing_frac=0.0))
+    detector = detector_of(
+        make_model("efficientnet_lite0", segmentation=True), PIXELS.replace(outline_smoothing_frac=0.0)
+    )
     output = detector.describe(images, names)
-    raw = {name: maps[:, 0].numpy() for name, maps in defect_maps.raw_maps(names, detector.model, images, output).items()}
+    raw = {
+        name: maps[:, 0].numpy() for name, maps in defect_maps.raw_maps(names, detector.model, images, output).items()
+    }
     found = detector.refined_maps(images, output, names)
     np.testing.assert_allclose(found["segmentation"], raw["segmentation"], rtol=1e-5, atol=1e-6)
     assert np.diff(found["pixel"]).std() < 0.5 * np.diff(raw["pixel"]).std()
     detector.maps = detector.maps.replace(outline_smoothing_frac=0.03)
     smooth = detector.refined_maps(images, output, names)
     np.testing.assert_array_equal(smooth["pixel"], found["pixel"])
-    expected = [cv2.GaussianBlur(each, (0, 0), 0.03 * 64, borderType=cv2.BORDER_REFLECT_101) for each in raw["segmentation"]]
+    expected = [
+        cv2.GaussianBlur(each, (0, 0), 0.03 * 64, borderType=cv2.BORDER_REFLECT_101) for each in raw["segmentation"]
+    ]
     np.testing.assert_allclose(smooth["segmentation"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("horizontal", "vertical", "n_views"), [(True, False, 2), (False, True, 2), (True, True, 4), (False, False, 1)])
+@pytest.mark.parametrize(
+    ("horizontal", "vertical", "n_views"), [(True, False, 2), (False, True, 2), (True, True, 4), (False, False, 1)]
+)
 def test_flipped_views_are_averaged_where_training_flips(make_model, horizontal, vertical, n_views):
-    plain, images = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0)), torch.rand(2, 3, 64, 64)
+    plain, images = (
+        detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0)),
+        torch.rand(2, 3, 64, 64),
+    )
     settings = {**plain.settings, "flip_horizontal": horizontal, "flip_vertical": vertical}
     averaged = Detector(plain.model, plain.maps.replace(map_flips=True), plain.calibration, settings)
-    flips = [dims for dims, wanted in (((), True), ((3,), horizontal), ((2,), vertical), ((2, 3), horizontal and vertical)) if wanted]
+    flips = [
+        dims
+        for dims, wanted in (((), True), ((3,), horizontal), ((2,), vertical), ((2, 3), horizontal and vertical))
+        if wanted
+    ]
     assert len(flips) == n_views
-    views = [{name: np.flip(each, [dim - 1 for dim in dims]) for name, each in maps_of(plain, images.flip(dims)).items()} for dims in flips]
+    views = [
+        {name: np.flip(each, [dim - 1 for dim in dims]) for name, each in maps_of(plain, images.flip(dims)).items()}
+        for dims in flips
+    ]
     for name, found in maps_of(averaged, images).items():
         np.testing.assert_allclose(found, np.mean([view[name] for view in views], 0), atol=1e-4)
     assert np.ptp([each.score for each in averaged.detect(torch.cat([images[:1].flip(dims) for dims in flips]))]) < 1e-3
@@ -453,7 +582,9 @@ def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     logs = 0.0
     for name, maps in smooth.items():
         low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
-        assert found.scales[name][:2] == pytest.approx((low, high), rel=1e-4) and not found.scales[name].border  # 64 px are all border
+        assert (
+            found.scales[name][:2] == pytest.approx((low, high), rel=1e-4) and not found.scales[name].border
+        )  # 64 px are all border
         z = (maps - low) / (high - low)
         logs = logs + 0.5 * np.sign(z) * np.log(1 + np.abs(z))
     fused = np.exp(logs) - 1  # exact where it is above 0, as the largest are
@@ -475,18 +606,33 @@ def test_scales_and_the_pixel_threshold_come_from_the_windows_that_pictures_take
     inside, whole = slice(20, 44), slice(None)
     windows = [(whole, inside) if index % 2 else (inside, whole) for index in range(12)]
     detector.calibration = calibrate(detector, images.split(5), windows)
-    within = np.stack([each.defect_map[window] if window[1] == whole else each.defect_map[window].T for each, window in zip(detector.detect(images), windows, strict=True)])
+    within = np.stack(
+        [
+            each.defect_map[window] if window[1] == whole else each.defect_map[window].T
+            for each, window in zip(detector.detect(images), windows, strict=True)
+        ]
+    )
     assert (within > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-4)
-    pixel = np.concatenate([each[window].ravel() for each, window in zip(maps_of(detector, images)["pixel"], windows, strict=True)])
+    pixel = np.concatenate(
+        [each[window].ravel() for each, window in zip(maps_of(detector, images)["pixel"], windows, strict=True)]
+    )
     assert detector.calibration.scales["pixel"][:2] == pytest.approx(np.quantile(pixel, (0.5, 0.999)), rel=1e-4)
-    assert calibrate(detector, images.split(5), [(slice(0, 64), slice(0, 64))] * 12) == calibrate(detector, images.split(5))
+    assert calibrate(detector, images.split(5), [(slice(0, 64), slice(0, 64))] * 12) == calibrate(
+        detector, images.split(5)
+    )
 
 
 @pytest.mark.parametrize("windowed", [False, True])
 def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model, monkeypatch, windowed):
-    detector = detector_of(make_model("none", segmentation=False), PIXELS.replace(map_ssim=0.0, smoothing_frac=0.0, closing_frac=0.0, link_frac=0.0))
+    detector = detector_of(
+        make_model("none", segmentation=False),
+        PIXELS.replace(map_ssim=0.0, smoothing_frac=0.0, closing_frac=0.0, link_frac=0.0),
+    )
     rng = np.random.default_rng(0)
-    good, masks = torch.from_numpy(rng.uniform(0.1, 0.2, (8, 1, 64, 64)).astype(np.float32)), np.zeros((8, 64, 64), bool)
+    good, masks = (
+        torch.from_numpy(rng.uniform(0.1, 0.2, (8, 1, 64, 64)).astype(np.float32)),
+        np.zeros((8, 64, 64), bool),
+    )
     masks[:, 20:24, 20:26] = True
     windows = [(slice(4 + index % 2, 40), slice(None)) for index in range(8)] if windowed else None
     drawn = good + 0.5 * torch.from_numpy(masks[:, None])
@@ -498,7 +644,9 @@ def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model
     assert plain.pixel_threshold == pytest.approx(1.0, abs=0.02)  # the top 0.1 % of good pixels
     assert 1.05 < found.pixel_threshold < found.scales["pixel"].read(np.full((1, 64, 64), least)).max() + 1e-4
     assert found == dataclasses.replace(plain, pixel_threshold=found.pixel_threshold)
-    assert calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain  # mere strips, on which nothing could be drawn
+    assert (
+        calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain
+    )  # mere strips, on which nothing could be drawn
     detector.maps = detector.maps.replace(pixel_false_positives=0.02)
     assert calibrate(detector, good.split(4), windows, rounds) == calibrate(detector, good.split(4), windows)
 
@@ -506,11 +654,14 @@ def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model
 RINGS = np.minimum.outer(*[np.minimum(np.arange(160), np.arange(160)[::-1])] * 2) // 8  # of 8 px, 0 outermost
 
 
-@pytest.mark.parametrize(("along", "expected"), [
-    ((2.0, 1.5, 1.25, 1.1), (2.0, 1.5, 1.25, 1.1)),
-    ((1.2, 1.5, 1.0, 1.1), (1.5, 1.5, 1.1, 1.1)),  # what lies further out is no less
-    ((0.5, 0.5, 0.5, 0.5), (1.0, 1.0, 1.0, 1.0)),  # a plain background along the border stays plain
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("along", "expected"),
+    [
+        ((2.0, 1.5, 1.25, 1.1), (2.0, 1.5, 1.25, 1.1)),
+        ((1.2, 1.5, 1.0, 1.1), (1.5, 1.5, 1.1, 1.1)),  # what lies further out is no less
+        ((0.5, 0.5, 0.5, 0.5), (1.0, 1.0, 1.0, 1.0)),  # a plain background along the border stays plain
+    ],
+)
 def test_a_map_reads_alike_along_the_border_and_further_in(along, expected):
     maps = np.random.default_rng(0).uniform(1, 2, (24, 160, 160)).astype(np.float32)
     maps *= np.array([*along, *[1.0] * 16], np.float32)[RINGS]
@@ -518,7 +669,9 @@ def test_a_map_reads_alike_along_the_border_and_further_in(along, expected):
     assert scale.border == pytest.approx(expected, rel=0.02)
     level = scale.level(maps)
     if along == expected:
-        assert all(np.quantile(level[:, ring == RINGS], 0.99) == pytest.approx(1.99, rel=0.12) for ring in range(5))  # factors are interpolated within rings
+        assert all(
+            np.quantile(level[:, ring == RINGS], 0.99) == pytest.approx(1.99, rel=0.12) for ring in range(5)
+        )  # factors are interpolated within rings
         assert scale.zero == pytest.approx(1.5, rel=0.02)
     assert np.array_equal(level[:, RINGS > 4], maps[:, RINGS > 4]) and np.all(level <= maps)
     np.testing.assert_allclose(scale.read(maps), (level - scale.zero) / (scale.one - scale.zero), rtol=1e-6)
@@ -529,12 +682,17 @@ def test_the_border_is_that_of_the_image_within_its_window():
     maps[:, :8], maps[:, -8:], maps[:, :, :8], maps[:, :, -8:] = 50.0, 50.0, 4.0, 4.0  # bars above and below
     assert MapScale.of([maps], [(slice(8, 152), slice(None))] * 24).border[0] == pytest.approx(2.0, rel=0.03)
     assert MapScale.of([maps], [(slice(40, 120), slice(40, 120))] * 24).border == (1.0, 1.0, 1.0, 1.0)
-    assert MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border  # too small an interior
+    assert (
+        MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border
+    )  # too small an interior
 
 
 def test_where_good_images_are_stranger_along_their_border_a_defect_further_in_is_found(make_model, monkeypatch):
     """A defect of half the height that every good image has in its corners; nothing but the border tells them apart."""
-    detector = detector_of(make_model("none", segmentation=False), PIXELS.replace(map_ssim=0.0, top_frac=0.0001, smoothing_frac=0.0, closing_frac=0.0))
+    detector = detector_of(
+        make_model("none", segmentation=False),
+        PIXELS.replace(map_ssim=0.0, top_frac=0.0001, smoothing_frac=0.0, closing_frac=0.0),
+    )
     rng = np.random.default_rng(0)
     good = rng.uniform(0.1, 0.2, (20, 160, 160)).astype(np.float32) * np.where(RINGS == 0, 4, 1).astype(np.float32)
     defective = good.copy()
@@ -553,15 +711,22 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     model.fit_deviations([model.grid_features(good_images(8, seed=6))])
     model.fit_bank([model.grid_features(good_images(8, seed=6))], 8)
     of_fused = detector_of(model, maps.replace(**FUSED_SCORE))
-    of_one = [detector_of(model, maps.replace(**{**FUSED_SCORE, f"score_{name}": 2.0})) for name in ("deviation", "likelihood", "nearest", "bank")]
+    of_one = [
+        detector_of(model, maps.replace(**{**FUSED_SCORE, f"score_{name}": 2.0}))
+        for name in ("deviation", "likelihood", "nearest", "bank")
+    ]
     for found in of_fused.detect(images):
         assert found.score == pytest.approx(image_score(found.defect_map, maps.top_frac))
     for name, detector in zip(("deviation", "likelihood", "nearest", "bank"), of_one, strict=True):
         low, high, _ = detector.calibration.scales[name]
         judged = (maps_of(detector, images)[name] - low) / (high - low)
-        assert [found.score for found in detector.detect(images)] == pytest.approx([image_score(each, maps.top_frac) for each in judged])
+        assert [found.score for found in detector.detect(images)] == pytest.approx(
+            [image_score(each, maps.top_frac) for each in judged]
+        )
     without = detector_of(make_model("none"), maps)  # no backbone, no likelihood
-    assert all(found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images))
+    assert all(
+        found.score == pytest.approx(image_score(found.defect_map, maps.top_frac)) for found in without.detect(images)
+    )
 
 
 def test_calibration_depends_on_the_good_images_alone(make_model):
@@ -608,18 +773,27 @@ def test_labels_p_values_and_maps_follow_the_calibration(make_model):
         assert detection.label == ("defective" if detection.score > detector.calibration.threshold else "good")
     assert {detection.label for detection in found[3:]} == {"defective"}
     middle = sorted(detection.score for detection in found)[2]
-    detector.calibration = Calibration(detector.calibration.scales, detector.calibration.good_scores, 0.05, middle, False, 1.0)
+    detector.calibration = Calibration(
+        detector.calibration.scales, detector.calibration.good_scores, 0.05, middle, False, 1.0
+    )
     assert sorted(detection.label for detection in detector.detect(images)) == ["defective"] * 2 + ["good"] * 3
 
 
 @pytest.mark.parametrize("from_pixels", [False, True])
-def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(make_model, monkeypatch, from_pixels):
-    detector = detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0, **(FUSED_SCORE if from_pixels else NEAREST_SCORE)))
+def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_pixels_are_scored(
+    make_model, monkeypatch, from_pixels
+):
+    detector = detector_of(
+        make_model("efficientnet_lite0"),
+        PIXELS.replace(map_likelihood=1.0, **(FUSED_SCORE if from_pixels else NEAREST_SCORE)),
+    )
     images = torch.cat([good_images(2, seed=5), torch.rand(1, 3, 64, 64), good_images(1, seed=5)])
     scores = [each.score for each in detector.detect(images)]
     detector.calibration = dataclasses.replace(detector.calibration, threshold=sorted(scores)[-2])
     thorough, n_painted, decode = detector.detect(images), [], detector.model.decode_pixels
-    monkeypatch.setattr(detector.model, "decode_pixels", lambda trunk, *others: n_painted.append(len(trunk)) or decode(trunk, *others))
+    monkeypatch.setattr(
+        detector.model, "decode_pixels", lambda trunk, *others: n_painted.append(len(trunk)) or decode(trunk, *others)
+    )
     sparing = detector.detect(images, thorough=False)
     assert n_painted == ([4] if from_pixels else [1])
     assert [each.label for each in sparing].count("defective") == 1
@@ -633,7 +807,9 @@ def test_a_sparing_detection_says_the_same_and_paints_only_the_defective_unless_
             assert b.defect_map is None and b.reconstruction is None
     n_painted.clear()
     detector.calibration = dataclasses.replace(detector.calibration, threshold=max(scores) + 1)
-    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == ([4] if from_pixels else [])
+    assert {each.label for each in detector.detect(images, thorough=False)} == {"good"} and n_painted == (
+        [4] if from_pixels else []
+    )
 
 
 def test_detection_leaves_no_training_mode_behind(make_model):
@@ -651,7 +827,15 @@ def trained(model, n_steps=40):
     loss = vae_model.DetailLoss(LossSettings(perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0), None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    engine.train_epoch(model, [images] * n_steps, lambda batch: (loss(model, batch, batch, 1.0), 4), optimizer, schedule, engine.Runtime(torch.device("cpu")), 1.0)
+    engine.train_epoch(
+        model,
+        [images] * n_steps,
+        lambda batch: (loss(model, batch, batch, 1.0), 4),
+        optimizer,
+        schedule,
+        engine.Runtime(torch.device("cpu")),
+        1.0,
+    )
     return model
 
 
@@ -686,7 +870,9 @@ def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_p
     images = good_images(2, seed=4)
     for a, b in zip(loaded.detect(images), detector.detect(images), strict=True):
         assert (a.p_value, a.label) == (b.p_value, b.label) and a.score == pytest.approx(b.score, abs=0.02)
-        np.testing.assert_allclose(a.defect_map, b.defect_map, atol=0.02)  # norms are folded; an untrained map has a small scale
+        np.testing.assert_allclose(
+            a.defect_map, b.defect_map, atol=0.02
+        )  # norms are folded; an untrained map has a small scale
 
 
 @pytest.mark.parametrize("missing", ["settings", "model", "calibration"])
@@ -699,10 +885,17 @@ def test_a_file_with_a_part_missing_is_refused_in_a_sentence(make_model, tmp_pat
     assert str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize(("where", "key", "value"), [
-    ("settings", "latent_dim", -3), ("settings", "image_size", "wide"), ("settings", "top_frac", 7.0), ("settings", "resize", None),
-    ("calibration", "scales", 3), ("calibration", "threshold", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("settings", "latent_dim", -3),
+        ("settings", "image_size", "wide"),
+        ("settings", "top_frac", 7.0),
+        ("settings", "resize", None),
+        ("calibration", "scales", 3),
+        ("calibration", "threshold", None),
+    ],
+)
 def test_contents_that_make_no_sense_are_refused_in_a_sentence(make_model, tmp_path, where, key, value):
     contents = contents_of(detector_of(make_model()))
     if value is None:

@@ -26,7 +26,12 @@ def contents(root):
 
 def test_demo_layout_and_masks(demo):
     data = image_folders.MVTecFolder(demo)
-    assert len(data.train_good) == 100 and len(data.validation_good) == 20 and data.categories == ["good", "paint", "scratch"] and not data.warnings
+    assert (
+        len(data.train_good) == 100
+        and len(data.validation_good) == 20
+        and data.categories == ["good", "paint", "scratch"]
+        and not data.warnings
+    )
     assert [sum(item.category == name for item in data.test) for name in data.categories] == [20, 12, 12]
     for item in data.test:
         assert image_files.read_image(item.path).shape == (128, 128, 3)
@@ -37,11 +42,17 @@ def test_demo_layout_and_masks(demo):
 def test_demo_masks_are_exact_and_crops_come_from_disjoint_places(demo):
     photographs = demo_textures._demo_photographs()
     data = image_folders.MVTecFolder(demo)
-    cases = [(path, ()) for path in (*data.train_good[:3], *data.validation_good[::5])] + [(item.path, item.mask_paths) for item in data.test[::7]]
+    cases = [(path, ()) for path in (*data.train_good[:3], *data.validation_good[::5])] + [
+        (item.path, item.mask_paths) for item in data.test[::7]
+    ]
     found = {"train": [], "validation": [], "test": []}
     for path, mask_paths in cases:
         crop, which = image_files.read_image(path), int(path.stem) % 3
-        outside = (~image_files.read_defects(mask_paths, path)).astype(np.uint8) if mask_paths else np.ones((128, 128), np.uint8)
+        outside = (
+            (~image_files.read_defects(mask_paths, path)).astype(np.uint8)
+            if mask_paths
+            else np.ones((128, 128), np.uint8)
+        )
         places = []
         for view in (crop, crop[:, ::-1]):
             keep = outside if view is crop else outside[:, ::-1]

@@ -58,7 +58,9 @@ def test_a_step_is_one_step_of_plain_gradient_descent():
     model, batches, terms = line()
     before, schedule = weights_of(model), NoSchedule()
     expected = torch.autograd.grad(terms(batches[0])[0]["total"], list(model.parameters()))
-    engine.optimizer_step(terms(batches[0])[0]["total"], torch.optim.SGD(model.parameters(), lr=0.1), schedule, RUNTIME, 0.0)
+    engine.optimizer_step(
+        terms(batches[0])[0]["total"], torch.optim.SGD(model.parameters(), lr=0.1), schedule, RUNTIME, 0.0
+    )
     for now, old, gradient in zip(model.parameters(), before, expected, strict=True):
         torch.testing.assert_close(now, old - 0.1 * gradient)
     assert schedule.n_steps == 1
@@ -81,10 +83,15 @@ def test_gradients_are_clipped_by_their_common_norm():
 
 def test_a_scaled_loss_makes_the_same_clipped_step():
     moved = []
-    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)):
+    for scaler in (
+        torch.amp.GradScaler("cpu", enabled=False),
+        torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0),
+    ):
         weight = nn.Parameter(torch.zeros(2))
         runtime = engine.Runtime(torch.device("cpu"), None, scaler)
-        engine.optimizer_step(3 * weight[0] + 4 * weight[1], torch.optim.SGD([weight], lr=1.0), NoSchedule(), runtime, 1.0)
+        engine.optimizer_step(
+            3 * weight[0] + 4 * weight[1], torch.optim.SGD([weight], lr=1.0), NoSchedule(), runtime, 1.0
+        )
         moved.append(weight.tolist())
     assert moved[0] == pytest.approx([-0.6, -0.8], rel=1e-4) and moved[1] == pytest.approx(moved[0])
 
@@ -95,7 +102,13 @@ def test_scaled_gradients_that_stay_infinite_end_the_training():
     optimizer, n_skipped = torch.optim.SGD([weight], lr=1.0), 0
     with pytest.raises(engine.DivergedError, match="stays infinite in float16"):
         while n_skipped < 100:
-            engine.optimizer_step((weight * math.inf).nan_to_num(0.0, 0.0).sum() + torch.sqrt(weight).sum(), optimizer, NoSchedule(), runtime, 1.0)
+            engine.optimizer_step(
+                (weight * math.inf).nan_to_num(0.0, 0.0).sum() + torch.sqrt(weight).sum(),
+                optimizer,
+                NoSchedule(),
+                runtime,
+                1.0,
+            )
             n_skipped += 1
     assert n_skipped == 30 and weight.item() == 0.0
 
@@ -111,7 +124,9 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_untouched(bad):
     model, batches, terms = line()
     before, schedule = copy.deepcopy(model.state_dict()), NoSchedule()
     with pytest.raises(engine.DivergedError, match=f"loss became {bad}.*learning-rate"):
-        engine.optimizer_step(terms(batches[0])[0]["total"] * bad, torch.optim.SGD(model.parameters(), lr=0.1), schedule, RUNTIME, 1.0)
+        engine.optimizer_step(
+            terms(batches[0])[0]["total"] * bad, torch.optim.SGD(model.parameters(), lr=0.1), schedule, RUNTIME, 1.0
+        )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert schedule.n_steps == 0 and all(parameter.grad is None for parameter in model.parameters())
 
@@ -145,7 +160,9 @@ def test_averages_of_ragged_batches_are_those_of_all_values_at_once():
     averages.add({"only here": 4.0}, 2)
     weights = [5, 7, 1, 10]
     squares = [part.mean() ** 2 for part in np.split(values, [5, 12, 13])]
-    assert averages.means() == pytest.approx({"a": values.mean(), "b": np.average(squares, weights=weights), "only here": 4.0})
+    assert averages.means() == pytest.approx(
+        {"a": values.mean(), "b": np.average(squares, weights=weights), "only here": 4.0}
+    )
     assert engine.Averages().means() == {}
 
 
@@ -168,7 +185,9 @@ def test_an_epoch_makes_one_step_a_batch_in_training_mode_and_lowers_the_loss():
 def test_an_epoch_without_steps_reports_the_loss_of_all_its_images():
     model, batches, terms = line()
     expected = np.mean([((model(x) - y) ** 2).item() for part in batches for x, y in zip(*part, strict=True)])
-    got = engine.train_epoch(model, batches, terms, torch.optim.SGD(model.parameters(), lr=0.0), NoSchedule(), RUNTIME, 0.0)
+    got = engine.train_epoch(
+        model, batches, terms, torch.optim.SGD(model.parameters(), lr=0.0), NoSchedule(), RUNTIME, 0.0
+    )
     assert got["total"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -198,7 +217,13 @@ def test_asking_for_cuda_without_one_is_said_in_a_sentence(monkeypatch):
         engine.resolve_device("cuda")
     assert engine.resolve_device("auto").type == engine.resolve_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [str(engine.resolve_device(name)) for name in ("auto", "cuda", "cpu", "cuda:1", torch.device("cuda:1"))] == ["cuda", "cuda", "cpu", "cuda:1", "cuda:1"]
+    assert [str(engine.resolve_device(name)) for name in ("auto", "cuda", "cpu", "cuda:1", torch.device("cuda:1"))] == [
+        "cuda",
+        "cuda",
+        "cpu",
+        "cuda:1",
+        "cuda:1",
+    ]
 
 
 def test_an_unknown_device_is_refused():
@@ -209,7 +234,9 @@ def test_an_unknown_device_is_refused():
 @pytest.mark.parametrize(("multiplies", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_a_cuda_card_that_only_emulates_bfloat16_takes_float16(monkeypatch, multiplies, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies
+    )
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: enabled)
     runtime = engine.make_runtime("cuda")
     assert runtime.amp_dtype is expected and runtime.scaler is (expected is torch.float16)
@@ -241,20 +268,42 @@ def test_on_cpu_the_scaler_does_nothing_and_images_are_laid_out_for_convolutions
     runtime = engine.make_runtime("cpu")
     assert not runtime.scaler.is_enabled() and not runtime.pin_memory
     images = torch.rand(2, 3, 4, 4)
-    assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(runtime.put(images), images) and runtime.put(images).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    plain = SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, history=[{"epoch": 1}], best=2.0, best_epoch=1, epochs=2, sources={})
+    plain = SimpleNamespace(
+        settings=RunSettings(),
+        runtime=RUNTIME,
+        model=model,
+        history=[{"epoch": 1}],
+        best=2.0,
+        best_epoch=1,
+        epochs=2,
+        sources={},
+    )
     engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
-    scaled = SimpleNamespace(**{**vars(plain), "runtime": engine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu")), "history": [], "best": 9.0})
+    scaled = SimpleNamespace(
+        **{
+            **vars(plain),
+            "runtime": engine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu")),
+            "history": [],
+            "best": 9.0,
+        }
+    )
     engine.resume_training(scaled, optimizer, scheduler, tmp_path / "last.pth", "line", set())
     assert scaled.history == plain.history and scaled.best == 2.0 and scaled.runtime.scaler.get_scale() > 1
-    with pytest.raises(InputError, match=r"last\.pth has 1 epochs behind it; expected --epochs of 1 or more to resume, not 0"):
-        engine.resume_training(SimpleNamespace(**{**vars(plain), "epochs": 0}), optimizer, scheduler, tmp_path / "last.pth", "line", set())
+    with pytest.raises(
+        InputError, match=r"last\.pth has 1 epochs behind it; expected --epochs of 1 or more to resume, not 0"
+    ):
+        engine.resume_training(
+            SimpleNamespace(**{**vars(plain), "epochs": 0}), optimizer, scheduler, tmp_path / "last.pth", "line", set()
+        )
 
 
 @pytest.fixture
@@ -328,7 +377,12 @@ def refusal(path, kind="kind"):
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     contents = engine.load_checkpoint(saved(tmp_path), "kind")
     assert torch.equal(contents["model"]["w"], CONTENTS["model"]["w"])
-    assert {key: contents[key] for key in ("n", "x", "names", "none")} == {"n": 3, "x": 0.5, "names": ["a", "b"], "none": None}
+    assert {key: contents[key] for key in ("n", "x", "names", "none")} == {
+        "n": 3,
+        "x": 0.5,
+        "names": ["a", "b"],
+        "none": None,
+    }
     assert (contents["format"], contents["kind"]) == (engine.FORMAT, "kind")
     assert contents["versions"]["torch"] == torch.__version__ and type(contents["versions"]["torch"]) is str
 
@@ -364,7 +418,9 @@ def test_a_full_disk_is_said_in_a_sentence_and_keeps_the_old_file(tmp_path):
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a write beyond fails as on a full disk
     try:
-        with pytest.raises(InputError, match=r"Cannot write .*a\.pth: File too large; expected a writable folder with room"):
+        with pytest.raises(
+            InputError, match=r"Cannot write .*a\.pth: File too large; expected a writable folder with room"
+        ):
             engine.save_checkpoint(path, "kind", {"model": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -409,7 +465,12 @@ def test_damaged_bytes_end_in_a_sentence_or_in_a_checkpoint(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.pth"
-    for content in (b"", b"not a checkpoint", bytes(range(256)) * 8, pickle.dumps({"format": 1, "kind": "kind"}, 4)[:-3]):
+    for content in (
+        b"",
+        b"not a checkpoint",
+        bytes(range(256)) * 8,
+        pickle.dumps({"format": 1, "kind": "kind"}, 4)[:-3],
+    ):
         path.write_bytes(content)
         assert "not a readable checkpoint" in refusal(path)
     with zipfile.ZipFile(path, "w") as archive:
@@ -417,7 +478,16 @@ def test_other_files_are_refused(tmp_path):
     assert "not a readable checkpoint" in refusal(path)
 
 
-@pytest.mark.parametrize("contents", [{"n": 1}, {"format": engine.FORMAT + 1, "kind": "kind"}, [1, 2], torch.zeros(3), {"format": torch.zeros(3), "kind": "kind"}])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"n": 1},
+        {"format": engine.FORMAT + 1, "kind": "kind"},
+        [1, 2],
+        torch.zeros(3),
+        {"format": torch.zeros(3), "kind": "kind"},
+    ],
+)
 def test_other_formats_are_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "other.pth")
     assert f"not a checkpoint of format {engine.FORMAT}" in refusal(tmp_path / "other.pth")

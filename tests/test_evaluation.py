@@ -146,7 +146,9 @@ def test_image_figures_agree_with_scikit_learn():
     )
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(labels, predicted, average="binary")
     assert evaluation.precision_recall_f1(labels, predicted) == pytest.approx((precision, recall, f1))
-    assert evaluation.best_f1(labels, scores) == pytest.approx(max(metrics.f1_score(labels, scores >= t) for t in scores))
+    assert evaluation.best_f1(labels, scores) == pytest.approx(
+        max(metrics.f1_score(labels, scores >= t) for t in scores)
+    )
 
 
 def test_the_weighted_curves_of_the_bootstrap_equal_scikit_learn_on_the_same_draw():
@@ -447,20 +449,31 @@ def test_the_best_f1_of_pixels_is_exact_where_few_are_defective():
         defect_map[mask] += 2
         found = evaluation.pixel_metrics(evaluation.count_pixels([defect_map], [mask], n_edges=100))
         called = [defect_map.astype(np.float32) >= np.float32(value) for value in defect_map[mask]]
-        assert found["f1_max"][0] == pytest.approx(max(metrics.f1_score(mask.ravel(), each.ravel()) for each in called), abs=1e-12)
+        assert found["f1_max"][0] == pytest.approx(
+            max(metrics.f1_score(mask.ravel(), each.ravel()) for each in called), abs=1e-12
+        )
 
 
 def test_the_best_pixel_threshold_is_that_of_the_mean_f1_of_images():
     for seed in range(5):
         rng = np.random.default_rng(seed)
         maps, masks = rng.normal(size=(3, 32, 32)).astype(np.float32), np.zeros((3, 32, 32), bool)
-        masks[0, 2:30, 2:30] = masks[1, 10:13, 10:14] = masks[2, 20:22, 5:9] = True  # a large one, which would lower the threshold of all pixels together
+        masks[0, 2:30, 2:30] = masks[1, 10:13, 10:14] = masks[2, 20:22, 5:9] = (
+            True  # a large one, which would lower the threshold of all pixels together
+        )
         maps += masks * np.array([1.0, 3.0, 3.0], np.float32)[:, None, None]
         found = evaluation.best_pixel_threshold(evaluation.count_pixels(list(maps), list(masks)))
 
         def mean_f1(threshold, maps=maps, masks=masks):
-            return np.mean([metrics.f1_score(mask.ravel(), each.ravel() > threshold) for each, mask in zip(maps, masks, strict=True)])
+            return np.mean(
+                [
+                    metrics.f1_score(mask.ravel(), each.ravel() > threshold)
+                    for each, mask in zip(maps, masks, strict=True)
+                ]
+            )
 
-        pooled = max(np.unique(maps[masks])[::4], key=lambda value: metrics.f1_score(masks.ravel(), maps.ravel() >= value))
+        pooled = max(
+            np.unique(maps[masks])[::4], key=lambda value: metrics.f1_score(masks.ravel(), maps.ravel() >= value)
+        )
         assert mean_f1(found) >= max(mean_f1(value) for value in maps[masks][::4]) - 5e-3
         assert mean_f1(found) > mean_f1(pooled) + 0.05

@@ -81,9 +81,13 @@ def test_what_is_no_mapping_reads_as_an_empty_one(tmp_path, content):
 
 def test_a_long_stem_is_cut_and_stays_one_of_a_kind():
     long = "ä" * 200
-    assert files.short_stem("short") == "short" and files.short_stem("n" * files.LONGEST_STEM) == "n" * files.LONGEST_STEM
+    assert (
+        files.short_stem("short") == "short" and files.short_stem("n" * files.LONGEST_STEM) == "n" * files.LONGEST_STEM
+    )
     cut = {files.short_stem(long), files.short_stem(long + "b")}
-    assert len(cut) == 2 and all(len(each.encode()) <= files.LONGEST_STEM and each.startswith("ä" * 100) for each in cut)
+    assert len(cut) == 2 and all(
+        len(each.encode()) <= files.LONGEST_STEM and each.startswith("ä" * 100) for each in cut
+    )
 
 
 def test_what_an_earlier_run_wrote_goes_but_no_other_file_and_no_input(tmp_path):
@@ -91,5 +95,7 @@ def test_what_an_earlier_run_wrote_goes_but_no_other_file_and_no_input(tmp_path)
     for name in ("1.png", "2.png", "note.txt", "11.png.bak"):
         files.write_whole(folder / name, b"x")
     (tmp_path / "link").symlink_to(folder / "2.png")
-    files.remove_written(tmp_path, {"pictures": re.compile(r"\d+\.png"), "absent": re.compile(".*")}, [tmp_path / "link"])
+    files.remove_written(
+        tmp_path, {"pictures": re.compile(r"\d+\.png"), "absent": re.compile(".*")}, [tmp_path / "link"]
+    )
     assert names(folder) == ["11.png.bak", "2.png", "note.txt"]

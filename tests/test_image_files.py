@@ -35,7 +35,9 @@ def test_fast_and_slow_path_agree(tmp_path, name):
     if name.startswith("palette"):
         Image.fromarray(pixels).quantize(200).save(path)
     data = path.read_bytes()
-    assert (image_files._plain_png_size(data) or image_files._plain_jpeg_size(data)) == (48, 64), "this file must take the fast path"
+    assert (image_files._plain_png_size(data) or image_files._plain_jpeg_size(data)) == (48, 64), (
+        "this file must take the fast path"
+    )
     slow = image_files._decode(path, data, image_files._to_rgb, image_files._check_size)
     assert np.abs(image_files.read_image(path).astype(int) - slow).max() <= (0 if name.endswith("png") else 3)
 
@@ -99,16 +101,28 @@ def test_float_tiff_is_read_in_the_unit_range_only(tmp_path):
 def test_a_grey_tiff_whose_zero_is_white_is_read_so(tmp_path, dtype):
     dark = np.linspace(0, np.iinfo(dtype).max // 4, 48 * 64).reshape(48, 64).astype(dtype)
     tifffile.imwrite(tmp_path / "dark.tif", np.iinfo(dtype).max - dark, photometric="miniswhite")
-    assert np.abs(image_files.read_image(tmp_path / "dark.tif")[..., 0] * (np.iinfo(dtype).max / 255) - dark).max() <= np.iinfo(dtype).max / 255
+    assert (
+        np.abs(image_files.read_image(tmp_path / "dark.tif")[..., 0] * (np.iinfo(dtype).max / 255) - dark).max()
+        <= np.iinfo(dtype).max / 255
+    )
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_planes_of_a_tiff_are_read_rightly_or_refused(tmp_path, dtype, compression):
     colour = picture().astype(dtype) * (np.iinfo(dtype).max // 255)
-    tifffile.imwrite(tmp_path / "planes.tif", colour.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", compression=compression)
+    tifffile.imwrite(
+        tmp_path / "planes.tif",
+        colour.transpose(2, 0, 1),
+        photometric="rgb",
+        planarconfig="separate",
+        compression=compression,
+    )
     if dtype is np.uint16 and not compression:
-        with pytest.raises(config.InputError, match=r"planes\.tif holds uncompressed 16-bit colours in planes of their own; expected .*\.$"):
+        with pytest.raises(
+            config.InputError,
+            match=r"planes\.tif holds uncompressed 16-bit colours in planes of their own; expected .*\.$",
+        ):
             image_files.read_image(tmp_path / "planes.tif")
     else:
         assert (image_files.read_image(tmp_path / "planes.tif") == picture()).all()
@@ -132,7 +146,9 @@ def test_alpha_is_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-@pytest.mark.parametrize(("orientation", "turn"), [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])])
+@pytest.mark.parametrize(
+    ("orientation", "turn"), [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])]
+)
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -167,14 +183,17 @@ def test_the_limits_of_shape_are_inclusive(tmp_path):
         image_files.read_image(save(tmp_path / "b.png", np.zeros((8, 401, 3), np.uint8)))
 
 
-@pytest.mark.parametrize("name", ["a b.png", "it's \"so\".png", "деталь №5.png", "部品.png", "[x]*.png", "-n.png"])
+@pytest.mark.parametrize("name", ["a b.png", 'it\'s "so".png', "деталь №5.png", "部品.png", "[x]*.png", "-n.png"])
 def test_any_file_name(tmp_path, name):
     path = save(tmp_path / name)
     assert np.array_equal(image_files.read_image(path), picture())
     assert image_folders.find_images(tmp_path) == [path] and image_folders.find_images([str(path)]) == [path]
 
 
-@pytest.mark.parametrize(("values", "suffix", "expected"), [((0, 255), "png", 255), ((0, 1), "png", 1), ((0, 3), "png", 3), ((0, 255), "jpg", 255), ((0, 255), "bmp", 255)])
+@pytest.mark.parametrize(
+    ("values", "suffix", "expected"),
+    [((0, 255), "png", 255), ((0, 1), "png", 1), ((0, 3), "png", 3), ((0, 255), "jpg", 255), ((0, 255), "bmp", 255)],
+)
 def test_masks_of_any_coding(tmp_path, values, suffix, expected):
     mask = np.full((32, 32), values[0], np.uint8)
     mask[8:16, 8:24] = values[1]
@@ -196,8 +215,15 @@ def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
 def test_what_is_transparent_is_not_marked_whatever_its_colour(tmp_path):
     marked = np.zeros((32, 32), bool)
     marked[8:16, 8:24] = True
-    grey, alpha = np.where(marked, 200 + np.arange(32) % 56, 255).astype(np.uint8), np.where(marked, 255, 0).astype(np.uint8)
-    for name, pixels in (("rgba", np.dstack([grey] * 3 + [alpha])), ("la", np.dstack([grey, alpha])), ("label", np.dstack([np.where(marked, 3, 255).astype(np.uint8)] * 3 + [alpha]))):
+    grey, alpha = (
+        np.where(marked, 200 + np.arange(32) % 56, 255).astype(np.uint8),
+        np.where(marked, 255, 0).astype(np.uint8),
+    )
+    for name, pixels in (
+        ("rgba", np.dstack([grey] * 3 + [alpha])),
+        ("la", np.dstack([grey, alpha])),
+        ("label", np.dstack([np.where(marked, 3, 255).astype(np.uint8)] * 3 + [alpha])),
+    ):
         assert np.array_equal(image_files.read_mask(save(tmp_path / f"{name}.png", pixels)), marked), name
     palette = Image.fromarray(marked.astype(np.uint8))
     palette.putpalette([255, 255, 255, 255, 0, 0])
@@ -218,13 +244,19 @@ def test_shrinking_averages():
     assert np.abs(image_files.fit_image(image, 64, "stretch") - expected).max() <= 0.51
 
 
-@pytest.mark.parametrize(("shape", "box"), [((40, 80), (16, 48, 0, 64)), ((80, 40), (0, 64, 16, 48)), ((10, 20), (16, 48, 0, 64))])
+@pytest.mark.parametrize(
+    ("shape", "box"), [((40, 80), (16, 48, 0, 64)), ((80, 40), (0, 64, 16, 48)), ((10, 20), (16, 48, 0, 64))]
+)
 def test_letterbox_keeps_the_aspect_and_fills_with_grey(shape, box):
     image = np.full((*shape, 3), 250, np.uint8)
     square = image_files.fit_image(image, 64, "letterbox")
     inside = np.zeros((64, 64), bool)
     inside[box[0] : box[1], box[2] : box[3]] = True
-    assert square.shape == (64, 64, 3) and (square[inside] == 250).all() and (square[~inside] == image_files.LETTERBOX_GREY).all()
+    assert (
+        square.shape == (64, 64, 3)
+        and (square[inside] == 250).all()
+        and (square[~inside] == image_files.LETTERBOX_GREY).all()
+    )
     mask = image_files.fit_mask(np.ones(shape, bool), 64, "letterbox")
     assert np.array_equal(mask, inside)
 

@@ -1,4 +1,5 @@
-"""Which images and masks are where: files, folders and globs, layouts, masks over their images, good images held out."""
+"""Which images and masks are where: files, folders and globs, layouts, masks over their images,
+good images held out."""
 
 from __future__ import annotations
 
@@ -28,19 +29,30 @@ def test_find_images(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("x")
     names = [path.relative_to(tmp_path).as_posix() for path in image_folders.find_images(tmp_path)]
     assert names == ["a.JPG", "b.png", "e.tiff", "sub/deep/c.webp"]
-    twice = image_folders.find_images([tmp_path, str(tmp_path / "b.png"), str(tmp_path / "*.png"), tmp_path / "sub" / ".." / "b.png"])
+    twice = image_folders.find_images(
+        [tmp_path, str(tmp_path / "b.png"), str(tmp_path / "*.png"), tmp_path / "sub" / ".." / "b.png"]
+    )
     assert len(twice) == 4
     assert [path.name for path in image_folders.find_images(str(tmp_path / "**" / "*.webp"))] == ["c.webp"]
-    assert image_folders.find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"], "a file named outright is kept"
+    assert image_folders.find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"], (
+        "a file named outright is kept"
+    )
     (tmp_path / "loop").symlink_to(tmp_path)
     assert len(image_folders.find_images(tmp_path)) == 4
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
-    assert {path.name for path in image_folders.find_images(tmp_path)} - {path.name for path in twice} == {"gone.png"}, "a broken link is told, a pipe would be waited on"
+    assert {path.name for path in image_folders.find_images(tmp_path)} - {path.name for path in twice} == {
+        "gone.png"
+    }, "a broken link is told, a pipe would be waited on"
 
 
 def test_nothing_found_is_said(tmp_path):
-    for given, words in ((tmp_path, "No image found"), (str(tmp_path / "*.png"), "No image found"), (tmp_path / "absent", "does not exist"), ([], "No image found")):
+    for given, words in (
+        (tmp_path, "No image found"),
+        (str(tmp_path / "*.png"), "No image found"),
+        (tmp_path / "absent", "does not exist"),
+        ([], "No image found"),
+    ):
         with pytest.raises(config.InputError, match=words):
             image_folders.find_images(given)
 
@@ -52,11 +64,18 @@ def test_mvtec_layout(tmp_path):
     data = image_folders.MVTecFolder(make_set(tmp_path))
     assert len(data.train_good) == 6 and data.categories == ["good", "scratch"] and not data.flat and not data.warnings
     assert [item.category for item in data.test] == ["good"] * 2 + ["scratch"] * 2
-    assert [[path.name for path in item.mask_paths] for item in data.test] == [[], [], ["000_mask.png"], ["001_mask.png"]]
+    assert [[path.name for path in item.mask_paths] for item in data.test] == [
+        [],
+        [],
+        ["000_mask.png"],
+        ["001_mask.png"],
+    ]
     assert data.relative(data.test[2].path) == "test/scratch/000.png"
 
 
-@pytest.mark.parametrize("name", ["{}_mask.png", "{}.png", "{}_gt.bmp", "class1/{}_mask.png", "class1/{}.tif", "{}-label.png"])
+@pytest.mark.parametrize(
+    "name", ["{}_mask.png", "{}.png", "{}_gt.bmp", "class1/{}_mask.png", "class1/{}.tif", "{}-label.png"]
+)
 def test_mask_names(tmp_path, name):
     make_set(tmp_path, masks=False)
     for stem in ("000", "001", "1", "1_2"):
@@ -64,7 +83,10 @@ def test_mask_names(tmp_path, name):
         save_mask(tmp_path / "ground_truth" / "scratch" / name.format(stem))
     data = image_folders.MVTecFolder(tmp_path)
     found = {item.path.stem: item.mask_paths for item in data.test if item.category == "scratch"}
-    assert found == {stem: (tmp_path / "ground_truth" / "scratch" / name.format(stem),) for stem in found} and len(found) == 4
+    assert (
+        found == {stem: (tmp_path / "ground_truth" / "scratch" / name.format(stem),) for stem in found}
+        and len(found) == 4
+    )
 
 
 def test_masks_prefer_the_same_sub_folder(tmp_path):
@@ -79,7 +101,9 @@ def test_masks_prefer_the_same_sub_folder(tmp_path):
 def masks_of(root):
     """Image below test/ -> its masks below ground_truth/, and the warnings."""
     data = image_folders.MVTecFolder(root)
-    return {data.relative(item.path)[5:]: [data.relative(path)[13:] for path in item.mask_paths] for item in data.test}, data.warnings
+    return {
+        data.relative(item.path)[5:]: [data.relative(path)[13:] for path in item.mask_paths] for item in data.test
+    }, data.warnings
 
 
 def test_a_mask_in_a_sub_folder_is_no_mask_of_another_sub_folder(tmp_path):
@@ -94,7 +118,9 @@ def test_a_mask_in_a_sub_folder_is_no_mask_of_another_sub_folder(tmp_path):
     assert masks_of(tmp_path)[0] == found and "(ground_truth/dent/000_mask.png)" in masks_of(tmp_path)[1][0]
 
 
-@pytest.mark.parametrize("names", [("000_mask_1.png", "000_mask_2.png"), ("000/000.png", "000/001.png"), ("000_a.png", "000_b.png")])
+@pytest.mark.parametrize(
+    "names", [("000_mask_1.png", "000_mask_2.png"), ("000/000.png", "000/001.png"), ("000_a.png", "000_b.png")]
+)
 def test_several_masks_of_one_image_are_united_and_given_to_no_other(tmp_path, names):
     make_set(tmp_path, n_test=3, masks=False)
     for place, name in zip((slice(4, 8), slice(20, 24)), names, strict=True):
@@ -140,7 +166,10 @@ def test_good_images_of_a_validation_folder_are_held_out(tmp_path):
     for name in ("a.png", "session 2/b.jpg", ".hidden.png"):
         save(tmp_path / "validation" / "good" / name)
     data = image_folders.MVTecFolder(tmp_path)
-    assert [data.relative(path) for path in data.validation_good] == ["validation/good/a.png", "validation/good/session 2/b.jpg"]
+    assert [data.relative(path) for path in data.validation_good] == [
+        "validation/good/a.png",
+        "validation/good/session 2/b.jpg",
+    ]
     assert data.split(data.train_good[1:], 0.5, 3) == (data.train_good[1:], data.validation_good)
     shutil.rmtree(tmp_path / "validation" / "good")
     (tmp_path / "validation" / "good").mkdir()
@@ -173,7 +202,20 @@ def test_unusable_data_folders(tmp_path):
             image_folders.MVTecFolder(make_set(tmp_path / str(n), n_good=n))
 
 
-@pytest.mark.parametrize(("n", "frac", "held"), [(110, 0.2, 22), (54, 0.2, 19), (48, 0.2, 19), (40, 0.2, 16), (10, 0.2, 4), (3, 0.2, 1), (4, 0.01, 1), (5, 0.8, 3), (1000, 0.2, 200)])
+@pytest.mark.parametrize(
+    ("n", "frac", "held"),
+    [
+        (110, 0.2, 22),
+        (54, 0.2, 19),
+        (48, 0.2, 19),
+        (40, 0.2, 16),
+        (10, 0.2, 4),
+        (3, 0.2, 1),
+        (4, 0.01, 1),
+        (5, 0.8, 3),
+        (1000, 0.2, 200),
+    ],
+)
 def test_holdout_sizes(n, frac, held):
     train, held_out = image_folders.split_holdout(n, frac, seed=0)
     assert len(held_out) == held and sorted(train + held_out) == list(range(n))
@@ -194,7 +236,9 @@ def test_holdout_depends_on_the_seed_only():
 def truth_of(image, masks, resize="letterbox"):
     """Ground truth at 64 px of an image with these masks, and what is warned of."""
     warnings = []
-    return image_folders.read_truth(image_folders.MVTecItem(image, "scratch", tuple(masks)), 64, resize, (64, 64), warnings.append), warnings
+    return image_folders.read_truth(
+        image_folders.MVTecItem(image, "scratch", tuple(masks)), 64, resize, (64, 64), warnings.append
+    ), warnings
 
 
 def test_mask_of_another_size_is_laid_over_its_image(tmp_path):
@@ -210,14 +254,20 @@ def test_a_mask_of_another_shape_is_used_and_named(tmp_path):
     image, square = save(tmp_path / "0.png", picture(64, 128)), save_mask(tmp_path / "0_mask.png", (64, 64))
     found, warnings = truth_of(image, [square], "stretch")
     assert found[16:32, 16:32].all() and found.sum() == 256
-    assert warnings == [f"{square} is 64 x 64 px and its image {image} 128 x 64 px; expected the same aspect ratio. The mask is stretched over the image."]
+    assert warnings == [
+        f"{square} is 64 x 64 px and its image {image} 128 x 64 px; expected the same aspect ratio. The mask is "
+        "stretched over the image."
+    ]
     odd = save(tmp_path / "1.png", picture(67, 101))
     for shape in ((67, 101), (33, 50), (34, 51), (20, 30), (201, 303)):  # as sides are rounded
         assert not truth_of(odd, [save_mask(tmp_path / "1_mask.png", shape)])[1], shape
     assert truth_of(odd, [save_mask(tmp_path / "1_mask.png", (67, 98))])[1]
 
 
-@pytest.mark.parametrize(("orientation", "turn"), [(5, lambda m: m.T), (6, lambda m: np.rot90(m, -1)), (7, lambda m: np.rot90(m, 2).T), (8, np.rot90)])
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(5, lambda m: m.T), (6, lambda m: np.rot90(m, -1)), (7, lambda m: np.rot90(m, 2).T), (8, np.rot90)],
+)
 def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientation, turn):
     exif, mask = Image.Exif(), np.zeros((48, 64), bool)
     exif[0x0112] = orientation
@@ -228,7 +278,11 @@ def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientat
     found, warnings = truth_of(image, [save(tmp_path / "1_mask.png", turn(mask))])
     assert np.array_equal(found, image_files.fit_mask(turn(mask), 64, "letterbox")) and not warnings
     found, warnings = truth_of(save(tmp_path / "upright.png"), [save(tmp_path / "2_mask.png", turn(mask))])
-    assert found is None and len(warnings) == 1 and "2_mask.png is 48 x 64 px and lies across its image; expected 64 x 48." in warnings[0]
+    assert (
+        found is None
+        and len(warnings) == 1
+        and "2_mask.png is 48 x 64 px and lies across its image; expected 64 x 48." in warnings[0]
+    )
 
 
 def test_a_mask_that_marks_nothing_is_none(tmp_path):
@@ -236,9 +290,15 @@ def test_a_mask_that_marks_nothing_is_none(tmp_path):
     save(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", np.zeros((48, 64), np.uint8))
     item = image_folders.MVTecFolder(tmp_path / "raw").test[2]
     found, warnings = truth_of(item.path, item.mask_paths)
-    assert found is None and len(warnings) == 1 and "000_mask.png marks no pixel as defective. Its image is left out" in warnings[0]
+    assert (
+        found is None
+        and len(warnings) == 1
+        and "000_mask.png marks no pixel as defective. Its image is left out" in warnings[0]
+    )
     report = prepare(tmp_path / "raw", tmp_path / "out")
-    assert [row["reason"] for row in report["skipped"]] == ["marks no pixel as defective"] and report["counts"]["ground_truth/scratch"] == 1
+    assert [row["reason"] for row in report["skipped"]] == ["marks no pixel as defective"] and report["counts"][
+        "ground_truth/scratch"
+    ] == 1
 
 
 # ---------------------------------------------------------------------------------------------- real data
@@ -251,4 +311,6 @@ def test_real_data():
     assert sum(len(item.mask_paths) for item in data.test) == 30 and not data.warnings
     for item in data.test:
         if item.mask_paths:
-            assert image_files.fit_mask(image_files.read_defects(item.mask_paths, item.path), 128, "stretch").any(), "the smallest defect survives at 128 px"
+            assert image_files.fit_mask(image_files.read_defects(item.mask_paths, item.path), 128, "stretch").any(), (
+                "the smallest defect survives at 128 px"
+            )

@@ -42,7 +42,16 @@ LEVELS = {
     "train_vae_classifier": 6,
     "inference_vae_classifier": 6,
 }
-SAME_LEVEL = {("evaluation", "config"), ("plots", "config"), ("plots", "files"), ("files", "config"), ("defect_maps", "vae_model"), ("plot_strokes", "vae_model"), ("plot_calibration", "plot_strokes"), ("plot_calibration", "defect_maps")}
+SAME_LEVEL = {
+    ("evaluation", "config"),
+    ("plots", "config"),
+    ("plots", "files"),
+    ("files", "config"),
+    ("defect_maps", "vae_model"),
+    ("plot_strokes", "vae_model"),
+    ("plot_calibration", "plot_strokes"),
+    ("plot_calibration", "defect_maps"),
+}
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {
     "config": {"run_script", "_without_traceback_when_interrupted"},
@@ -152,9 +161,18 @@ def test_files_are_never_opened_in_a_way_that_could_run_code(name):
         if called[-1:] == ["load"] and called[0] == "torch":
             safe = {keyword.arg: keyword.value for keyword in node.keywords}.get("weights_only")
             assert isinstance(safe, ast.Constant) and safe.value is True, f"{name}.py:{node.lineno}"
-        assert called not in (["eval"], ["exec"], ["pickle", "load"], ["pickle", "loads"], ["yaml", "load"], ["yaml", "unsafe_load"]), f"{name}.py:{node.lineno}"
+        assert called not in (
+            ["eval"],
+            ["exec"],
+            ["pickle", "load"],
+            ["pickle", "loads"],
+            ["yaml", "load"],
+            ["yaml", "unsafe_load"],
+        ), f"{name}.py:{node.lineno}"
         allowed = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
-        assert all(isinstance(value, ast.Constant) and value.value is False for value in allowed), f"{name}.py:{node.lineno}"
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in allowed), (
+            f"{name}.py:{node.lineno}"
+        )
 
 
 @each_module
@@ -177,9 +195,13 @@ def test_nothing_happens_at_import(name):
     allowed = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Assign, ast.AnnAssign, *FUNCTION)
     for node in TREES[name].body:
         if isinstance(node, ast.If):
-            assert {"__name__", "TYPE_CHECKING"} & {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}, f"{name}.py:{node.lineno}"
+            assert {"__name__", "TYPE_CHECKING"} & {
+                each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)
+            }, f"{name}.py:{node.lineno}"
         elif isinstance(node, ast.Expr):
-            assert isinstance(node.value, ast.Constant) and isinstance(node.value.value, str), f"{name}.py:{node.lineno}"
+            assert isinstance(node.value, ast.Constant) and isinstance(node.value.value, str), (
+                f"{name}.py:{node.lineno}"
+            )
         else:
             assert isinstance(node, allowed), f"{name}.py:{node.lineno}"
 
@@ -217,4 +239,6 @@ def test_readmes_steps_are_in_the_code():
 def test_pytest_never_takes_a_script_for_a_test():
     assert not (ROOT / "tests" / "test_vae.py").exists()
     assert not (ROOT / "utils.py").exists()
-    assert [node.name for name in TREES for node in nodes(name, *FUNCTION, ast.ClassDef) if node.name.startswith("test_")] == []
+    assert [
+        node.name for name in TREES for node in nodes(name, *FUNCTION, ast.ClassDef) if node.name.startswith("test_")
+    ] == []

@@ -158,7 +158,9 @@ def test_folding_equals_convolution_then_batch_norm(kernel, stride, size):
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)  # TensorFlow's SAME
     padded = F.pad(x, (total // 2, total - total // 2) * 2)
     plain = F.conv2d(padded, state["a_depthwise_conv.weight"], stride=stride, groups=4)
-    norm = F.batch_norm(plain, state["n.running_mean"], state["n.running_var"], state["n.weight"], state["n.bias"], eps=1e-3)
+    norm = F.batch_norm(
+        plain, state["n.running_mean"], state["n.running_var"], state["n.weight"], state["n.bias"], eps=1e-3
+    )
     torch.testing.assert_close(pl._folded(state, "a_depthwise_conv", "n", stride)(x), norm)
 
 
@@ -336,7 +338,13 @@ def test_a_pickle_that_runs_code_is_refused(offline, tiny, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "text",
-    [b"cbuiltins\neval\n.", b"cos\nsystem\n.", b"cnumpy\nload\n.", b"cos\ndtype\n.", b"cnumpy.core.multiarray\nscalar\n."],
+    [
+        b"cbuiltins\neval\n.",
+        b"cos\nsystem\n.",
+        b"cnumpy\nload\n.",
+        b"cos\ndtype\n.",
+        b"cnumpy.core.multiarray\nscalar\n.",
+    ],
 )
 def test_the_unpickler_knows_three_names_only(text):
     with pytest.raises(pickle.UnpicklingError):
@@ -652,11 +660,15 @@ def test_the_script_says_where_the_weights_lie(offline, tiny, tmp_path, capsys):
     assert not (offline / pl._OWN_FILE).exists()  # a user's own weights never become the cache
 
 
-@pytest.mark.parametrize(("layers", "smallest"), [(("relu1_2",), 1), (("relu1_2", "relu2_2", "relu3_3"), 4), (("relu5_3",), 16)])
+@pytest.mark.parametrize(
+    ("layers", "smallest"), [(("relu1_2",), 1), (("relu1_2", "relu2_2", "relu3_3"), 4), (("relu5_3",), 16)]
+)
 def test_images_too_small_for_the_deepest_tap_are_refused(tiny, tmp_path, layers, smallest):
     loss = pl.PerceptualLoss(str(saved(tiny, tmp_path / "t.pth")), layers)
     assert torch.isfinite(loss(torch.rand(1, 3, smallest, smallest), torch.rand(1, 3, smallest, smallest)))
     if smallest > 1:
         small = torch.rand(1, 3, smallest, smallest - 1)
-        with pytest.raises(ValueError, match=f"images are {smallest} x {smallest - 1} px; expected sides of {smallest} px or more"):
+        with pytest.raises(
+            ValueError, match=f"images are {smallest} x {smallest - 1} px; expected sides of {smallest} px or more"
+        ):
             loss(small, small)

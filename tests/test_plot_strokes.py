@@ -12,7 +12,9 @@ SIDE = 64
 
 
 def stroke_plot(tops, bottoms):
-    """A white square with a blue stroke in each column, from row tops[i] down to row bottoms[i], as float32 (1, 3, SIDE, SIDE)."""
+    """A white square with a blue stroke in each column, from row tops[i] down to row bottoms[i], as float32 (1, 3,
+    SIDE, SIDE).
+    """
     image = np.full((SIDE, SIDE, 3), 255, np.uint8)
     for column, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):
         image[top : bottom + 1, column] = (31, 119, 180)
@@ -44,8 +46,14 @@ def test_the_profile_follows_the_trace():
     def height_of(row):
         return 1 - 2 * row / (SIDE - 1)
 
-    np.testing.assert_allclose(profile[[0, 2, 3]], [height_of((tops + bottoms) / 2), height_of(tops), height_of(bottoms)], atol=1e-5)
-    np.testing.assert_allclose(profile[1], [np.std(height_of(np.arange(top, bottom + 1))) for top, bottom in zip(tops, bottoms, strict=True)], atol=1e-3)
+    np.testing.assert_allclose(
+        profile[[0, 2, 3]], [height_of((tops + bottoms) / 2), height_of(tops), height_of(bottoms)], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        profile[1],
+        [np.std(height_of(np.arange(top, bottom + 1))) for top, bottom in zip(tops, bottoms, strict=True)],
+        atol=1e-3,
+    )
     assert (profile[5] == 1).all()
 
 
@@ -76,7 +84,15 @@ def decoder():
 def test_strokes_are_drawn_where_they_are_said_to_be(monkeypatch):
     """Middle, half extent and darkness of each column, put in by hand, are what its profile then says."""
     drawing, rows = decoder(), torch.linspace(20, 44, SIDE)
-    asked = torch.stack([rows / SIDE - 0.5, torch.full((SIDE,), 0.7), torch.full((SIDE,), 3.0), torch.full((SIDE,), 3.0), torch.full((SIDE,), 9.0)])
+    asked = torch.stack(
+        [
+            rows / SIDE - 0.5,
+            torch.full((SIDE,), 0.7),
+            torch.full((SIDE,), 3.0),
+            torch.full((SIDE,), 3.0),
+            torch.full((SIDE,), 9.0),
+        ]
+    )
     monkeypatch.setattr(drawing.stroke, "forward", lambda x: asked[None])
     drawing.set_colours(stroke_plot([5] * SIDE, [9] * SIDE))
     with torch.inference_mode():
@@ -104,7 +120,10 @@ def test_the_divergence_of_two_gaussians_agrees_with_torch():
         return torch.distributions.Normal(mean, (0.5 * logvar).exp())
 
     exact = torch.distributions.kl_divergence(normal(a, b), normal(c, d))
-    found = [kl_divergence(*(each.flatten()[i] for each in (a, b)), tuple(each.flatten()[i] for each in (c, d))) for i in range(a.numel())]
+    found = [
+        kl_divergence(*(each.flatten()[i] for each in (a, b)), tuple(each.flatten()[i] for each in (c, d)))
+        for i in range(a.numel())
+    ]
     torch.testing.assert_close(torch.stack(found).view_as(exact), exact)
 
 

@@ -1,6 +1,5 @@
 """The pictures: what is drawn is what was given, and nothing global is left behind."""
 
-
 import matplotlib
 import numpy as np
 import pytest
@@ -95,7 +94,16 @@ def test_panel_of_a_good_image_has_no_outline_and_a_large_region_no_close_up(sce
     good = plots.defect_panel(image, reconstruction, defect_map, np.zeros_like(mask), None, "good", 4.0)
     assert titles(good) == ["Original", "Reconstruction", "Defect map", "Predicted defect"]
     assert not good.axes[0].lines and good.axes[3].get_xlabel() == "nothing"
-    called = plots.defect_panel(image, reconstruction, defect_map, np.zeros_like(mask), None, "called defective all the same", 4.0, defective=True)
+    called = plots.defect_panel(
+        image,
+        reconstruction,
+        defect_map,
+        np.zeros_like(mask),
+        None,
+        "called defective all the same",
+        4.0,
+        defective=True,
+    )
     row, column = np.unravel_index(np.argmax(defect_map), defect_map.shape)
     window = shown(dict(zip(titles(called), called.axes, strict=False))["Close-up, 4\u00d7"])
     np.testing.assert_allclose(window, np.moveaxis(image, 0, 2)[row - 8 : row + 8, column - 8 : column + 8])
@@ -149,7 +157,9 @@ def test_overlay_warms_the_photo_near_the_threshold_only():
         plots.overlay_image(photo / 255.0, defect_map, defect_map, 1.0)
 
 
-@pytest.mark.parametrize(("size", "peak"), [((200, 300), (120, 80)), ((200, 300), (0, 299)), ((300, 12), (150, 6)), ((8, 8), (7, 0))])
+@pytest.mark.parametrize(
+    ("size", "peak"), [((200, 300), (120, 80)), ((200, 300), (0, 299)), ((300, 12), (150, 6)), ((8, 8), (7, 0))]
+)
 def test_overlay_without_a_region_has_brackets_around_the_largest_value_alone(size, peak):
     photo, defect_map = np.full((*size, 3), 100, np.uint8), np.zeros(size, np.float32)
     defect_map[peak] = 0.5
@@ -158,7 +168,9 @@ def test_overlay_without_a_region_has_brackets_around_the_largest_value_alone(si
     assert len(rows) and rows.min() <= peak[0] <= rows.max() and columns.min() <= peak[1] <= columns.max()
     assert max(np.ptp(rows), np.ptp(columns)) <= 0.1 * max(size) + 5
     if min(size) > 100:
-        assert (overlay[max(0, peak[0] - 3) : peak[0] + 4, max(0, peak[1] - 3) : peak[1] + 4] == 100).all() or 0 in peak, "what they surround stays to be seen"
+        assert (
+            overlay[max(0, peak[0] - 3) : peak[0] + 4, max(0, peak[1] - 3) : peak[1] + 4] == 100
+        ).all() or 0 in peak, "what they surround stays to be seen"
 
 
 # ------------------------------------------------------------------------------ training, tables
@@ -184,8 +196,15 @@ def test_training_curves_draw_the_history_and_mark_the_best_epoch():
 
 
 def test_training_curves_show_the_fresh_series_that_chose_the_epoch_too():
-    figure = plots.training_curves([{"train/macro_f1": 0.2, "val/macro_f1": 0.3, "fresh/macro_f1": 0.1 * k} for k in range(1, 4)], best_epoch=3)
-    assert [line.get_label() for line in figure.axes[0].lines] == ["Training", "Validation", "Validation, fresh series", "Best epoch (3)"]
+    figure = plots.training_curves(
+        [{"train/macro_f1": 0.2, "val/macro_f1": 0.3, "fresh/macro_f1": 0.1 * k} for k in range(1, 4)], best_epoch=3
+    )
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "Training",
+        "Validation",
+        "Validation, fresh series",
+        "Best epoch (3)",
+    ]
     assert list(figure.axes[0].lines[2].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
 
 

@@ -31,15 +31,26 @@ import vae_model
 
 ROOT = Path(__file__).parent.parent
 TINY = {
-    "image_size": 64, "backbone": "none", "perceptual_weight": 0.0, "base_channels": 4, "epochs": 2, "batch_size": 4,
-    "latent_dim": 8, "detail_channels": 4, "device": "cpu", "picture_every": 2, "validate_every": 1,
-}  # fmt: skip
+    "image_size": 64,
+    "backbone": "none",
+    "perceptual_weight": 0.0,
+    "base_channels": 4,
+    "epochs": 2,
+    "batch_size": 4,
+    "latent_dim": 8,
+    "detail_channels": 4,
+    "device": "cpu",
+    "picture_every": 2,
+    "validate_every": 1,
+}
 
 
 def photograph(rng, scratch=False):
     """A 64 px picture of soft stripes, with a white line on it where asked, and the mask of the line."""
     x = np.linspace(0, 6, 64)
-    image = np.stack([np.tile(120 + 40 * np.sin(x + rng.uniform(0, 1)), (64, 1))] * 3, -1) + rng.normal(0, 3, (64, 64, 3))
+    image = np.stack([np.tile(120 + 40 * np.sin(x + rng.uniform(0, 1)), (64, 1))] * 3, -1) + rng.normal(
+        0, 3, (64, 64, 3)
+    )
     mask = np.zeros((64, 64), np.uint8)
     if scratch:
         cv2.line(mask, (10, int(rng.integers(10, 50))), (50, int(rng.integers(10, 50))), 255, 3)
@@ -61,13 +72,17 @@ def make_data(root):
 
 
 def train(data, out, **changes):
-    settings = config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(out), **changes})
+    settings = config.from_dict(
+        config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(out), **changes}
+    )
     train_stage.main(settings)
     return out / "models" / "best_model.pth"
 
 
 def run_cli(script, *arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +102,16 @@ def trained(data, tmp_path_factory):
 
 
 def test_training_writes_what_the_contract_names(trained):
-    for name in ("models/best_model.pth", "models/last.pth", "models/config.yaml", "metrics/training_curves.png", "metrics/training_history.json",
-                 "reconstructions/train/epoch_2.png", "reconstructions/validation/scratch_epoch_2.png", "reconstructions/validation/good_epoch_2.png"):  # fmt: skip
+    for name in (
+        "models/best_model.pth",
+        "models/last.pth",
+        "models/config.yaml",
+        "metrics/training_curves.png",
+        "metrics/training_history.json",
+        "reconstructions/train/epoch_2.png",
+        "reconstructions/validation/scratch_epoch_2.png",
+        "reconstructions/validation/good_epoch_2.png",
+    ):
         assert (trained / name).stat().st_size > 0, name
     history = json.loads((trained / "metrics" / "training_history.json").read_text())["epochs"]
     assert [each["epoch"] for each in history] == [1, 2]
@@ -96,7 +119,9 @@ def test_training_writes_what_the_contract_names(trained):
 
 
 def test_held_out_images_get_the_scores_again_that_set_the_threshold(data, tmp_path):
-    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, precision="bfloat16"), precision="bfloat16")
+    detector = classify_images.load_detector(
+        train(data, tmp_path, epochs=1, precision="bfloat16"), precision="bfloat16"
+    )
     paths = image_folders.find_images([data / "train" / "good"])
     found = {f"{each.detection.score:.7g}" for each in classify_images.classify(detector, paths)}
     assert found >= {f"{score:.7g}" for score in detector.calibration.good_scores}
@@ -104,7 +129,12 @@ def test_held_out_images_get_the_scores_again_that_set_the_threshold(data, tmp_p
 
 def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path, tiny_backbone):
     path = train(data, tmp_path, backbone="efficientnet_lite0")
-    run = train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path)}))
+    run = train_stage.prepare(
+        config.from_dict(
+            config.TrainSettings,
+            {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path)},
+        )
+    )
     assert sum(map(len, run.reference)) == len(run.training) and run.reference[0].dtype == torch.float16
     detector = classify_images.load_detector(path)
     kept = detector.model.prototypes
@@ -112,16 +142,29 @@ def test_a_checkpoint_keeps_the_deviations_that_scores_come_from(data, tmp_path,
     assert detector.model.bank.any() and torch.equal(detector.model.bank, run.model.bank)
     sparing = list(classify_images.classify(detector, image_folders.find_images(data / "test"), 3))
     thorough = classify_images.classify_folder(data / "test", detector)
-    assert [each.detection.score for each in sparing] == pytest.approx([each.detection.score for each in thorough], rel=1e-4)
+    assert [each.detection.score for each in sparing] == pytest.approx(
+        [each.detection.score for each in thorough], rel=1e-4
+    )
     assert all((each.detection.defect_map is not None) == (each.detection.label == "defective") for each in sparing)
     assert all(each.detection.defect_map is not None for each in thorough)
     kept.zero_()
-    assert [each.detection.score for each in classify_images.classify_folder(data / "test", detector)] != pytest.approx([each.detection.score for each in thorough], rel=1e-2)
+    assert [each.detection.score for each in classify_images.classify_folder(data / "test", detector)] != pytest.approx(
+        [each.detection.score for each in thorough], rel=1e-2
+    )
 
 
 def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_path, capsys):
     before = classify_images.load_detector(trained / "models" / "best_model.pth")
-    arguments = ["--weights", str(trained / "models" / "best_model.pth"), "--output-dir", str(tmp_path), "--map-ssim", "3", "--target-false-alarms", "0.4"]
+    arguments = [
+        "--weights",
+        str(trained / "models" / "best_model.pth"),
+        "--output-dir",
+        str(tmp_path),
+        "--map-ssim",
+        "3",
+        "--target-false-alarms",
+        "0.4",
+    ]
     assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
     assert "calibrated anew" in capsys.readouterr().out
     after = classify_images.load_detector(tmp_path / "models" / "best_model.pth")
@@ -131,8 +174,20 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
     assert set(after.calibration.scales) == {"pixel", "ssim", "segmentation"} and after.calibration.alpha == 0.4
     assert after.calibration.scales["pixel"][:2] == pytest.approx(before.calibration.scales["pixel"][:2])
     assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "8"]) == 1
-    assert "was trained with base_channels 4, not 8; expected settings of maps and thresholds alone" in capsys.readouterr().err
-    again = ["--weights", str(tmp_path / "models" / "best_model.pth"), "--output-dir", str(tmp_path / "again"), "--base-channels", "4", "--map-pixel", "0"]
+    assert (
+        "was trained with base_channels 4, not 8; expected settings of maps and thresholds alone"
+        in capsys.readouterr().err
+    )
+    again = [
+        "--weights",
+        str(tmp_path / "models" / "best_model.pth"),
+        "--output-dir",
+        str(tmp_path / "again"),
+        "--base-channels",
+        "4",
+        "--map-pixel",
+        "0",
+    ]
     assert config.run_script(config.TrainSettings, "", train_stage.main, again) == 0
     twice = classify_images.load_detector(tmp_path / "again" / "models" / "best_model.pth")
     assert twice.fused == {"ssim": 1.0} and twice.calibration.alpha == 0.4  # what is not given stays
@@ -144,16 +199,24 @@ def test_data_and_weights_files_may_lie_elsewhere_as_long_as_they_are_the_same(d
         shutil.copytree(data, root)
     image_files.write_png(other / "train" / "good" / "000.png", np.zeros((32, 32, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
-    anew = lambda *given: train_stage.recalibrate(config.parse(config.TrainSettings, "", ["--weights", weights, "--output-dir", "anew", *given]))  # noqa: E731
+
+    def anew(*given):
+        asked = ["--weights", weights, "--output-dir", "anew", *given]
+        return train_stage.recalibrate(config.parse(config.TrainSettings, "", asked))
+
     assert anew("--data-dir", "moved/").settings.data_dir == "moved/"
     assert anew().settings.data_dir == anew("--data-dir", "").settings.data_dir == str(data)
     assert anew("--vgg16-weights", "elsewhere.pth").settings.vgg16_weights == "elsewhere.pth"
-    with pytest.raises(config.InputError, match=r"was trained with training_files .*expected the data of then with --weights"):
+    with pytest.raises(
+        config.InputError, match=r"was trained with training_files .*expected the data of then with --weights"
+    ):
         anew("--data-dir", "other")
     shutil.copytree(trained, tmp_path / "resumed")
     train("moved/", tmp_path / "resumed", resume=True, epochs=3, vgg16_weights="elsewhere.pth")
     assert config.read_yaml(tmp_path / "resumed" / "models" / "config.yaml")["data_dir"] == "moved/"
-    with pytest.raises(config.InputError, match=r"was trained with training_files .*expected the data of then to resume"):
+    with pytest.raises(
+        config.InputError, match=r"was trained with training_files .*expected the data of then to resume"
+    ):
         train("other", tmp_path / "resumed", resume=True, epochs=4)
 
 
@@ -161,12 +224,25 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
     odd = data / "train" / "good" / "odd.png"
     cv2.imwrite(str(odd), photograph(np.random.default_rng(8), scratch=True)[0])
     try:
-        settings = config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(data), "output_dir": str(tmp_path), "trim_frac": 0.08})
+        settings = config.from_dict(
+            config.TrainSettings,
+            {
+                **TINY,
+                "backbone": "efficientnet_lite0",
+                "data_dir": str(data),
+                "output_dir": str(tmp_path),
+                "trim_frac": 0.08,
+            },
+        )
         run = train_stage.prepare(settings)
         assert odd not in run.training.paths + run.held_paths and len(run.training.paths + run.held_paths) == 12
         assert f"{odd} is left out" in capsys.readouterr().err
         calibration = train_stage.calibrated_detector(run).calibration
-        assert not calibration.promised and not calibration.at(0.5).promised and "no rate of false alarms is promised" in calibration.describe()
+        assert (
+            not calibration.promised
+            and not calibration.at(0.5).promised
+            and "no rate of false alarms is promised" in calibration.describe()
+        )
         assert odd in (whole := train_stage.prepare(settings.replace(trim_frac=0.0))).training.paths + whole.held_paths
         with pytest.raises(config.UsageError, match="no --backbone none with --trim-frac"):
             train_stage.prepare(settings.replace(backbone="none"))
@@ -179,9 +255,22 @@ def test_too_few_readable_images_to_trim_are_said_in_a_sentence(tmp_path, tiny_b
     good = tmp_path / "train" / "good"
     good.mkdir(parents=True)
     for index in range(5):
-        picture = cv2.imencode(".png", photograph(np.random.default_rng(index))[0])[1].tobytes() if index < n_readable else b""
+        picture = (
+            cv2.imencode(".png", photograph(np.random.default_rng(index))[0])[1].tobytes()
+            if index < n_readable
+            else b""
+        )
         (good / f"{index}.png").write_bytes(picture)
-    settings = config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "data_dir": str(tmp_path), "output_dir": str(tmp_path), "trim_frac": 0.1})
+    settings = config.from_dict(
+        config.TrainSettings,
+        {
+            **TINY,
+            "backbone": "efficientnet_lite0",
+            "data_dir": str(tmp_path),
+            "output_dir": str(tmp_path),
+            "trim_frac": 0.1,
+        },
+    )
     with pytest.raises(config.InputError, match=r"training images can be read, expected 2 or more; .*\.png is empty"):
         train_stage.prepare(settings)
 
@@ -193,7 +282,9 @@ def test_a_held_out_image_far_from_the_others_is_named(tmp_path, capsys):
     assert len(held) == 9 and "far above" not in capsys.readouterr().err
     cv2.imwrite(str(held[4]), photograph(np.random.default_rng(8), scratch=True)[0])
     train(data, tmp_path / "odd", holdout_frac=0.75)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "far above the other held-out good images" in line]
+    warnings = [
+        line for line in capsys.readouterr().err.splitlines() if "far above the other held-out good images" in line
+    ]
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: {held[4]} scores ")
 
 
@@ -205,17 +296,27 @@ def test_numbered_checkpoints_can_infer(data, tmp_path):
 
 def test_test_stage_reports_figures_scores_and_maps(data, trained, tmp_path, capsys):
     model = trained / "models" / "best_model.pth"
-    test_stage.main(config.DetailTestSettings(model=str(model), data_dir=str(data), output_dir=str(tmp_path), save_maps=True, bootstrap=20, device="cpu"))
+    test_stage.main(
+        config.DetailTestSettings(
+            model=str(model), data_dir=str(data), output_dir=str(tmp_path), save_maps=True, bootstrap=20, device="cpu"
+        )
+    )
     out = tmp_path / "test_results"
     rows = list(csv.DictReader((out / "scores.csv").open(encoding="utf-8")))
     assert list(rows[0]) == ["image", "category", "score", "p_value", "label"]
-    assert {row["image"] for row in rows} == {f"test/{kind}/{i:03d}.png" for kind in ("good", "scratch") for i in range(4)}
+    assert {row["image"] for row in rows} == {
+        f"test/{kind}/{i:03d}.png" for kind in ("good", "scratch") for i in range(4)
+    }
     report = json.loads((out / "metrics" / "test_metrics.json").read_text())
     assert {"auroc", "average_precision", "f1"} <= set(report["image"])
     assert {"auroc", "average_precision", "aupro", "f1", "iou", "f1_max", "iou_max"} <= set(report["pixel"])
     assert {"mse", "psnr", "ssim", "skip_leak"} <= set(report["reconstruction"])
     assert {"categories", "threshold", "alpha", "false_alarm_rate"} <= set(report)
-    assert {"auroc", "f1"} <= set(report["drawn_defects"]["image"]) and {"auroc", "average_precision", "pointing"} <= set(report["drawn_defects"]["pixel"])
+    assert {"auroc", "f1"} <= set(report["drawn_defects"]["image"]) and {
+        "auroc",
+        "average_precision",
+        "pointing",
+    } <= set(report["drawn_defects"]["pixel"])
     threshold = report["threshold"]
     for row in rows:
         assert row["label"] == ("defective" if float(row["score"]) > threshold else "good")
@@ -229,7 +330,7 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     photos = tmp_path / "photos"
     (photos / "deep er").mkdir(parents=True)
     rng = np.random.default_rng(5)
-    for name in ("it's ä \"quoted\" 名.png", "deep er/wide.jpg", "grey.png"):
+    for name in ('it\'s ä "quoted" 名.png', "deep er/wide.jpg", "grey.png"):
         image, _ = photograph(rng)
         image = cv2.resize(image, (90, 40)) if "wide" in name else image
         encoded = cv2.imencode(Path(name).suffix, image[:, :, 0] if "grey" in name else image)[1]
@@ -238,11 +339,23 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     cv2.imwrite(str(photos / "white.png"), white)
     (photos / "text.png").write_text("no picture")
     (photos / "empty.png").write_bytes(b"")
-    settings = config.ClassifySettings(images=(str(photos),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), device="cpu", target_false_alarms=0.5)
+    settings = config.ClassifySettings(
+        images=(str(photos),),
+        model=str(trained / "models" / "best_model.pth"),
+        output_dir=str(tmp_path),
+        device="cpu",
+        target_false_alarms=0.5,
+    )
     classify_images.main(settings)
-    rows = {Path(row["image"]).name: row for row in csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8"))}
+    rows = {
+        Path(row["image"]).name: row
+        for row in csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8"))
+    }
     assert len(rows) == 6
-    assert {name for name, row in rows.items() if row["label"] == "error" and row["reason"]} == {"text.png", "empty.png"}
+    assert {name for name, row in rows.items() if row["label"] == "error" and row["reason"]} == {
+        "text.png",
+        "empty.png",
+    }
     assert rows["white.png"]["label"] == "defective"
     overlays = [path.name for path in (tmp_path / "classification_results" / "overlays").iterdir()]
     assert any("white" in name for name in overlays)
@@ -251,7 +364,9 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
 
 def test_where_no_image_can_be_read_the_table_says_why_and_classifying_fails(trained, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
-    settings = config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path))
+    settings = config.ClassifySettings(
+        images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path)
+    )
     with pytest.raises(config.InputError, match=r"No image can be read; the last, .*empty.png, is empty"):
         classify_images.main(settings)
     (row,) = csv.DictReader((tmp_path / "classification_results" / "results.csv").open())
@@ -265,19 +380,42 @@ def test_the_longest_file_names_cost_nothing(data, trained, tmp_path):
         cv2.imwrite(str(tmp_path / "data" / "test" / "good" / f"{name}.png"), np.full((64, 64, 3), 255, np.uint8))
     model = str(trained / "models" / "best_model.pth")
     for _ in range(2):  # the second removes what the first wrote
-        test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "data"), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0))
-        assert len(list((tmp_path / "test_results" / "good").iterdir())) == len(list((tmp_path / "test_results" / "maps" / "good").iterdir())) == 2
-    classify_images.main(config.ClassifySettings(images=(str(tmp_path / "data" / "test"),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5))
+        test_stage.main(
+            config.DetailTestSettings(
+                data_dir=str(tmp_path / "data"), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0
+            )
+        )
+        assert (
+            len(list((tmp_path / "test_results" / "good").iterdir()))
+            == len(list((tmp_path / "test_results" / "maps" / "good").iterdir()))
+            == 2
+        )
+    classify_images.main(
+        config.ClassifySettings(
+            images=(str(tmp_path / "data" / "test"),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5
+        )
+    )
     assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 2
 
 
 def test_overlays_of_an_earlier_run_are_no_images(trained, tmp_path):
     cv2.imwrite(str(tmp_path / "white.png"), np.full((64, 64, 3), 255, np.uint8))
     for _ in range(2):
-        classify_images.main(config.ClassifySettings(images=(str(tmp_path),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), target_false_alarms=0.5))
+        classify_images.main(
+            config.ClassifySettings(
+                images=(str(tmp_path),),
+                model=str(trained / "models" / "best_model.pth"),
+                output_dir=str(tmp_path),
+                target_false_alarms=0.5,
+            )
+        )
         assert len((tmp_path / "classification_results" / "results.csv").read_text().splitlines()) == 2
     (overlay,) = (tmp_path / "classification_results" / "overlays").iterdir()
-    classify_images.main(config.ClassifySettings(images=(str(overlay),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path)))
+    classify_images.main(
+        config.ClassifySettings(
+            images=(str(overlay),), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path)
+        )
+    )
     assert overlay.exists(), "what is asked for is not removed"
 
 
@@ -285,30 +423,65 @@ def test_a_model_of_trimmed_images_promises_no_rate_at_another_threshold_either(
     contents = torch.load(trained / "models" / "best_model.pth", weights_only=True)
     contents["calibration"]["exchangeable"] = contents["calibration"]["promised"] = False
     torch.save(contents, tmp_path / "trimmed.pth")
-    classify_images.main(config.ClassifySettings(images=(str(data / "test" / "good"),), model=str(tmp_path / "trimmed.pth"), output_dir=str(tmp_path), target_false_alarms=0.4))
+    classify_images.main(
+        config.ClassifySettings(
+            images=(str(data / "test" / "good"),),
+            model=str(tmp_path / "trimmed.pth"),
+            output_dir=str(tmp_path),
+            target_false_alarms=0.4,
+        )
+    )
     said = capsys.readouterr().err
     assert "with --trim-frac no rate of false alarms is promised." in said and "at best" not in said
 
 
 def test_what_an_earlier_run_wrote_goes_and_nothing_else(data, trained, tmp_path):
-    model, first, second = str(trained / "models" / "best_model.pth"), make_data(tmp_path / "first"), make_data(tmp_path / "second")
+    model, first, second = (
+        str(trained / "models" / "best_model.pth"),
+        make_data(tmp_path / "first"),
+        make_data(tmp_path / "second"),
+    )
     (first / "test" / "scratch" / "003.png").rename(first / "test" / "scratch" / "old.png")
     (first / "test" / "good" / "class1").mkdir()
     for name in ("class1/000.png", "white.png"):
         cv2.imwrite(str(first / "test" / "good" / name), np.full((64, 64, 3), 255, np.uint8))
-    kept = [tmp_path / name for name in ("test_results/scratch/mine.png", "test_results/notes.txt", "classification_results/overlays/mine.jpg")]
+    kept = [
+        tmp_path / name
+        for name in (
+            "test_results/scratch/mine.png",
+            "test_results/notes.txt",
+            "classification_results/overlays/mine.jpg",
+        )
+    ]
     for path in kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
     for root in (first, second):
-        test_stage.main(config.DetailTestSettings(data_dir=str(root), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True))
-        classify_images.main(config.ClassifySettings(images=(str(root / "test" / "good"),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5))
+        test_stage.main(
+            config.DetailTestSettings(
+                data_dir=str(root), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True
+            )
+        )
+        classify_images.main(
+            config.ClassifySettings(
+                images=(str(root / "test" / "good"),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5
+            )
+        )
     results = tmp_path / "test_results"
     expected = {f"{kind}/{i:03d}" for kind in ("good", "scratch") for i in range(4)}
-    for folder, suffix, others in ((results, ".png", {"metrics/metrics_heatmap", "scratch/mine"}), (results / "maps", ".npy", set())):
-        assert {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{suffix}")} == expected | others
+    for folder, suffix, others in (
+        (results, ".png", {"metrics/metrics_heatmap", "scratch/mine"}),
+        (results / "maps", ".npy", set()),
+    ):
+        assert {
+            path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{suffix}")
+        } == expected | others
     rows = list(csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8")))
-    called = {f"{number:05d}_{Path(row['image']).stem}.jpg" for number, row in enumerate(rows, 1) if row["label"] == "defective"}
+    called = {
+        f"{number:05d}_{Path(row['image']).stem}.jpg"
+        for number, row in enumerate(rows, 1)
+        if row["label"] == "defective"
+    }
     assert {path.name for path in (tmp_path / "classification_results" / "overlays").iterdir()} == called | {"mine.jpg"}
     assert all(path.exists() for path in kept)
 
@@ -321,61 +494,116 @@ def test_a_validation_folder_sets_the_threshold_and_all_of_training_trains(data,
     for path in sorted((root / "test" / "good").iterdir())[:3]:
         path.rename(held / path.name)
     detector = classify_images.load_detector(train(root, tmp_path, epochs=1))
-    scores = sorted(each.detection.score for each in classify_images.classify(detector, image_folders.find_images(held)))
+    scores = sorted(
+        each.detection.score for each in classify_images.classify(detector, image_folders.find_images(held))
+    )
     assert scores == pytest.approx(detector.calibration.good_scores)
-    settings = config.parse(config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml"), "--holdout-frac", "0.5"])
+    settings = config.parse(
+        config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml"), "--holdout-frac", "0.5"]
+    )
     run = train_stage.prepare(settings)
     assert len(run.training) == 12 and "--holdout-frac has no say" in capsys.readouterr().err
     (held / "003.png").write_bytes((held / "002.png").read_bytes())
     with pytest.raises(config.InputError, match="expected the data of then"):
-        train_stage.main(config.TrainSettings(weights=str(tmp_path / "models" / "best_model.pth"), output_dir=str(tmp_path / "new"), device="cpu"))
+        train_stage.main(
+            config.TrainSettings(
+                weights=str(tmp_path / "models" / "best_model.pth"), output_dir=str(tmp_path / "new"), device="cpu"
+            )
+        )
 
 
 @pytest.mark.parametrize("preprocessed", [False, True])
 def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch, preprocessed):
-    """Wide photographs, letterboxed here or by preprocessing: figures of pixels are of what is inside the bars, and there defects are drawn."""
+    """Wide photographs, letterboxed here or by preprocessing: figures of pixels are of what is inside the bars, and
+    there defects are drawn.
+    """
     wide = tmp_path / "wide"
     for path in data.rglob("*.png"):
         (wide / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(wide / path.relative_to(data)), cv2.imread(str(path))[:32])
     if preprocessed:
-        data_loader.preprocess(config.PreprocessSettings(source=(str(wide),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
+        data_loader.preprocess(
+            config.PreprocessSettings(source=(str(wide),), out=str(tmp_path / "set"), image_size=64, resize="letterbox")
+        )
         wide = tmp_path / "set"
     model = str(train(wide, tmp_path, epochs=1, resize="letterbox"))
     judged, report_of = [], test_stage.figures
-    monkeypatch.setattr(test_stage, "figures", lambda categories, detections, masks, *rest: (judged.extend(zip(detections, masks, strict=True)), report_of(categories, detections, masks, *rest))[1])
-    test_stage.main(config.DetailTestSettings(data_dir=str(wide), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0))
+    monkeypatch.setattr(
+        test_stage,
+        "figures",
+        lambda categories, detections, masks, *rest: (
+            judged.extend(zip(detections, masks, strict=True)),
+            report_of(categories, detections, masks, *rest),
+        )[1],
+    )
+    test_stage.main(
+        config.DetailTestSettings(
+            data_dir=str(wide), model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0
+        )
+    )
     assert {(each.defect_map.shape, mask.shape) for each, mask in judged} == {((32, 64), (32, 64))} and len(judged) > 20
     assert np.load(tmp_path / "test_results" / "maps" / "good" / "000.npy").shape == (64, 64)
-    assert [mask.any() for _, mask in judged[8:]] == 4 * [False, True, True, True]  # 8 tested, then each good one with those drawn on it
+    assert [mask.any() for _, mask in judged[8:]] == 4 * [
+        False,
+        True,
+        True,
+        True,
+    ]  # 8 tested, then each good one with those drawn on it
 
 
 def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
     wide, results = tmp_path / "wide", test_stage.Results()
     for index in range(3):
-        image_files.write_png(wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]])
+        image_files.write_png(
+            wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]]
+        )
     batch = data_loader.load_batch(wide, 64, "letterbox")
-    detector = train_stage.calibrated_detector(train_stage.prepare(config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "resize": "letterbox"})))
-    for image, inside, found in zip(batch.images, batch.windows("letterbox"), detector.detect(batch.images), strict=True):
-        spoilt = np.where(np.arange(64)[None, :, None] < inside[0].start, 9.0, found.reconstruction).astype(np.float32)  # a bar reconstructed badly
-        test_stage.measure_good(results, detector, image[None], found._replace(reconstruction=spoilt), inside, np.random.default_rng(0))
+    detector = train_stage.calibrated_detector(
+        train_stage.prepare(
+            config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "resize": "letterbox"})
+        )
+    )
+    for image, inside, found in zip(
+        batch.images, batch.windows("letterbox"), detector.detect(batch.images), strict=True
+    ):
+        spoilt = np.where(np.arange(64)[None, :, None] < inside[0].start, 9.0, found.reconstruction).astype(
+            np.float32
+        )  # a bar reconstructed badly
+        test_stage.measure_good(
+            results, detector, image[None], found._replace(reconstruction=spoilt), inside, np.random.default_rng(0)
+        )
         picture, drawn = (each[:, inside[0]] for each in (image, torch.from_numpy(found.reconstruction)))
         assert results.quality["mse"][-1] == pytest.approx((picture - drawn).square().mean().item(), rel=1e-4)
     assert np.isfinite(results.quality["psnr"]).all() and [*np.isfinite(results.quality["ssim"])] == [True, True, False]
-    assert len(results.skip_leak) == 1 and [category for category, *_ in results.drawn] == ["good", *["drawn"] * test_stage.N_DRAWN]
+    assert len(results.skip_leak) == 1 and [category for category, *_ in results.drawn] == [
+        "good",
+        *["drawn"] * test_stage.N_DRAWN,
+    ]
 
 
 def test_strips_too_thin_to_draw_on_are_tested_all_the_same(data, tmp_path):
     for path in data.rglob("*.png"):
-        image_files.write_png(tmp_path / "strips" / path.relative_to(data), cv2.resize(cv2.imread(str(path)), (400, 10)))
+        image_files.write_png(
+            tmp_path / "strips" / path.relative_to(data), cv2.resize(cv2.imread(str(path)), (400, 10))
+        )
     model = str(train(tmp_path / "strips", tmp_path, epochs=1, resize="letterbox"))
-    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "strips"), model=model, output_dir=str(tmp_path), pictures=False, bootstrap=0))
+    test_stage.main(
+        config.DetailTestSettings(
+            data_dir=str(tmp_path / "strips"), model=model, output_dir=str(tmp_path), pictures=False, bootstrap=0
+        )
+    )
     report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
-    assert "drawn_defects" not in report and set(report["reconstruction"]) == {"mse", "psnr"} and report["n_images"] == 8
+    assert (
+        "drawn_defects" not in report and set(report["reconstruction"]) == {"mse", "psnr"} and report["n_images"] == 8
+    )
 
 
-def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_figures(data, trained, tmp_path, monkeypatch):
-    settings = config.DetailTestSettings(data_dir=str(data), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), bootstrap=0)
+def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_figures(
+    data, trained, tmp_path, monkeypatch
+):
+    settings = config.DetailTestSettings(
+        data_dir=str(data), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), bootstrap=0
+    )
     test_stage.main(settings)
     write_image, written = test_stage.write_image, []
 
@@ -395,29 +623,53 @@ def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_fi
 
 @pytest.mark.parametrize("preprocessed", [False, True])
 def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
-    """Wide photographs and high ones, one of them broken: so many pixels of the pictures alone lie above the threshold."""
+    """Wide photographs and high ones, one of them broken:
+    so many pixels of the pictures alone lie above the threshold."""
     raw = tmp_path / "raw"
     for index, path in enumerate(sorted((data / "train" / "good").iterdir())):
         image = cv2.imread(str(path))
         image_files.write_png(raw / "train" / "good" / path.name, image[:24] if index % 2 else image[:, :40])
     root = tmp_path / "set" if preprocessed else raw
     if preprocessed:
-        data_loader.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(root), image_size=64, resize="letterbox"))
-    settings = config.from_dict(config.TrainSettings, {**TINY, "resize": "letterbox", "pixel_false_positives": 0.02, "data_dir": str(root), "output_dir": str(tmp_path)})
+        data_loader.preprocess(
+            config.PreprocessSettings(source=(str(raw),), out=str(root), image_size=64, resize="letterbox")
+        )
+    settings = config.from_dict(
+        config.TrainSettings,
+        {
+            **TINY,
+            "resize": "letterbox",
+            "pixel_false_positives": 0.02,
+            "data_dir": str(root),
+            "output_dir": str(tmp_path),
+        },
+    )
     held = image_folders.split_holdout(image_folders.find_images(root), settings.holdout_frac, settings.seed)[1]
     held[0].write_bytes(b"broken")
     run = train_stage.prepare(settings)
     detector = train_stage.calibrated_detector(run)
     batch = next(data_loader.iter_image_batches(held, 64, "letterbox", 12))
-    maps = [each.defect_map[window] for each, window in zip(detector.detect(batch.images), batch.windows("letterbox", run.folder.letterboxed), strict=True)]
+    maps = [
+        each.defect_map[window]
+        for each, window in zip(
+            detector.detect(batch.images), batch.windows("letterbox", run.folder.letterboxed), strict=True
+        )
+    ]
     assert {each.shape for each in maps} == {(24, 64), (64, 40)}
-    assert (np.concatenate([each.ravel() for each in maps]) > detector.calibration.pixel_threshold).mean() == pytest.approx(0.02, abs=2e-3)
+    assert (
+        np.concatenate([each.ravel() for each in maps]) > detector.calibration.pixel_threshold
+    ).mean() == pytest.approx(0.02, abs=2e-3)
 
 
 def test_a_finished_model_outlines_what_was_drawn_on_held_out_images(data, tmp_path):
-    """Its pixel threshold comes from there, that of an unfinished one, or where nothing is drawn, or a share is given, from good pixels alone."""
+    """Its pixel threshold comes from there, that of an unfinished one, or where nothing is drawn, or a share is given,
+    from good pixels alone.
+    """
+
     def thresholds(**changes):
-        settings = config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(tmp_path), **changes})
+        settings = config.from_dict(
+            config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(tmp_path), **changes}
+        )
         run = train_stage.prepare(settings)
         found = [train_stage.calibrated_detector(run).calibration]
         run.finished, run.calibrated = True, None
@@ -433,14 +685,29 @@ def test_a_damaged_mask_costs_its_own_image_alone(data, trained, tmp_path, capsy
     shutil.copytree(data, tmp_path / "data")
     mask = tmp_path / "data" / "ground_truth" / "scratch" / "001_mask.png"
     mask.write_bytes(mask.read_bytes()[:40])
-    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "data"), model=str(trained / "models" / "best_model.pth"), output_dir=str(tmp_path), pictures=False, bootstrap=0))
+    test_stage.main(
+        config.DetailTestSettings(
+            data_dir=str(tmp_path / "data"),
+            model=str(trained / "models" / "best_model.pth"),
+            output_dir=str(tmp_path),
+            pictures=False,
+            bootstrap=0,
+        )
+    )
     assert "001_mask.png" in (said := capsys.readouterr().err) and "left out of pixel metrics" in said
     assert len((tmp_path / "test_results" / "scores.csv").read_text().splitlines()) == 9
     report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
     assert report["categories"]["scratch"]["n_images"] == 4
 
 
-@pytest.mark.parametrize("names", [("class1/000.png", "class2/000.png", "only.png"), ("a.png", "a.jpg", "cost $_{5$.png"), (os.fsdecode(b"\xe9.png"), "b.png", "c.png")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("class1/000.png", "class2/000.png", "only.png"),
+        ("a.png", "a.jpg", "cost $_{5$.png"),
+        (os.fsdecode(b"\xe9.png"), "b.png", "c.png"),
+    ],
+)
 def test_every_image_has_its_own_picture_map_and_row_whatever_its_name(data, trained, tmp_path, names):
     good = tmp_path / "data" / "test" / "good"
     image = cv2.imread(str(data / "test" / "good" / "000.png"))
@@ -448,19 +715,37 @@ def test_every_image_has_its_own_picture_map_and_row_whatever_its_name(data, tra
         (good / name).parent.mkdir(parents=True, exist_ok=True)
         (good / name).write_bytes(cv2.imencode(Path(name).suffix, image)[1].tobytes())
     model = str(trained / "models" / "best_model.pth")
-    test_stage.main(config.DetailTestSettings(data_dir=str(tmp_path / "data"), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True))
+    test_stage.main(
+        config.DetailTestSettings(
+            data_dir=str(tmp_path / "data"), model=model, output_dir=str(tmp_path), bootstrap=0, save_maps=True
+        )
+    )
     results = tmp_path / "test_results"
     assert len(list((results / "good").rglob("*.png"))) == len(list((results / "maps" / "good").rglob("*.npy"))) == 3
     unique = [name for name in names if [Path(each).stem for each in names].count(Path(name).stem) == 1]
     assert all((results / "maps" / "good" / f"{Path(name).stem}.npy").is_file() for name in unique)
     classify_images.main(config.ClassifySettings(images=(str(good),), model=model, output_dir=str(tmp_path)))
-    for table, column in ((results / "scores.csv", "image"), (tmp_path / "classification_results" / "results.csv", "image")):
+    for table, column in (
+        (results / "scores.csv", "image"),
+        (tmp_path / "classification_results" / "results.csv", "image"),
+    ):
         with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            assert sorted(Path(row[column]).name for row in csv.DictReader(file)) == sorted(Path(name).name for name in names)
+            assert sorted(Path(row[column]).name for row in csv.DictReader(file)) == sorted(
+                Path(name).name for name in names
+            )
 
 
 def test_a_stem_that_is_the_name_of_another_image_is_no_output_name(tmp_path):
-    for name in ("000.png", "000.jpg", "000.png.png", "001.png", "001.PNG.bmp", "002.tif", "side/002.PNG", "side/002.png"):
+    for name in (
+        "000.png",
+        "000.jpg",
+        "000.png.png",
+        "001.png",
+        "001.PNG.bmp",
+        "002.tif",
+        "side/002.PNG",
+        "side/002.png",
+    ):
         (tmp_path / "test" / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "test" / "cut" / name).touch()
     named = test_stage.output_names(image_folders.MVTecFolder(tmp_path, require_train=False))
@@ -473,7 +758,9 @@ def test_result_does_not_depend_on_batch_size(data, trained):
     detector = classify_images.load_detector(trained / "models" / "best_model.pth")
     one, many = (classify_images.classify_folder(data / "test", detector, batch_size=size) for size in (1, 5))
     assert [each.path for each in one] == [each.path for each in many]
-    np.testing.assert_allclose([each.detection.score for each in one], [each.detection.score for each in many], rtol=1e-4)
+    np.testing.assert_allclose(
+        [each.detection.score for each in one], [each.detection.score for each in many], rtol=1e-4
+    )
 
 
 # --------------------------------------------------------------------------------------------- promises
@@ -481,17 +768,33 @@ def test_result_does_not_depend_on_batch_size(data, trained):
 
 def test_same_seed_gives_same_history_and_scores(data, trained, tmp_path):
     model = train(data, tmp_path)
-    assert (tmp_path / "metrics" / "training_history.json").read_text() == (trained / "metrics" / "training_history.json").read_text()
-    scores = [[each.detection.score for each in classify_images.classify_folder(data / "test", classify_images.load_detector(path))]
-              for path in (model, trained / "models" / "best_model.pth")]  # fmt: skip
+    assert (tmp_path / "metrics" / "training_history.json").read_text() == (
+        trained / "metrics" / "training_history.json"
+    ).read_text()
+    scores = [
+        [
+            each.detection.score
+            for each in classify_images.classify_folder(data / "test", classify_images.load_detector(path))
+        ]
+        for path in (model, trained / "models" / "best_model.pth")
+    ]
     assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", None), ("bfloat16", torch.bfloat16)])
-def test_training_testing_and_classifying_multiply_in_the_precision_asked_for(data, trained, tmp_path, monkeypatch, precision, dtype):
+def test_training_testing_and_classifying_multiply_in_the_precision_asked_for(
+    data, trained, tmp_path, monkeypatch, precision, dtype
+):
     asked, autocast = [], engine.Runtime.autocast
-    monkeypatch.setattr(engine.Runtime, "autocast", lambda runtime: (asked.append(runtime.amp_dtype), autocast(runtime))[1])
-    model = {"model": str(trained / "models" / "best_model.pth"), "output_dir": str(tmp_path), "device": "cpu", "precision": precision}
+    monkeypatch.setattr(
+        engine.Runtime, "autocast", lambda runtime: (asked.append(runtime.amp_dtype), autocast(runtime))[1]
+    )
+    model = {
+        "model": str(trained / "models" / "best_model.pth"),
+        "output_dir": str(tmp_path),
+        "device": "cpu",
+        "precision": precision,
+    }
     for run in (
         lambda: train(data, tmp_path, epochs=1, precision=precision),
         lambda: test_stage.main(config.DetailTestSettings(data_dir=str(data), pictures=False, bootstrap=0, **model)),
@@ -504,7 +807,9 @@ def test_training_testing_and_classifying_multiply_in_the_precision_asked_for(da
 
 def test_another_seed_gives_another_history(data, trained, tmp_path):
     train(data, tmp_path, seed=1)
-    assert (tmp_path / "metrics" / "training_history.json").read_text() != (trained / "metrics" / "training_history.json").read_text()
+    assert (tmp_path / "metrics" / "training_history.json").read_text() != (
+        trained / "metrics" / "training_history.json"
+    ).read_text()
 
 
 def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
@@ -522,7 +827,9 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
         train(data, tmp_path / "parts", epochs=3)
     monkeypatch.setattr(train_stage, "validate", validate)
     train(data, tmp_path / "parts", epochs=3, resume=True)
-    whole, parts = (torch.load(tmp_path / name / "models" / "last.pth", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / name / "models" / "last.pth", weights_only=True) for name in ("whole", "parts")
+    )
     assert whole["history"] == parts["history"]
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
@@ -539,7 +846,9 @@ def test_what_is_learned_last_an_interrupted_run_learns_too(data, tmp_path, monk
         train(data, tmp_path / "parts")
     load = lambda run, name: torch.load(tmp_path / run / "models" / f"{name}.pth", weights_only=True)  # noqa: E731
     has_head = lambda contents: any(name.startswith("defect_head") for name in contents["model"])  # noqa: E731
-    assert not any(has_head(load(*each)) for each in (("parts", "best_model"), ("whole", "epoch_0001"), ("whole", "last")))
+    assert not any(
+        has_head(load(*each)) for each in (("parts", "best_model"), ("whole", "epoch_0001"), ("whole", "last"))
+    )
     assert classify_images.load_detector(tmp_path / "parts" / "models" / "best_model.pth").shown == ["pixel"]
     train(data, tmp_path / "parts", resume=True)
     best = load("parts", "best_model")
@@ -566,10 +875,17 @@ def test_patience_counts_validations(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics" / "training_history.json").read_text())["best_epoch"] == 10
 
 
-@pytest.mark.parametrize(("changes", "best"), [({"backbone": "efficientnet_lite0"}, 2), ({"backbone": "efficientnet_lite0", "drawn_defects": 0.0}, 1), ({}, 1)])
-def test_an_epoch_is_judged_by_what_no_later_learning_changes(data, tmp_path, monkeypatch, tiny_backbone, changes, best):
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [({"backbone": "efficientnet_lite0"}, 2), ({"backbone": "efficientnet_lite0", "drawn_defects": 0.0}, 1), ({}, 1)],
+)
+def test_an_epoch_is_judged_by_what_no_later_learning_changes(
+    data, tmp_path, monkeypatch, tiny_backbone, changes, best
+):
     told = iter([{"total": 1.0, "feature": 0.3}, {"total": 2.0, "feature": 0.2}])
-    monkeypatch.setattr(train_stage, "validate", lambda run: {"kl": 1.0, "kl_detail": 1.0, "feature_nll": 0.1, **next(told)})
+    monkeypatch.setattr(
+        train_stage, "validate", lambda run: {"kl": 1.0, "kl_detail": 1.0, "feature_nll": 0.1, **next(told)}
+    )
     train(data, tmp_path, epochs=2, validate_every=1, **changes)
     assert torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["epoch"] == best
 
@@ -584,16 +900,34 @@ def test_fewer_epochs_than_done_are_refused_and_nothing_is_written(data, tmp_pat
 
 @pytest.mark.parametrize("given", [(), ("--resize", "stretch")])
 def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tmp_path, capsys, given):
-    data_loader.preprocess(config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"))
-    arguments = ["--data-dir", str(tmp_path / "set"), "--output-dir", str(tmp_path), *given, *flags({**TINY, "epochs": 1})]
+    data_loader.preprocess(
+        config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64, resize="letterbox")
+    )
+    arguments = [
+        "--data-dir",
+        str(tmp_path / "set"),
+        "--output-dir",
+        str(tmp_path),
+        *given,
+        *flags({**TINY, "epochs": 1}),
+    ]
     assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "letterbox" in line]
     assert len(said) == 1 and said[0].startswith("warning: ") == bool(given)
-    assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").resize == ("stretch" if given else "letterbox")
+    assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").resize == (
+        "stretch" if given else "letterbox"
+    )
     assert config.read_yaml(tmp_path / "models" / "config.yaml")["resize"] == ("stretch" if given else "letterbox")
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"image_size": 96}, "made 64 px square, and image_size 96 is asked for"), ({"tile": True}, "made 64 px square, and tile is asked for"), ({"image_size": 64}, "")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 96}, "made 64 px square, and image_size 96 is asked for"),
+        ({"tile": True}, "made 64 px square, and tile is asked for"),
+        ({"image_size": 64}, ""),
+    ],
+)
 def test_images_made_smaller_than_they_are_wanted_are_told(data, tmp_path, capsys, changes, words):
     data_loader.preprocess(config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64))
     settings = config.TrainSettings(data_dir=str(tmp_path / "set"), **{"image_size": 64, **changes})
@@ -614,12 +948,22 @@ def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_p
 
 def test_a_fresh_run_leaves_no_picture_of_an_earlier_one_but_its_models(data, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    mine = {"models/mine.pth", "reconstructions/train/mine.png", "reconstructions/validation/mine.png", "metrics/mine.png"}
+    mine = {
+        "models/mine.pth",
+        "reconstructions/train/mine.png",
+        "reconstructions/validation/mine.png",
+        "metrics/mine.png",
+    }
     for name in {*mine, "models/epoch_0050.pth"}:
         (tmp_path / name).write_text("")
     found = lambda: {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}  # noqa: E731
     before, model = found(), tmp_path / "models" / "best_model.pth"
-    assert config.run_script(config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path)]) == 0
+    assert (
+        config.run_script(
+            config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path)]
+        )
+        == 0
+    )
     with pytest.raises(config.InputError, match="batch_size"):
         train(data, tmp_path, batch_size=3, resume=True)
     with pytest.raises(config.InputError, match="expected a folder"):
@@ -645,7 +989,14 @@ def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path, cap
     assert config.read_yaml(tmp_path / "models" / "config.yaml")["resume"] is False
     file = tmp_path / "all.yaml"
     file.write_text((tmp_path / "models" / "config.yaml").read_text() + "bootstrap: 200\n")  # of another stage
-    arguments = ["--config", str(file), "--weights", str(tmp_path / "models" / "best_model.pth"), "--output-dir", str(tmp_path / "again")]
+    arguments = [
+        "--config",
+        str(file),
+        "--weights",
+        str(tmp_path / "models" / "best_model.pth"),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
     assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
 
 
@@ -688,7 +1039,9 @@ def test_resume_with_other_good_images_is_refused(tmp_path):
     data = make_data(tmp_path / "data")
     train(data, tmp_path, epochs=1)
     shutil.copy(data / "train" / "good" / "000.png", data / "train" / "good" / "100.png")
-    with pytest.raises(config.InputError, match="was trained with n_training_files 12, not 13; expected the data of then"):
+    with pytest.raises(
+        config.InputError, match="was trained with n_training_files 12, not 13; expected the data of then"
+    ):
         train(data, tmp_path, epochs=2, resume=True)
 
 
@@ -696,7 +1049,15 @@ def test_weights_are_not_calibrated_anew_on_other_good_images(tmp_path, capsys):
     data = make_data(tmp_path / "data")
     model = train(data, tmp_path, epochs=1)
     shutil.copy(data / "train" / "good" / "000.png", data / "train" / "good" / "100.png")
-    assert config.run_script(config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path / "again")]) == 1
+    assert (
+        config.run_script(
+            config.TrainSettings,
+            "",
+            train_stage.main,
+            ["--weights", str(model), "--output-dir", str(tmp_path / "again")],
+        )
+        == 1
+    )
     assert "was trained with n_training_files 12, not 13; expected the data of then" in capsys.readouterr().err
 
 
@@ -727,7 +1088,9 @@ def test_no_data_folder_is_one_sentence(tmp_path):
 def test_too_few_images(tmp_path, count):
     (tmp_path / "d" / "train" / "good").mkdir(parents=True)
     for index in range(count):
-        cv2.imwrite(str(tmp_path / "d" / "train" / "good" / f"{index}.png"), photograph(np.random.default_rng(index))[0])
+        cv2.imwrite(
+            str(tmp_path / "d" / "train" / "good" / f"{index}.png"), photograph(np.random.default_rng(index))[0]
+        )
     with pytest.raises(config.InputError, match="expected 3 or more"):
         train(tmp_path / "d", tmp_path / "o")
 
@@ -744,7 +1107,13 @@ def test_test_folder_without_defects_or_masks(tmp_path, trained):
     root = make_data(tmp_path / "d")
     for path in (root / "test" / "scratch").iterdir():
         path.unlink()
-    settings = config.DetailTestSettings(model=str(trained / "models" / "best_model.pth"), data_dir=str(root), output_dir=str(tmp_path), device="cpu", bootstrap=5)
+    settings = config.DetailTestSettings(
+        model=str(trained / "models" / "best_model.pth"),
+        data_dir=str(root),
+        output_dir=str(tmp_path),
+        device="cpu",
+        bootstrap=5,
+    )
     test_stage.main(settings)
     report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
     assert "auroc" not in report.get("image", {}) and report["reconstruction"]["psnr"]["value"] > 0
@@ -755,7 +1124,13 @@ def test_mask_of_another_size_and_a_missing_mask(tmp_path, trained, capsys):
     masks = root / "ground_truth" / "scratch"
     cv2.imwrite(str(masks / "000_mask.png"), cv2.resize(cv2.imread(str(masks / "000_mask.png"), 0), (200, 200)))
     (masks / "001_mask.png").unlink()
-    settings = config.DetailTestSettings(model=str(trained / "models" / "best_model.pth"), data_dir=str(root), output_dir=str(tmp_path), device="cpu", bootstrap=5)
+    settings = config.DetailTestSettings(
+        model=str(trained / "models" / "best_model.pth"),
+        data_dir=str(root),
+        output_dir=str(tmp_path),
+        device="cpu",
+        bootstrap=5,
+    )
     test_stage.main(settings)
     assert "001.png has no mask" in capsys.readouterr().err
     assert (tmp_path / "test_results" / "scratch" / "001.png").exists()
@@ -777,15 +1152,28 @@ def test_unreadable_checkpoint(tmp_path, data, content):
 
 def test_training_state_is_no_model(trained, data):
     with pytest.raises(config.InputError, match="expected a 'detail_vae'"):
-        classify_images.main(config.ClassifySettings(images=(str(data),), model=str(trained / "models" / "last.pth"), device="cpu"))
+        classify_images.main(
+            config.ClassifySettings(images=(str(data),), model=str(trained / "models" / "last.pth"), device="cpu")
+        )
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_exits_with_130(data, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_with_validation.py"), "--data-dir", str(data), "--output-dir", str(tmp_path), *flags({**TINY, "epochs": 10_000})],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background would hand down "ignored"
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "train_with_validation.py"),
+            "--data-dir",
+            str(data),
+            "--output-dir",
+            str(tmp_path),
+            *flags({**TINY, "epochs": 10_000}),
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a suite in the background would hand down "ignored"
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 100
     while not (tmp_path / "models" / "best_model.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -820,7 +1208,12 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_loads_nothing_heavy(script):
-    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "--output-dir" in result.stdout
@@ -838,7 +1231,9 @@ def test_image_size_not_a_multiple_of_32_exits_with_2():
 
 def readme_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [command for block in re.findall(r"```bash\n(.*?)```", text, re.S) for command in re.split(r"&&|\n", block)]
+    blocks = [
+        command for block in re.findall(r"```bash\n(.*?)```", text, re.S) for command in re.split(r"&&|\n", block)
+    ]
     for command in blocks + re.findall(r"`(python [^`]*)`", text):
         words = shlex.split(command)
         if words[:1] == ["python"] and words[1] != "-m":
@@ -858,12 +1253,16 @@ def test_readmes_notebook_lines_run(data, trained, tmp_path, run_readme_code, ca
     shutil.copytree(data / "test", tmp_path / "data" / "demo_textures" / "test")
     run_readme_code("load_detector")
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(image_folders.find_images(data / "test")) and all(" p=" in line and ".png " in line for line in said)
+    assert len(said) == len(image_folders.find_images(data / "test")) and all(
+        " p=" in line and ".png " in line for line in said
+    )
 
 
 @pytest.mark.parametrize(("drawn_defects", "head"), [(0.75, True), (0.0, False)])
 def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path, drawn_defects, head):
-    detector = classify_images.load_detector(train(data, tmp_path, epochs=1, drawn_defects=drawn_defects, segmentation=True))
+    detector = classify_images.load_detector(
+        train(data, tmp_path, epochs=1, drawn_defects=drawn_defects, segmentation=True)
+    )
     assert (detector.model.defect_head is not None) == ("segmentation" in detector.shown) == head
     assert np.isfinite(detector.detect(torch.rand(1, 3, 64, 64))[0].defect_map).all()
 

@@ -52,7 +52,9 @@ def test_tiles_blend_back_into_the_image_and_count_most_in_their_middle():
 def write_photo(path, size, rng, scratch=False):
     """Soft stripes of (height, width), with a bright line where asked; returns the line's mask."""
     height, width = size
-    image = np.tile(120 + 40 * np.sin(np.arange(width) / 8 + rng.uniform(0, 1)), (height, 1))[..., None] + rng.normal(0, 3, (height, width, 3))
+    image = np.tile(120 + 40 * np.sin(np.arange(width) / 8 + rng.uniform(0, 1)), (height, 1))[..., None] + rng.normal(
+        0, 3, (height, width, 3)
+    )
     mask = np.zeros(size, np.uint8)
     if scratch:
         cv2.line(mask, (width - 40, 20), (width - 12, 30), 255, 3)
@@ -64,7 +66,8 @@ def write_photo(path, size, rng, scratch=False):
 
 @pytest.fixture
 def tiled(tmp_path, tiny_backbone):
-    """A data set of photographs of several sizes, one smaller than a tile, and the output of a training run on tiles."""
+    """A data set of photographs of several sizes, one smaller than a tile,
+    and the output of a training run on tiles."""
     root, out, rng = tmp_path / "wide", tmp_path / "out", np.random.default_rng(0)
     sizes = [(80, 130), (64, 64), (150, 70), (40, 90)]
     for index in range(8):
@@ -74,7 +77,12 @@ def tiled(tmp_path, tiny_backbone):
         mask = write_photo(root / "test" / "scratch" / f"{index}.png", size, rng, scratch=True)
         (root / "ground_truth" / "scratch").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / "ground_truth" / "scratch" / f"{index}_mask.png"), mask)
-    train_stage.main(config.from_dict(config.TrainSettings, {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)}))
+    train_stage.main(
+        config.from_dict(
+            config.TrainSettings,
+            {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)},
+        )
+    )
     return root, out
 
 
@@ -83,11 +91,19 @@ def test_training_samples_are_all_tiles_of_all_images(tiled):
     paths = image_folders.MVTecFolder(root).train_good
     dataset = data_loader.GoodImages(paths, 64, "tile", config.TrainSettings(), 0.5, 0)
     sizes = [image_files.read_image(path).shape[:2] for path in paths]
-    expected = [(number, *corner) for number, (h, w) in enumerate(sizes) for corner in tile_corners(max(h, 64), round(w * max(1, 64 / h)), 64)]
+    expected = [
+        (number, *corner)
+        for number, (h, w) in enumerate(sizes)
+        for corner in tile_corners(max(h, 64), round(w * max(1, 64 / h)), 64)
+    ]
     assert dataset.tiles == expected and len(dataset) == len(expected) > len(paths)
     tiles = torch.cat(list(dataset.plain_batches(4)))
     number, top, left = expected[1]
-    np.testing.assert_allclose(tiles[1].permute(1, 2, 0).numpy() * 255, image_files.read_image(paths[number])[top : top + 64, left : left + 64], atol=1e-3)
+    np.testing.assert_allclose(
+        tiles[1].permute(1, 2, 0).numpy() * 255,
+        image_files.read_image(paths[number])[top : top + 64, left : left + 64],
+        atol=1e-3,
+    )
     assert dataset[0].images.shape == (3, 64, 64)
     loaded = data_loader.load_images(paths, 64, "tile")
     assert torch.equal(loaded.images, tiles) and loaded.paths == [paths[number] for number, _, _ in expected]
@@ -96,7 +112,9 @@ def test_training_samples_are_all_tiles_of_all_images(tiled):
 def test_maps_on_tiles_have_the_size_of_the_image_and_the_test_scores_them_there(tiled, tmp_path):
     root, out = tiled
     model = str(out / "models" / "best_model.pth")
-    test_stage.main(config.DetailTestSettings(model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0, device="cpu"))
+    test_stage.main(
+        config.DetailTestSettings(model=model, output_dir=str(tmp_path), save_maps=True, bootstrap=0, device="cpu")
+    )
     results = tmp_path / "test_results"
     for path in sorted((root / "test").rglob("*.png")):
         saved = np.load(results / "maps" / path.parent.name / f"{path.stem}.npy")
@@ -110,16 +128,22 @@ def test_classify_on_tiles_agrees_with_the_test_and_draws_at_the_photos_own_size
     model = out / "models" / "best_model.pth"
     detector = classify_images.load_detector(model)
     thorough = classify_images.classify_folder(root / "test", detector)
-    assert [each.detection.defect_map.shape for each in thorough] == [image_files.read_image(each.path).shape[:2] for each in thorough]
+    assert [each.detection.defect_map.shape for each in thorough] == [
+        image_files.read_image(each.path).shape[:2] for each in thorough
+    ]
     assert all(each.detection.reconstruction.shape == (3, *each.detection.defect_map.shape) for each in thorough)
-    settings = config.ClassifySettings(images=(str(root / "test"),), model=str(model), output_dir=str(tmp_path), target_false_alarms=0.5, device="cpu")
+    settings = config.ClassifySettings(
+        images=(str(root / "test"),), model=str(model), output_dir=str(tmp_path), target_false_alarms=0.5, device="cpu"
+    )
     classify_images.main(settings)
     rows = list(csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8")))
     assert [float(row["score"]) for row in rows] == pytest.approx([each.detection.score for each in thorough], rel=1e-3)
     overlays = sorted((tmp_path / "classification_results" / "overlays").iterdir())
     defective = [row["image"] for row in rows if row["label"] == "defective"]
     assert len(overlays) == len(defective) > 0
-    assert [image_files.read_image(path).shape for path in overlays] == [image_files.read_image(path).shape for path in defective]
+    assert [image_files.read_image(path).shape for path in overlays] == [
+        image_files.read_image(path).shape for path in defective
+    ]
 
 
 def test_a_defect_scores_alike_on_a_photo_of_one_tile_and_of_many(tiled):
@@ -129,7 +153,12 @@ def test_a_defect_scores_alike_on_a_photo_of_one_tile_and_of_many(tiled):
     blob[0, 20:24, 30:34] = 1.0
     wide = np.zeros((1, 300, 500), np.float32)
     wide[0, 100:104, 200:204] = 1.0
-    (one,), (many,) = (detector.scores(dict.fromkeys(detector.scored, each), dict.fromkeys(detector.scored, defect_maps.MapScale(0.0, 1.0))) for each in (blob, wide))
+    (one,), (many,) = (
+        detector.scores(
+            dict.fromkeys(detector.scored, each), dict.fromkeys(detector.scored, defect_maps.MapScale(0.0, 1.0))
+        )
+        for each in (blob, wide)
+    )
     assert many == pytest.approx(one)
 
 

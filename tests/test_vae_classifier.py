@@ -19,7 +19,14 @@ import plot_calibration as pc
 import vae_classifier as vc
 from plot_strokes import column_profile
 
-TINY = {"latent_dim": 6, "widths": (8, 8, 12), "profile_channels": 6, "decoder_channels": 8, "detail_channels": 2, "reconstruction_size": 32}
+TINY = {
+    "latent_dim": 6,
+    "widths": (8, 8, 12),
+    "profile_channels": 6,
+    "decoder_channels": 8,
+    "detail_channels": 2,
+    "reconstruction_size": 32,
+}
 BLUE = (31, 119, 180)
 SIDE = 64
 
@@ -65,7 +72,10 @@ def calibrated():
 # ------------------------------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize(("side", "n_classes", "changes"), [(64, 9, {}), (96, 2, {"profile_channels": 0}), (64, 3, {"widths": ()}), (32, 4, {"ink": False})])
+@pytest.mark.parametrize(
+    ("side", "n_classes", "changes"),
+    [(64, 9, {}), (96, 2, {"profile_channels": 0}), (64, 3, {"widths": ()}), (32, 4, {"ink": False})],
+)
 def test_shapes_and_ranges_for_any_side_and_number_of_classes(side, n_classes, changes):
     output = tiny(n_classes, **changes).eval()(torch.rand(2, 3, side, side))
     assert [tuple(each.shape) for each in output] == [(2, 3, 32, 32), (2, 6), (2, 6), (2, n_classes)]
@@ -87,11 +97,19 @@ def test_the_shipped_network_is_small_and_draws_224_px():
 
 
 def test_the_picture_branch_alone_sees_what_no_column_tells():
-    """Two pages of stripes whose rows have the same sum, sum of squares, ends and number: every column profile is the same."""
+    """Two pages of stripes whose rows have the same sum, sum of squares, ends and number: every column profile is the
+    same.
+    """
     pages = torch.ones(2, 1, 3, SIDE, SIDE)
     pages[0, :, :, [0, 10, 14, 15, 40]], pages[1, :, :, [0, 11, 12, 16, 40]] = 0.0, 0.0
     with torch.inference_mode():
-        by_column, by_picture = ((mu[0] - mu[1]).abs().max() for mu in (torch.stack([model.encode(page)[0] for page in pages]) for model in (tiny(widths=()).eval(), tiny(profile_channels=0).eval())))
+        by_column, by_picture = (
+            (mu[0] - mu[1]).abs().max()
+            for mu in (
+                torch.stack([model.encode(page)[0] for page in pages])
+                for model in (tiny(widths=()).eval(), tiny(profile_channels=0).eval())
+            )
+        )
     assert by_picture > 20 * by_column
 
 
@@ -142,7 +160,9 @@ def test_terms_are_named_and_total_is_their_weighted_sum():
     images, labels = three_kinds(2)
     terms = loss_of(reconstruction_weight=2.0, kl_weight=3.0, class_weight=5.0)(tiny().eval(), images, labels)
     assert set(terms) == {"reconstruction", "kl", "classification", "total"}
-    torch.testing.assert_close(terms["total"], 2 * terms["reconstruction"] + 3 * terms["kl"] + 5 * terms["classification"])
+    torch.testing.assert_close(
+        terms["total"], 2 * terms["reconstruction"] + 3 * terms["kl"] + 5 * terms["classification"]
+    )
 
 
 def test_terms_agree_with_torch():
@@ -154,8 +174,13 @@ def test_terms_agree_with_torch():
     terms, logits = loss_of().terms(model, images, labels)
     mu, logvar = model.encode(images)
     torch.testing.assert_close(terms["classification"], F.cross_entropy(model.head(mu), labels))
-    normals = [torch.distributions.Normal(mean, (0.5 * logvar).exp()) for mean, logvar in (model.encode_detail(images), model.decoder.prior_of(model.decoder.columns(mu)))]
-    nats = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)).sum(1)
+    normals = [
+        torch.distributions.Normal(mean, (0.5 * logvar).exp())
+        for mean, logvar in (model.encode_detail(images), model.decoder.prior_of(model.decoder.columns(mu)))
+    ]
+    nats = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    ).sum(1)
     nats = nats + torch.distributions.kl_divergence(*normals).flatten(1).sum(1)
     torch.testing.assert_close(terms["kl"], nats.mean() / 32**2)
     torch.testing.assert_close(logits, model.head(mu))
@@ -170,7 +195,15 @@ def test_ink_in_the_wrong_row_is_the_wronger_the_farther_off():
 
     ink = torch.rand(2, 1, 12, 12)
     ink[1] *= ink[0].sum(1) / ink[1].sum(1)  # as much in each column
-    exact = np.mean([wasserstein_distance(range(12), range(12), *ink[:, 0, :, column]) * ink[0, 0, :, column].sum() for column in range(12)]) / 12**2
+    exact = (
+        np.mean(
+            [
+                wasserstein_distance(range(12), range(12), *ink[:, 0, :, column]) * ink[0, 0, :, column].sum()
+                for column in range(12)
+            ]
+        )
+        / 12**2
+    )
     assert vc.error_parts(ink[:1], ink[1:])[2].item() == pytest.approx(exact, rel=1e-5)
     lines = [torch.ones(1, 3, 12, 12) for _ in range(3)]
     for image, row in zip(lines, (2, 5, 9), strict=True):
@@ -187,7 +220,9 @@ def test_the_mean_plot_has_error_one_at_any_size():
         model.fit_reconstruction_scale(images.split(5))
         target = model.target(images)
         mean = target.mean(0, keepdim=True).expand_as(target)
-        assert vc.reconstruction_error(mean, target, model.error_scale, 0.0).mean().item() == pytest.approx(1.0, abs=0.03)
+        assert vc.reconstruction_error(mean, target, model.error_scale, 0.0).mean().item() == pytest.approx(
+            1.0, abs=0.03
+        )
         assert vc.reconstruction_error(target, target, model.error_scale, 0.5).abs().max() < 1e-4
 
 
@@ -199,13 +234,18 @@ def test_the_target_keeps_thin_lines():
 
 
 def test_at_the_start_no_term_drowns_the_others():
-    """With weights of one, the gradients that the terms send into the encoder are within a factor of fifty of each other."""
+    """With weights of one, the gradients that the terms send into the encoder are within a factor of fifty of each
+    other.
+    """
     images, labels = three_kinds(8)
     model = tiny(9)
     model.fit_reconstruction_scale([images])
     model.train()
     terms = loss_of(reconstruction_share=1.0)(model, images, labels)
-    norms = [torch.autograd.grad(terms[name], model.to_latent.weight, retain_graph=True)[0].norm().item() for name in ("reconstruction", "kl", "classification")]
+    norms = [
+        torch.autograd.grad(terms[name], model.to_latent.weight, retain_graph=True)[0].norm().item()
+        for name in ("reconstruction", "kl", "classification")
+    ]
     assert max(norms) < 50 * min(norms), norms
     assert 0.1 < terms["reconstruction"] / terms["classification"] < 3
 
@@ -214,7 +254,9 @@ def test_only_a_share_of_a_training_batch_is_drawn(monkeypatch):
     images, labels = three_kinds(4)
     model, drawn = tiny(), []
     draw_strokes = model.decoder.draw
-    monkeypatch.setattr(model.decoder, "draw", lambda columns, detail: drawn.append(len(detail)) or draw_strokes(columns, detail))
+    monkeypatch.setattr(
+        model.decoder, "draw", lambda columns, detail: drawn.append(len(detail)) or draw_strokes(columns, detail)
+    )
     loss = loss_of(reconstruction_share=0.25)
     loss(model.train(), images, labels)
     loss(model.eval(), images, labels)
@@ -225,7 +267,9 @@ def test_dropped_details_are_those_expected_of_the_latent_vector(monkeypatch):
     images, labels = three_kinds(4)
     model, drawn = tiny().train(), []
     draw_strokes = model.decoder.draw
-    monkeypatch.setattr(model.decoder, "draw", lambda columns, detail: drawn.append((columns, detail)) or draw_strokes(columns, detail))
+    monkeypatch.setattr(
+        model.decoder, "draw", lambda columns, detail: drawn.append((columns, detail)) or draw_strokes(columns, detail)
+    )
     monkeypatch.setattr(model, "sample", lambda mu, logvar: mu)
     for share in (0.0, 1.0, 0.5):
         loss_of(detail_dropout=share, reconstruction_share=1.0)(model, images, labels)
@@ -272,7 +316,9 @@ def test_the_temperature_is_the_likeliest():
     log_p = F.log_softmax(torch.from_numpy(logits), 1)
     from scipy.optimize import minimize_scalar
 
-    exact = minimize_scalar(lambda t: F.cross_entropy(log_p / t, torch.from_numpy(labels)).item(), bounds=(0.1, 10), method="bounded").x
+    exact = minimize_scalar(
+        lambda t: F.cross_entropy(log_p / t, torch.from_numpy(labels)).item(), bounds=(0.1, 10), method="bounded"
+    ).x
     assert pc.fit_temperature(log_p.numpy(), labels) == pytest.approx(exact, rel=0.02)
 
 
@@ -280,7 +326,10 @@ def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
     images = three_kinds(2, seed=5)[0]
     said = vc.judge(calibrated, images)
     with torch.inference_mode():
-        views = [F.log_softmax(calibrated(view).logits, 1) for view in (images, images.flip(2), images.flip(3), images.flip(2, 3))]
+        views = [
+            F.log_softmax(calibrated(view).logits, 1)
+            for view in (images, images.flip(2), images.flip(3), images.flip(2, 3))
+        ]
         alone = F.softmax(views[0].double() / calibrated.calibration.temperature, 1)
     expected = F.softmax(torch.stack(views).mean(0).double() / calibrated.calibration.temperature_flips, 1)
     np.testing.assert_allclose(said.probabilities, expected.numpy(), atol=1e-5)
@@ -312,9 +361,15 @@ def test_mahalanobis_agrees_with_scipy():
     from scipy.spatial.distance import mahalanobis
 
     rng = np.random.default_rng(0)
-    rows, means, precision = rng.normal(size=(5, 3)), rng.normal(size=(2, 3)), np.linalg.inv(np.cov(rng.normal(size=(20, 3)).T))
+    rows, means, precision = (
+        rng.normal(size=(5, 3)),
+        rng.normal(size=(2, 3)),
+        np.linalg.inv(np.cov(rng.normal(size=(20, 3)).T)),
+    )
     expected = [min(mahalanobis(row, mean, precision) for mean in means) for row in rows]
-    np.testing.assert_allclose(pc.mahalanobis(*map(torch.from_numpy, (rows, means, precision))).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        pc.mahalanobis(*map(torch.from_numpy, (rows, means, precision))).numpy(), expected, rtol=1e-6
+    )
 
 
 def strangers():
@@ -347,7 +402,9 @@ def test_new_plots_of_the_known_kinds_are_rarely_flagged(calibrated):
 
 
 def test_a_plot_needs_to_be_strange_to_every_group(calibrated):
-    both = pc.ClassifierCalibration(**{**calibrated.calibration.__dict__, "scores": {"real": [0.0] * 9, "fresh": [5.0] * 19}})
+    both = pc.ClassifierCalibration(
+        **{**calibrated.calibration.__dict__, "scores": {"real": [0.0] * 9, "fresh": [5.0] * 19}}
+    )
     np.testing.assert_allclose(both.p_values(np.array([6.0, 3.0, -1.0])), [1 / 10, 1.0, 1.0])
     assert both.promised and not pc.ClassifierCalibration(**{**both.__dict__, "alpha": 0.05}).promised
 
@@ -357,7 +414,9 @@ def test_scores_of_a_batch_are_those_it_was_calibrated_on(calibrated):
     with torch.inference_mode():
         output = calibrated.eval()(images)
         distances = vc.novelty_distances(calibrated, calibrated.calibration, images, output.mu, output.reconstruction)
-    np.testing.assert_allclose(sorted(calibrated.calibration.novelty(distances)), calibrated.calibration.scores["real"], atol=1e-3)
+    np.testing.assert_allclose(
+        sorted(calibrated.calibration.novelty(distances)), calibrated.calibration.scores["real"], atol=1e-3
+    )
 
 
 # ------------------------------------------------------------------------------------------ latent space
@@ -371,7 +430,12 @@ def test_generated_plots_come_from_the_latent_gaussian_of_their_class(calibrated
     monkeypatch.setattr(calibrated, "decode", lambda z: z)
     z = vc.generate_class(calibrated, calibrated.class_names[1], 20_000).double()
     covariance = calibrated.calibration.class_covariances[1]
-    torch.testing.assert_close(z.mean(0), calibrated.calibration.class_means[1], atol=4 * covariance.diagonal().max().sqrt().item() / 100, rtol=0)
+    torch.testing.assert_close(
+        z.mean(0),
+        calibrated.calibration.class_means[1],
+        atol=4 * covariance.diagonal().max().sqrt().item() / 100,
+        rtol=0,
+    )
     torch.testing.assert_close(torch.cov(z.T), covariance, atol=0.05 * covariance.abs().max().item(), rtol=0.1)
 
 
@@ -406,7 +470,9 @@ def test_two_dimensions_keep_groups_apart():
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_one_number_a_plot_cannot_be_laid_out_in_two_dimensions(method):
-    with pytest.raises(config.InputError, match=r"^A scatter of 1 latent variable shows nothing; expected a model of at least 2\.$"):
+    with pytest.raises(
+        config.InputError, match=r"^A scatter of 1 latent variable shows nothing; expected a model of at least 2\.$"
+    ):
         vc.project_2d(np.arange(20.0)[:, None], method)
 
 
@@ -422,7 +488,11 @@ def test_clusters_are_groups_of_neighbours():
 def test_pictures_are_laid_out_in_rows():
     sheet = vc.tiled([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)], gap_px=2)
     assert sheet.shape == (24, 36, 3) and sheet.dtype == np.uint8
-    assert sheet[5, 5].tolist() == [0, 0, 0] and sheet[17, 5].tolist() == [255, 255, 255] and sheet[0, 0].tolist() == [153, 153, 153]
+    assert (
+        sheet[5, 5].tolist() == [0, 0, 0]
+        and sheet[17, 5].tolist() == [255, 255, 255]
+        and sheet[0, 0].tolist() == [153, 153, 153]
+    )
 
 
 # ------------------------------------------------------------------------------------------- from a file
@@ -472,15 +542,24 @@ def test_files_that_hold_no_classifier_are_refused_in_one_sentence(calibrated, t
     (tmp_path / "text.pth").write_text("no model")
     assert "not a readable checkpoint" in refusal(tmp_path / "text.pth")
     assert "lacks calibration" in refusal(save(calibrated, tmp_path / "bare.pth", calibration=None))
-    assert "settings or calibration cannot be used" in refusal(save(calibrated, tmp_path / "odd.pth", calibration={"temperature": 1.0}))
+    assert "settings or calibration cannot be used" in refusal(
+        save(calibrated, tmp_path / "odd.pth", calibration={"temperature": 1.0})
+    )
     assert "do not fit" in refusal(save(calibrated, tmp_path / "weights.pth", model={"head.weight": torch.zeros(1)}))
 
 
 def test_notebook_names_are_there():
     assert config.DEVICE in ("cpu", "cuda")
     settings = config.TrainClassifierSettings()
-    assert (settings.latent_dim, settings.learning_rate, settings.kl_weight) == (config.LATENT_DIM, config.LEARNING_RATE, config.KL_WEIGHT)
-    assert (settings.reconstruction_weight, settings.class_weight) == (config.RECONSTRUCTION_WEIGHT, config.CLASS_WEIGHT)
+    assert (settings.latent_dim, settings.learning_rate, settings.kl_weight) == (
+        config.LATENT_DIM,
+        config.LEARNING_RATE,
+        config.KL_WEIGHT,
+    )
+    assert (settings.reconstruction_weight, settings.class_weight) == (
+        config.RECONSTRUCTION_WEIGHT,
+        config.CLASS_WEIGHT,
+    )
     import series_generator
 
     assert config.CLASSES == series_generator.KINDS

@@ -54,7 +54,9 @@ def shake(model, amount=0.1, seed=1):
 def test_kl_divergence_is_that_of_torch_distributions():
     torch.manual_seed(0)
     mu, logvar = torch.randn(3, 5, 2, 2), torch.randn(3, 5, 2, 2)
-    expected = distributions.kl_divergence(distributions.Normal(mu, torch.exp(0.5 * logvar)), distributions.Normal(0.0, 1.0))
+    expected = distributions.kl_divergence(
+        distributions.Normal(mu, torch.exp(0.5 * logvar)), distributions.Normal(0.0, 1.0)
+    )
     torch.testing.assert_close(kl_divergence(mu, logvar), expected.mean())
     assert kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0.0
 
@@ -92,7 +94,9 @@ def test_drawn_defects_do_not_teach_the_predicted_variance(make_model):
 
     def likelihood(aim, defect_mask):
         torch.manual_seed(0)
-        return DetailLoss(LOSS.replace(feature_paste=0.0), None)(model, images, damaged, 1.0, defect_mask, aim)["feature_nll"].item()
+        return DetailLoss(LOSS.replace(feature_paste=0.0), None)(model, images, damaged, 1.0, defect_mask, aim)[
+            "feature_nll"
+        ].item()
 
     assert likelihood(far_off, mask) == pytest.approx(likelihood(clean, mask), rel=1e-5)
     assert likelihood(far_off, torch.zeros_like(mask)) > likelihood(clean, torch.zeros_like(mask)) + 1.0
@@ -117,7 +121,12 @@ def test_the_head_sees_the_features_of_each_image_for_itself(make_model):
     model, images = shake(make_model("efficientnet_lite0", segmentation=True)).eval(), smooth_images(2)
     together = model.describe(images)
     for row in range(2):
-        torch.testing.assert_close(model.describe(images[row : row + 1]).defect_logits, together.defect_logits[row : row + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.describe(images[row : row + 1]).defect_logits,
+            together.defect_logits[row : row + 1],
+            atol=1e-4,
+            rtol=1e-4,
+        )
     taps, features = model.seen(together)
     painting = model.decode_pixels(together.trunk, images, vae_model.feature_surprise(taps, model.tap_channels))
     for half in (slice(None, model.n_features), slice(model.n_features, None)):  # features, then their deviations
@@ -196,7 +205,9 @@ def test_a_batch_can_be_learned_by_heart(make_model, backbone):
     """30 steps cut the squared error of pixels (and of features) of four small images to a fifth or less."""
     model, images = make_model(backbone, latent_dim=16), smooth_images(4, 32, 32)
     model.fit_feature_scale([images])
-    settings = LossSettings(perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0, feature_noise=0.0, feature_paste=0.0)
+    settings = LossSettings(
+        perceptual_weight=0.0, pixel_crop_px=0, pixel_share=1.0, feature_noise=0.0, feature_paste=0.0
+    )
     loss, optimizer = DetailLoss(settings, None), torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     runtime = engine.Runtime(torch.device("cpu"))
@@ -213,7 +224,9 @@ def test_a_batch_can_be_learned_by_heart(make_model, backbone):
         assert last["feature_nll"] < first["feature_nll"]
 
 
-def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_and_of_size_one(make_model, monkeypatch):
+def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_and_of_size_one(
+    make_model, monkeypatch
+):
     monkeypatch.setattr(vae_model, "SHRINKAGE", 1e-6)
     model = shake(make_model("efficientnet_lite0")).eval()
     model.fit_feature_scale([smooth_images(8)])
@@ -221,7 +234,11 @@ def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_
     model.fit_deviations(batches)
     features = torch.cat(batches)
     mu, _, detail_mu, _ = model.encode(None, features)
-    plain = vae_model.deviations(features, *model.decode_features(model.decode_trunk(mu, detail_mu))).movedim(1, -1).flatten(0, -2)
+    plain = (
+        vae_model.deviations(features, *model.decode_features(model.decode_trunk(mu, detail_mu)))
+        .movedim(1, -1)
+        .flatten(0, -2)
+    )
     white = plain @ model.whitening.T
     moments = white.T @ white / len(white)
     for block in (slice(0, 2), slice(2, 6)):  # the stand-in's taps
@@ -239,7 +256,10 @@ def test_the_bank_holds_features_of_all_training_images(make_model):
     model.fit_bank(batches, 8)
     for features in batches:  # the stand-in's few places fit whole: each is in the bank, and nothing else
         assert torch.cdist(vae_model.rows_of(features).flatten(0, 1), model.bank).amin(1).max() < 2e-3
-    assert torch.cdist(model.bank, torch.cat([vae_model.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max() < 2e-3
+    assert (
+        torch.cdist(model.bank, torch.cat([vae_model.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max()
+        < 2e-3
+    )
 
 
 def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
@@ -255,11 +275,15 @@ def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
 
 
 def test_the_image_with_a_place_like_no_other_is_the_least_like_the_rest():
-    features = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1 * torch.randn(9, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+    features = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1 * torch.randn(
+        9, 6, 8, 8, generator=torch.Generator().manual_seed(1)
+    )
     features[4, :, 2:4, 5] += 4.0
     found = vae_model.unlikeness(features)
     assert found.argmax() == 4 and found[4] > 2 * found[torch.arange(9) != 4].max()
-    alone = torch.cdist(vae_model.rows_of(features[4:5])[0], vae_model.rows_of(features[torch.arange(9) != 4]).flatten(0, 1)).amin(1)
+    alone = torch.cdist(
+        vae_model.rows_of(features[4:5])[0], vae_model.rows_of(features[torch.arange(9) != 4]).flatten(0, 1)
+    ).amin(1)
     assert found[4].item() == pytest.approx(alone.topk(2).values.mean().item(), rel=1e-3)  # 2 % of 64 places
 
 
@@ -323,7 +347,9 @@ def decoder_inputs(model, images, surprise=0.0):
     """A trunk that does not depend on the images, and an even surprise."""
     torch.manual_seed(3)
     height, width = images.shape[-2] // 8, images.shape[-1] // 8
-    return torch.randn(len(images), model.widths[3], height, width), torch.full((len(images), 1, height, width), surprise)
+    return torch.randn(len(images), model.widths[3], height, width), torch.full(
+        (len(images), 1, height, width), surprise
+    )
 
 
 def test_pixels_can_pass_through_a_skip_and_without_skips_cannot(make_model):
@@ -354,7 +380,9 @@ def test_a_skips_learned_gate_sees_the_surprise():
     skip.gate[0].weight.data[:, -1] = 1.0  # the last channel of the gate's input is the surprise
     torch.nn.init.constant_(skip.gate[2].weight, -10.0)
     decoded, features = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
-    low, high = (skip(decoded, features, torch.full((1, 1, 2, 2), level)).abs().max() for level in (0.0, 0.5))  # the ceiling is high for both
+    low, high = (
+        skip(decoded, features, torch.full((1, 1, 2, 2), level)).abs().max() for level in (0.0, 0.5)
+    )  # the ceiling is high for both
     assert high < 0.01 * low
 
 
@@ -397,7 +425,9 @@ def mask_of(n, height, width, *places):
     return mask
 
 
-@pytest.mark.parametrize(("side", "share", "n", "height", "width"), [(32, 0.5, 4, 64, 128), (24, 1.0, 3, 96, 64), (8, 0.01, 5, 64, 64)])
+@pytest.mark.parametrize(
+    ("side", "share", "n", "height", "width"), [(32, 0.5, 4, 64, 128), (24, 1.0, 3, 96, 64), (8, 0.01, 5, 64, 64)]
+)
 def test_windows_are_squares_inside_the_image_and_reach_every_place(side, share, n, height, width):
     starts = set()
     for seed in range(150):
@@ -464,7 +494,13 @@ def test_the_pixel_branch_trains_on_crops_of_all_it_compares(make_model, monkeyp
 def test_without_features_the_pixel_branch_trains_on_every_image(make_model, monkeypatch):
     model, images = make_model("none").train(), smooth_images(4, 64, 96)
     seen = []
-    monkeypatch.setattr(model, "decode_pixels", lambda trunk, crops, surprise: seen.append(crops) or vae_model.Painting(crops, crops, torch.zeros_like(crops[:, :1])))
+    monkeypatch.setattr(
+        model,
+        "decode_pixels",
+        lambda trunk, crops, surprise: (
+            seen.append(crops) or vae_model.Painting(crops, crops, torch.zeros_like(crops[:, :1]))
+        ),
+    )
     DetailLoss(LOSS.replace(pixel_share=0.25), None)(model, images, images, 1.0, mask_of(4, 64, 96, (0, 40, 50)))
     assert len(seen[0]) == 4
 
@@ -492,7 +528,9 @@ def test_a_channel_that_never_moves_stays_finite_in_half_precision(make_model, t
 
 def test_a_channel_that_rested_in_training_does_not_overflow_when_it_wakes(make_model, tiny_backbone, monkeypatch):
     model, images, grid = make_model("efficientnet_lite0"), smooth_images(2), tiny_backbone.grid
-    monkeypatch.setattr(tiny_backbone, "grid", lambda images: grid(images) * torch.tensor([0.0, 1, 1, 1, 1, 1]).view(1, 6, 1, 1))
+    monkeypatch.setattr(
+        tiny_backbone, "grid", lambda images: grid(images) * torch.tensor([0.0, 1, 1, 1, 1, 1]).view(1, 6, 1, 1)
+    )
     model.fit_feature_scale([images])
     monkeypatch.setattr(tiny_backbone, "grid", grid)
     assert torch.isfinite(FeatureCache(model)([0, 1], images)).all()
@@ -538,7 +576,9 @@ def test_pasted_features_are_a_rectangle_from_some_image_of_the_batch():
             assert torch.equal(patch, features[source, 0, y : y + patch.shape[0], x : x + patch.shape[1]])
     assert n_changed > 60
     torch.manual_seed(0)
-    share = np.mean([(corrupt_features(features, 0.0, 0.25)[0] != features).flatten(1).any(1).float().mean() for _ in range(200)])
+    share = np.mean(
+        [(corrupt_features(features, 0.0, 0.25)[0] != features).flatten(1).any(1).float().mean() for _ in range(200)]
+    )
     assert 0.15 < share < 0.3
 
 
@@ -595,11 +635,16 @@ def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
     base = LossSettings()
     mask = mask_of(2, 64, 64, (0, 9, 9))
     plain = DetailLoss(base, Distance())(model, images, images, 0.5, mask)
-    heavier = DetailLoss(base.replace(**{setting: getattr(base, setting) + 2.0}), Distance())(model, images, images, 0.5, mask)
+    heavier = DetailLoss(base.replace(**{setting: getattr(base, setting) + 2.0}), Distance())(
+        model, images, images, 0.5, mask
+    )
     scale = 0.5 if "kl" in term else 1.0
     assert (heavier["total"] - plain["total"]).item() == pytest.approx(2.0 * scale * plain[term].item(), rel=1e-3)
     assert plain[term].item() != 0.0
-    lasting = [DetailLoss(settings, None).of_latents(plain).item() for settings in (base, base.replace(**{setting: getattr(base, setting) + 2.0}))]
+    lasting = [
+        DetailLoss(settings, None).of_latents(plain).item()
+        for settings in (base, base.replace(**{setting: getattr(base, setting) + 2.0}))
+    ]
     assert lasting[1] - lasting[0] == pytest.approx(2.0 * plain[term].item() if term in LATENT_TERMS else 0.0, rel=1e-3)
 
 
@@ -629,7 +674,9 @@ def test_features_given_are_used_and_not_computed_again(make_model, tiny_backbon
     tiny_backbone.n_calls = 0
     given = loss(model, images, damaged, 1.0, clean=clean, actual=actual)
     assert tiny_backbone.n_calls == 0
-    assert {name: term.item() for name, term in given.items()} == pytest.approx({name: term.item() for name, term in expected.items()})
+    assert {name: term.item() for name, term in given.items()} == pytest.approx(
+        {name: term.item() for name, term in expected.items()}
+    )
 
 
 def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(make_model):
@@ -641,7 +688,11 @@ def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(
 
 
 def test_in_bfloat16_features_come_from_the_cache_and_every_term_is_near_that_of_float32(make_model):
-    model, images, mask = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2), mask_of(2, 64, 64, (0, 9, 9))
+    model, images, mask = (
+        shake(make_model("efficientnet_lite0")).eval(),
+        smooth_images(2),
+        mask_of(2, 64, 64, (0, 9, 9)),
+    )
     cache, loss = FeatureCache(model), DetailLoss(LossSettings(), Distance())
     full = loss(model, images, images, 1.0, mask, cache([0, 1], images))
     with torch.autocast("cpu", torch.bfloat16):
@@ -689,8 +740,10 @@ def test_a_saved_model_says_the_same_in_a_new_process(make_model, tmp_path):
     np.save(tmp_path / "images.npy", images.numpy())
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(ROOT), str(path), str(tmp_path / "images.npy"), str(tmp_path / "out.npz")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     with torch.inference_mode():
         expected = model(images)
