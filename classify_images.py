@@ -31,6 +31,8 @@ __all__ = ["Classified", "classify", "classify_folder", "load_detector"]
 
 OVERLAY_NAME = re.compile(r"\d{5,}_.*\.jpg", re.DOTALL)
 """What overlays are called: the number of the row, and the image's stem."""
+JPEG_SIDE_PX = 65_500
+"""The longest side that JPEG files are written with."""
 
 
 class Classified(NamedTuple):
@@ -59,7 +61,7 @@ def main(settings: config.ClassifySettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     files.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
     with (
-        (out / "results.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        files.open_table(out / "results.csv") as file,
         tqdm(total=len(paths), unit="image", file=sys.stderr) as bar,
     ):
         writer = csv.writer(file)
@@ -135,12 +137,16 @@ def row(result: Classified) -> list[str]:
 
 
 def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
-    """The photograph at its own size with the defect map over it."""
+    """The photograph at its own size, but for sides that JPEG does not hold, with the defect map over it."""
     image = image_files.read_image(result.path)
+    if max(image.shape[:2]) > JPEG_SIDE_PX:
+        scale = JPEG_SIDE_PX / max(image.shape[:2])
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     defect_map = image_files.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
     threshold = detector.calibration.pixel_threshold
     overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
-    _, encoded = cv2.imencode(".jpg", overlay[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+    in_bgr = cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(".jpg", in_bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])
     files.write_whole(path, encoded.tobytes())
 
 

@@ -37,6 +37,9 @@ class UsageError(InputError):
 
 # ---------------------------------------------------------------------------------------------- a field
 
+LARGEST_INT = 2**63 - 1
+"""More no library counts to."""
+
 
 def setting(
     default,
@@ -109,12 +112,18 @@ class Settings:
 def _check_value(field: dataclasses.Field, value) -> None:
     limits = field.metadata
     for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str) and "\0" in item:
+            raise UsageError(f"{field.name} is {item!r}; expected text without a null character.")
+        if limits["positional"] and not item:
+            raise UsageError(f"{field.name} holds an empty path; expected a file or a folder.")
         if limits["choices"] and item not in limits["choices"]:
             raise UsageError(f"{field.name} is {item!r}; expected one of {', '.join(limits['choices'])}.")
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
         if not abs(item) <= sys.float_info.max:
             raise UsageError(f"{field.name} is {item}; expected a finite number.")
+        if isinstance(item, int) and abs(item) > LARGEST_INT:
+            raise UsageError(f"{field.name} is {item}; expected {LARGEST_INT} at most.")
         if limits["minimum"] is not None and item < limits["minimum"] and not (limits["or_zero"] and item == 0):
             raise UsageError(
                 f"{field.name} is {item}; expected {'0 or ' * limits['or_zero']}at least {limits['minimum']}."
@@ -138,7 +147,7 @@ class RunSettings(Settings):
         0,
         "Seed of every random choice; the same seed gives the same run on CPU with as many threads.",
         minimum=0,
-        maximum=2**63 - 1,
+        maximum=LARGEST_INT,
     )
     num_workers: int = setting(
         -1,
@@ -903,7 +912,7 @@ class GenerateSettings(RunSettings):
         "Seed of every random choice; the same seed gives the same series, so a test set needs another than its "
         "training set.",
         minimum=0,
-        maximum=2**63 - 1,
+        maximum=LARGEST_INT,
     )
     per_class: int = setting(100, "Series of each of the nine kinds.", unit="series", minimum=1)
     out: str = setting(
@@ -991,9 +1000,11 @@ def read_yaml(path: str) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: not UTF-8, or a date that does not exist; RecursionError: thousands of open brackets
         raise UsageError(f"The configuration file {path} cannot be read: {' '.join(str(error).split())}.") from None
+    values = {} if values is None else values  # of an empty file
     if not isinstance(values, dict):
         raise UsageError(f"The configuration file {path} holds no settings; expected lines such as 'epochs: 60'.")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -1049,7 +1060,7 @@ def parse(
         UsageError: an unknown flag or key, a value outside its bounds, or a required argument is given nowhere.
     """
     parser = build_parser(settings_class, description, prog)
-    found, unknown = parser.parse_known_args(argv)
+    found, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)} See {parser.prog} --help.")

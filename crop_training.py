@@ -99,7 +99,7 @@ def drawn_crops(
     says there.
 
     ``n_strange`` of them lie where it takes a good part for something else: where the head sees defects, or features
-        deviate without one; the others around drawn defects.
+    deviate without one; the others around drawn defects.
     """
     size = runtime.batch_size(0)
 

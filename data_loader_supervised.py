@@ -205,6 +205,10 @@ def iter_plots(
 # ------------------------------------------------------------------------------------------ class folders
 
 
+TAKEN_NAMES = {"path", "predicted", "confidence", "p_value", "reason", "error"}
+"""What tables of predictions call their other columns, and a file that cannot be read."""
+
+
 class ClassFolder:
     """A data set with ``train/<class>`` and, where there is one, ``test/<class>``.
 
@@ -213,8 +217,8 @@ class ClassFolder:
         train, test: lists of (path, label), in the order of classes and names; test may be empty.
 
     Raises:
-        InputError: no train folder, a single class, a class without images, or test classes other than the training
-            ones.
+        InputError: no train folder, a single class, a class without images or with a name of TAKEN_NAMES, or test
+            classes other than the training ones.
     """
 
     def __init__(self, root: str | Path):
@@ -226,6 +230,11 @@ class ClassFolder:
                 "class."
             )
         self.classes = [folder.name for folder in folders]
+        if taken := TAKEN_NAMES.intersection(self.classes):
+            raise config.InputError(
+                f"The class folder {self.root / 'train' / min(taken)} has the name of a column of predictions, or of "
+                f"what cannot be read; expected any but {', '.join(sorted(TAKEN_NAMES))}."
+            )
         self.train = self._items(folders)
         self.test: list[tuple[Path, int]] = []
         if (self.root / "test").is_dir() and (tests := class_folders(self.root / "test")):
@@ -236,7 +245,7 @@ class ClassFolder:
         """How many files of test have the content of one of train; read are only those of the same size."""
         sizes = [{path: _mark(path)[0] for path, _ in items} for items in (self.train, self.test)]
         common = set(sizes[0].values()) & set(sizes[1].values()) - {-1, 0}
-        train, test = ([_digest(path) for path, size in part.items() if size in common] for part in sizes)
+        train, test = ([files.digest(path) for path, size in part.items() if size in common] for part in sizes)
         known = set(train) - {""}
         return sum(digest in known for digest in test)
 
@@ -260,13 +269,6 @@ class ClassFolder:
             raise config.InputError(
                 f"{self.root / 'test'} {' and '.join(parts)}; expected the same class folders in train and test."
             )
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def class_folders(parent: Path) -> list[Path]:
@@ -412,11 +414,10 @@ def augment_plot(image: np.ndarray, settings: config.SupervisedDataSettings, rng
     """A randomly changed uint8 S x S x 3 plot of the same kind.
 
     Which changes keep each of the nine kinds: a series read backwards or with its sign changed keeps its kind (an event
-        stays
-    an event, a rising trend becomes a falling one, a random walk stays one), exactly so for plots cropped to their
-    axes. Small stretches and shifts keep it because events lie a tenth of the length or more from the ends. Left out:
-    noise, blur and erasing, which make or hide point anomalies and shifts of variance; large cuts in time, which can
-    cut the event away; stretches that differ along time, which turn a level or a slope into another.
+    stays an event, a rising trend becomes a falling one, a random walk stays one), exactly so for plots cropped to
+    their axes. Small stretches and shifts keep it because events lie a tenth of the length or more from the ends. Left
+    out: noise, blur and erasing, which make or hide point anomalies and shifts of variance; large cuts in time, which
+    can cut the event away; stretches that differ along time, which turn a level or a slope into another.
     """
     if settings.flip_time and rng.random() < 0.5:
         image = image[:, ::-1]

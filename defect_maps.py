@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import MapSettings, from_dict
+from config import DataSettings, MapSettings, from_dict
 from data_loader import assert_images
-from engine import Runtime, load_checkpoint, make_runtime, reading_contents
+from engine import Runtime, finite, load_checkpoint, make_runtime, reading_contents
 from evaluation import best_pixel_threshold, count_pixels, ssim_map
 from perceptual_loss import PerceptualLoss, weights_here
 from tiles import Blend, tile_corners, window
@@ -32,6 +32,7 @@ from vae_model import (
     KIND,
     DetailOutput,
     DetailVAE,
+    assert_sides,
     detail_vae_from_checkpoint,
     deviations,
     fold_layers,
@@ -41,8 +42,6 @@ from vae_model import (
 )
 
 TILES_AT_ONCE = 8
-SIDE_MULTIPLE_PX = 32
-"""Sides that the model takes: it halves them five times."""
 SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
 USUAL_FALSE_POSITIVES = 0.001
@@ -151,8 +150,7 @@ def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     """Distance of maps (B, C, h, w) to the nearest prototype (N, C) at every place, a channel, (B, 1, h, w).
 
     Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any
-        good
-    image deviated so. Of features: whether any good image looked so at all.
+    good image deviated so. Of features: whether any good image looked so at all.
     """
     lengths = prototypes.square().sum(1)
     squared = [
@@ -193,7 +191,7 @@ class MapScale(NamedTuple):
     of an image.
 
     What lies beyond the border no network sees: its features there are less like any that are known, on good images,
-        too.
+    too.
     """
 
     zero: float
@@ -339,14 +337,18 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: dict) -> Calibration:
-        return cls(
-            **{
-                **values,
-                "scales": {
-                    name: MapScale(zero, one, tuple(border)) for name, (zero, one, *border) in values["scales"].items()
-                },
-            }
-        )
+        """What ``as_dict`` returned.
+
+        Raises:
+            ValueError: something that must be a finite number is none, or there is no score.
+        """
+        numbers = {name: finite(name, values[name]) for name in ("alpha", "threshold", "pixel_threshold")}
+        numbers["good_scores"] = sorted(finite("a good score", score) for score in values["good_scores"])
+        if not numbers["good_scores"]:
+            raise ValueError("there are no good scores")
+        scales = {name: [finite(f"the scale of {name}", at) for at in each] for name, each in values["scales"].items()}
+        read = {name: MapScale(zero, one, tuple(border)) for name, (zero, one, *border) in scales.items()}
+        return cls(**{**values, **numbers, "scales": read})
 
     @classmethod
     def of(
@@ -555,13 +557,7 @@ class Detector:
         assert_images(images)
         if self.resize == "tile":
             return [self._detect_whole(image, thorough) for image in images]
-        if any(side % SIDE_MULTIPLE_PX for side in images.shape[2:]):
-            size = f"{self.image_size} x {self.image_size}"
-            raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]}; expected {size}, as in training, or other "
-                f"multiples of {SIDE_MULTIPLE_PX} (see image_files.fit_image)."
-            )
-        output = self.describe(images, self.scored, thorough)
+        output = self.describe(assert_sides(images), self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
         judged = [self.calibration.judge(score) for score in self.scores(smooth, scales)]
         rows = [row for row, each in enumerate(judged) if thorough or each.label == "defective"]
@@ -796,11 +792,8 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
     """
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     with reading_contents(path):
-        settings = {
-            **contents["settings"],
-            "image_size": int(contents["settings"]["image_size"]),
-            "resize": str(contents["settings"]["resize"]),
-        }
+        settings = dict(contents["settings"])
+        from_dict(DataSettings, {**settings, **{name: settings[name] for name in ("data_dir", "image_size", "resize")}})
         maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
     runtime = make_runtime(device, precision)
     model = runtime.put_model(fold_layers(detail_vae_from_checkpoint(contents, path)))

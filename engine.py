@@ -293,9 +293,11 @@ def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> d
     Raises:
         InputError: no such file, truncated, not a checkpoint of ours, of another format or kind, or incomplete.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
     if not path.is_file():
-        raise InputError(f"There is no checkpoint at {path}; expected the file that training writes.")
+        raise InputError(
+            f"There is no checkpoint at {given or 'an empty path'}; expected the file that training writes."
+        )
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *files.DAMAGED_CHECKPOINT):
@@ -319,25 +321,36 @@ def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> d
 
 @contextlib.contextmanager
 def reading_contents(path: Path | str) -> Iterator[None]:
-    """Within it, whatever is wrong with a checkpoint's settings or calibration becomes one sentence.
+    """Within it, whatever is wrong with what a checkpoint holds becomes one sentence.
 
     Raises:
         InputError: a value is missing, of another type or outside its bounds.
     """
     try:
         yield
-    except (UsageError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except (UsageError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise InputError(
-            f"{path} is damaged: its settings or calibration cannot be used ({str(error).rstrip('.')}); train again "
+            f"{path} is damaged: what it holds cannot be used ({str(error).rstrip('.')}); train again "
             "or take another checkpoint."
         ) from None
+
+
+def finite(name: str, value: object) -> float:
+    """A number that a checkpoint holds.
+
+    Raises:
+        ValueError: it is something else, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    return float(value)
 
 
 def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
     """Copy a state dict into a model.
 
     Raises:
-        InputError: names or shapes do not match the architecture.
+        InputError: names or shapes do not match the architecture, or a weight is not finite.
     """
     try:
         model.load_state_dict(state)
@@ -345,6 +358,8 @@ def load_weights(model: nn.Module, state: dict, path: Path | str) -> nn.Module:
         raise InputError(
             f"The weights in {path} do not fit its own architecture settings; the file is damaged."
         ) from None
+    if not all(torch.isfinite(weight).all() for weight in model.state_dict().values()):
+        raise InputError(f"{path} holds weights that are not finite; the file is damaged.")
     return model
 
 
@@ -371,12 +386,39 @@ class TrainingRun(Protocol):
 
 
 def describe_files(folder: Path, paths: Sequence[Path]) -> dict:
-    """How many training files there are, and a fingerprint of their places below the folder and their sizes."""
+    """How many training files there are, and two fingerprints: of their places below the folder and their sizes, and of
+    what they hold.
+    """
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else -1) for path in paths]
+    contents = [files.digest(path) for path in paths]
     return {
         "n_training_files": len(marks),
-        "training_files": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16],
+        "training_files": _fingerprint(marks),
+        "training_contents": _fingerprint(contents),
     }
+
+
+def _fingerprint(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def require_same_files(path: Path | str, run: TrainingRun, contents: dict, how: str) -> None:
+    """Raise InputError where a checkpoint's ``sources`` differ from the run's in anything that it tells of them."""
+    require_same(path, run.sources, {**run.sources, **contents.get("sources", {})}, f"expected the data of then {how}.")
+
+
+STATE_OF_TRAINING = (
+    "settings",
+    "model",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "random",
+    "history",
+    "best",
+    "best_epoch",
+)
+"""What ``save_training`` keeps and ``resume_training`` needs."""
 
 
 def save_training(
@@ -413,34 +455,41 @@ def require_same(path: Path | str, ours: dict, trained: dict, expected: str) -> 
 
 
 def resume_training(
-    run: TrainingRun, optimizer: torch.optim.Optimizer, scheduler, path: Path, kind: str, may_differ: set[str]
+    run: TrainingRun,
+    optimizer: torch.optim.Optimizer,
+    scheduler,
+    path: Path,
+    kind: str,
+    may_differ: set[str],
+    more: Iterable[str] = (),
 ) -> dict:
-    """Continue as if never interrupted; returns the whole state, for a stage's extra entries.
+    """Continue as if never interrupted; returns the whole state, ``more`` being a stage's extra entries in it.
 
     Raises:
-        InputError: there is none, it has more epochs behind it than there are in all, or it was made with other data,
-            or other settings than those that may differ.
+        InputError: there is none, it is damaged or incomplete, has more epochs behind it than there are in all, or was
+            made with other data, or other settings than those that may differ.
     """
-    state = load_checkpoint(path, f"{kind}_training")
-    require_same(
-        path,
-        {key: value for key, value in as_dict(run.settings).items() if key not in may_differ},
-        state["settings"],
-        "give the same settings to resume.",
-    )
-    require_same(path, run.sources, state.get("sources", run.sources), "expected the data of then to resume.")
-    done = len(state["history"])
-    if done > run.epochs:
-        raise InputError(
-            f"{path} has {done} epochs behind it; expected --epochs of {done} or more to resume, not {run.epochs}."
+    state = load_checkpoint(path, f"{kind}_training", (*STATE_OF_TRAINING, *more))
+    with reading_contents(path):
+        done, trained = len(state["history"]), dict(state["settings"])
+        require_same(
+            path,
+            {key: value for key, value in as_dict(run.settings).items() if key not in may_differ},
+            trained,
+            "give the same settings to resume.",
         )
-    load_weights(run.model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"] and run.runtime.scaler.is_enabled():  # empty where the run was of another precision
-        run.runtime.scaler.load_state_dict(state["scaler"])
-    run.history, run.best, run.best_epoch = state["history"], state["best"], state["best_epoch"]
-    restore_random_state(state["random"])
+        require_same_files(path, run, state, "to resume")
+        if done > run.epochs:
+            raise InputError(
+                f"{path} has {done} epochs behind it; expected --epochs of {done} or more to resume, not {run.epochs}."
+            )
+        load_weights(run.model, state["model"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] and run.runtime.scaler.is_enabled():  # empty where the run was of another precision
+            run.runtime.scaler.load_state_dict(state["scaler"])
+        run.history, run.best, run.best_epoch = list(map(dict, state["history"])), state["best"], state["best_epoch"]
+        restore_random_state(state["random"])
     return state
 
 

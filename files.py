@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from config import InputError
 
@@ -83,6 +84,19 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def open_table(path: Path) -> TextIO:
+    """A CSV to write into, of whatever file names; each row is in the file as soon as it is written."""
+    return path.open("w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal; nothing where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def make_folder(folder: Path) -> None:

@@ -70,10 +70,15 @@ def unique_files(
 ) -> list[Path]:
     """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not
     lie in.
+
+    Raises:
+        InputError: an input is an empty path, which would be the current folder.
     """
     written = [os.path.join(os.path.realpath(folder), "") for folder in outputs]  # noqa: PTH118 (ends in a separator)
     found: dict[str, Path] = {}
     for given in inputs:
+        if not str(given):
+            raise config.InputError("An input is an empty path; expected a file, a folder or a glob.")
         here = os.path.join(os.path.realpath(given), "")  # noqa: PTH118
         left_out = tuple(folder for folder in written if not here.startswith(folder))
         for path in expand(given):

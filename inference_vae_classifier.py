@@ -175,14 +175,20 @@ def batch_predict(
     With ``output_dir``, predictions.csv and a picture of each plot (200 at most) are written there.
 
     Raises:
-        InputError: there is no such folder, or nothing in it, or ``output_dir`` cannot be made.
+        InputError: there is no such folder, or nothing in it, or ``output_dir`` cannot be made, or is that very folder.
     """
+    is_folder = isinstance(image_dir, (str, Path)) and Path(image_dir).is_dir()
+    if output_dir is not None and is_folder and Path(output_dir).resolve() == Path(image_dir).resolve():
+        raise config.InputError(
+            f"output_dir is {output_dir}, the folder of the plots; expected another, as the pictures there "
+            "would be taken for plots the next time."
+        )
     paths = plot_loader.find_plots(image_dir, [] if output_dir is None else [Path(output_dir)])
     results = predict(paths, model, class_names, device)
     if output_dir is not None:
         settings = config.InferClassifierSettings()
         results = recorded(results, model, class_names, Path(output_dir), settings.max_pictures, Tally())
-    base = Path(image_dir) if Path(image_dir).is_dir() else None
+    base = Path(image_dir) if is_folder else None
     return [
         (each.path.relative_to(base).as_posix() if base else each.path.name, each.name, each.confidence)
         for each in results
@@ -312,7 +318,7 @@ def recorded(
 ) -> Iterator[Predicted]:
     """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
     files.make_folder(out)
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with files.open_table(out / "predictions.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "predicted", "confidence", "p_value", *class_names, "reason"])
         for number, each in enumerate(results, 1):
@@ -452,7 +458,7 @@ def agreement(labels: list[str], clusters: np.ndarray) -> str:
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:
     """latent.csv: path, predicted class, cluster where there are any, latent means."""
     grouped = [[]] * len(kept) if clusters is None else [[number] for number in clusters]
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with files.open_table(path) as file:
         writer = csv.writer(file)
         writer.writerow(
             [

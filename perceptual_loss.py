@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         (bfloat16 would move them by half of their spread).
 
         On the CPU one image after the other, for half the time: what one layer writes the next still finds in the
-            cache.
+        cache.
         """
         size = (images.shape[-2] // 8, images.shape[-1] // 8)
         some = images.split(1 if images.device.type == "cpu" else len(images))

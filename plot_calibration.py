@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defect_maps import p_value
+from engine import finite
 from plot_strokes import PROFILE_INK, ink_of
 
 TEMPERATURES = np.geomspace(0.1, 10.0, 400)
@@ -105,6 +106,28 @@ class ClassifierCalibration:
     scores: dict[str, list[float]]
     alpha: float
 
+    @classmethod
+    def from_dict(cls, values: dict, n_classes: int, latent_dim: int) -> ClassifierCalibration:
+        """The calibration of so many classes (K) and latent variables (D) that a checkpoint holds.
+
+        Raises:
+            ValueError: something is no finite number, or of another shape.
+        """
+        shapes = {"class_means": (n_classes, latent_dim), "class_covariances": (n_classes, latent_dim, latent_dim)}
+        shapes |= {"latent_precision": (latent_dim, latent_dim), "centre": (3,), "spread": (3,)}
+        for field in fields(cls):
+            value = values[field.name]
+            if field.type == "float":
+                finite(field.name, value)
+            elif field.type == "Tensor" and not (isinstance(value, Tensor) and torch.isfinite(value).all()):
+                raise ValueError(f"{field.name} is no tensor of finite numbers")
+            elif field.name in shapes and tuple(value.shape) != shapes[field.name]:
+                raise ValueError(f"{field.name} has shape {tuple(value.shape)}; expected {shapes[field.name]}")
+        scores = {name: [finite("a score", score) for score in group] for name, group in values["scores"].items()}
+        if not scores or not all(scores.values()):
+            raise ValueError("there are no scores")
+        return cls(**{**values, "scores": scores})
+
     def probabilities(self, views: Tensor) -> Tensor:
         """Calibrated probabilities (n, K) from log-probabilities of views (1, n, K) or (4, n, K)."""
         return F.softmax(views.double().mean(0) / (self.temperature if len(views) == 1 else self.temperature_flips), 1)
@@ -139,8 +162,7 @@ class ClassifierCalibration:
         """Whether there are enough validation plots to call anything none of these at about the rate alpha.
 
         Their scores are standardised by themselves, so that of new plots a few more are called so: 8.0 % for 5 % with
-            19 of them,
-        6.2 % with 40, 5.2 % with 180 (3,000 simulated calibrations of three normal log-distances).
+        19 of them, 6.2 % with 40, 5.2 % with 180 (3,000 simulated calibrations of three normal log-distances).
         """
         return all(1 / (len(group) + 1) <= self.alpha for group in self.scores.values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def pixels(figure: Figure, dpi: int = 100, tight: bool = False) -> np.ndarray:
 
 def _write(figure: Figure, target: io.BytesIO, dpi: int, tight: bool, kind: str = "png") -> None:
     # Ticks are made when a figure is drawn, so a user's own settings must not reach that moment either.
-    with _defaults():
+    with _defaults(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # drawn as boxes
         figure.savefig(target, dpi=dpi, bbox_inches="tight" if tight else None, format=kind)
 
 
@@ -247,11 +249,13 @@ def _region_rings(mask: np.ndarray, extra_px: int = 0) -> list[np.ndarray]:
     # The line stands off the region: a defect of a few pixels would vanish under its own outline.
     mask = (np.asarray(mask) > 0).astype(np.uint8)
     margin_px = max(2, round(OUTLINE_MARGIN_FRAC * max(mask.shape))) + extra_px
-    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * margin_px + 1, 2 * margin_px + 1))
-    padded = cv2.dilate(cv2.copyMakeBorder(mask, margin_px, margin_px, margin_px, margin_px, cv2.BORDER_CONSTANT), disk)
-    rings, _ = cv2.findContours(padded, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    last = np.array(mask.shape[::-1]) - 1
-    return [np.clip(ring - margin_px, 0, last) for ring in rings]
+    left, top, width, height = cv2.boundingRect(mask)
+    around = 1 - mask[top : top + height, left : left + width]
+    around = cv2.copyMakeBorder(around, *[margin_px + 1] * 4, cv2.BORDER_CONSTANT, value=1)
+    near = (cv2.distanceTransform(around, cv2.DIST_L2, cv2.DIST_MASK_5) <= margin_px).astype(np.uint8)
+    rings, _ = cv2.findContours(near, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    corner, last = np.array([left, top]) - margin_px - 1, np.array(mask.shape[::-1]) - 1
+    return [np.clip(ring + corner, 0, last) for ring in rings]
 
 
 def _grid(

@@ -39,6 +39,8 @@ FIGURES = (
     ("pixel", "pointing"),
 )
 """What the terminal table and the heatmap show of each category."""
+TAKEN_NAMES = {"maps", "metrics", "scores.csv"}
+"""What lies in ``test_results`` beside the categories' folders of pictures."""
 N_DRAWN = 3
 """Defects drawn on each good image, one at a time, to see how much survives in the reconstruction and how well they are
 found.
@@ -67,6 +69,7 @@ def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
     detector = defect_maps.load_detector(settings.model, settings.device, settings.precision)
     folder = image_folders.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
+    require_free_names(folder)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     out = Path(settings.output_dir) / "test_results"
@@ -76,6 +79,19 @@ def main(settings: config.DetailTestSettings) -> None:
     write_report(report, out / "metrics")
     print(table(report))
     print(f"figures: {out / 'metrics' / 'test_metrics.json'}   scores: {out / 'scores.csv'}")
+
+
+def require_free_names(folder: image_folders.MVTecFolder) -> None:
+    """Nothing, where no category's pictures would lie among other files of ``test_results``.
+
+    Raises:
+        InputError: a category is called as a file or folder there.
+    """
+    for name in (name for name in folder.categories if name.lower() in TAKEN_NAMES):
+        raise config.InputError(
+            f"The category folder {folder.root / 'test' / name} has the name of other results; expected any but "
+            f"{', '.join(sorted(TAKEN_NAMES))}."
+        )
 
 
 def run_test(
@@ -91,7 +107,7 @@ def run_test(
     )
     out.mkdir(parents=True, exist_ok=True)
     with (
-        (out / "scores.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        files.open_table(out / "scores.csv") as file,
         tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar,
     ):
         scores = csv.writer(file)
@@ -233,8 +249,8 @@ def write_image(
         plots.save(figure, out / item.category / f"{name}.png")
     if settings.save_maps:
         path = out / "maps" / item.category / f"{name}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, detection.defect_map)
+        with files.whole_file(path) as file:
+            np.save(file, detection.defect_map)
 
 
 def remove_earlier(out: Path) -> None:
@@ -246,10 +262,13 @@ def remove_earlier(out: Path) -> None:
     table = out / "scores.csv"
     if not table.is_file():
         return
-    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        tested = [Path(row.get("image") or "") for row in csv.DictReader(file)]
+    try:
+        with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            tested = [Path(row.get("image") or "") for row in csv.DictReader(file)]
+    except csv.Error:  # damaged
+        return
     for image in tested:
-        if len(image.parts) < 3 or ".." in image.parts:  # not our table
+        if len(image.parts) < 3 or ".." in image.parts or "\0" in str(image):  # not our table
             continue
         category, below = image.parts[1], Path(*image.parts[2:])
         for name in map(shortened, (Path(image.stem), below)):
@@ -308,7 +327,8 @@ def write_report(report: dict, folder: Path) -> None:
 
 def rows_of(report: dict) -> dict[str, dict[str, float | None]]:
     """Category -> figure name -> value or None, the whole test last."""
-    groups = {**{name: group for name, group in report["categories"].items() if name != "good"}, "all": report}
+    groups = {name: group for name, group in report["categories"].items() if name != "good"}
+    groups["all" if "all" not in groups else "all categories"] = report
     return {
         name: {
             f"{level} {key}".replace("_", " "): group.get(level, {}).get(key, {}).get("value") for level, key in FIGURES

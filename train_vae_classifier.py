@@ -367,7 +367,7 @@ def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
 
 def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """Continue from the last checkpoint, with the running average of weights."""
-    state = engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
+    state = engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER, ("averaged", "n_steps"))
     engine.load_weights(run.average.averaged, state["averaged"], run.out / LAST)
     run.average.n_steps = state["n_steps"]
 

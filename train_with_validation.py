@@ -272,9 +272,8 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     )
     ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
-    engine.require_same(
-        settings.weights, run.sources, contents.get("sources", run.sources), "expected the data of then with --weights."
-    )
+    with engine.reading_contents(settings.weights):
+        engine.require_same_files(settings.weights, run, contents, "with --weights")
     run.finished = contents["finished"]
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])

@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import CLASSES, ClassifierLossSettings, ClassifierModelSettings, InputError, from_dict
+from config import (
+    CLASSES,
+    ClassifierLossSettings,
+    ClassifierModelSettings,
+    InputError,
+    SupervisedDataSettings,
+    from_dict,
+)
 from data_loader import assert_images
 from data_loader_supervised import four_flips
 from engine import load_checkpoint, load_weights, reading_contents, resolve_device
@@ -378,17 +385,22 @@ def interpolate(model: VAEClassifier, first: Tensor, second: Tensor, n: int) -> 
     return model.decode(z, detail).cpu(), F.softmax(model.head(z).double() / temperature, 1).cpu().numpy()
 
 
+def n_different(mu: np.ndarray) -> int:
+    """How many of latent means (n, D) are not the same."""
+    return len(np.unique(mu, axis=0))
+
+
 def project_2d(mu: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
     """Latent means (n, D) in two dimensions, (n, 2), by "pca" or "tsne" (van der Maaten & Hinton 2008).
 
     Raises:
-        InputError: fewer than 3 plots, or a single latent variable.
+        InputError: fewer than 3 different plots, or a single latent variable.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    if len(mu) < 3:
-        raise InputError(f"A scatter of {len(mu)} plots shows nothing; expected at least 3.")
+    if n_different(mu) < 3:
+        raise InputError(f"A scatter of {n_different(mu)} different plots shows nothing; expected at least 3.")
     if mu.shape[1] < 2:
         raise InputError("A scatter of 1 latent variable shows nothing; expected a model of at least 2.")
     if method == "pca":
@@ -400,12 +412,14 @@ def cluster(mu: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
     """Cluster (n,), from 0 on, of latent means (n, D), by k-means (Lloyd 1982; the best of ten starts).
 
     Raises:
-        InputError: fewer plots than clusters.
+        InputError: fewer different plots than clusters.
     """
     from sklearn.cluster import KMeans
 
-    if len(mu) < n_clusters:
-        raise InputError(f"{len(mu)} plots cannot make {n_clusters} clusters; expected at least as many plots.")
+    if n_different(mu) < n_clusters:
+        raise InputError(
+            f"{n_different(mu)} different plots cannot make {n_clusters} clusters; expected at least as many."
+        )
     return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(mu)
 
 
@@ -449,11 +463,11 @@ def load_vae_classifier(
     with reading_contents(path):
         settings, names = contents["settings"], [str(name) for name in contents["class_names"]]
         model = VAEClassifier(from_dict(ClassifierModelSettings, settings), len(names))
-        calibration = ClassifierCalibration(**contents["calibration"])
-        image_size, crop_axes = int(settings["image_size"]), bool(settings["crop_axes"])
+        calibration = ClassifierCalibration.from_dict(contents["calibration"], len(names), model.settings.latent_dim)
+        seen = from_dict(SupervisedDataSettings, {name: settings[name] for name in ("image_size", "crop_axes")})
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
-    model.run_settings = {**settings, "image_size": image_size, "crop_axes": crop_axes}
+    model.run_settings = {**settings, "image_size": seen.image_size, "crop_axes": seen.crop_axes}
     return (fold_layers(model) if fuse else model).eval().to(
         resolve_device(device), memory_format=torch.channels_last
     ), names

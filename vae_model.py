@@ -30,6 +30,8 @@ from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
 
 KIND = "detail_vae"
+SIDE_MULTIPLE_PX = 32
+"""Sides that the model takes: it halves them five times."""
 LOGVAR_RANGE = (-8.0, 8.0)
 LATENT_TERMS = ("kl", "kl_detail", "feature", "feature_nll")
 """Terms of the loss that the pixel branch has no part in."""
@@ -515,13 +517,27 @@ class DetailVAE(nn.Module):
         """What the latents and the pixel decoder say of images (B, 3, H, W).
 
         Raises:
-            ValueError: another type, shape or value range.
+            ValueError: another type, shape or value range, or sides that are no multiple of SIDE_MULTIPLE_PX.
         """
-        return self.describe(assert_images(images)).vae
+        return self.describe(assert_sides(assert_images(images))).vae
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
+
+
+def assert_sides(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as they are.
+
+    Raises:
+        ValueError: a side is no multiple of SIDE_MULTIPLE_PX.
+    """
+    if any(side % SIDE_MULTIPLE_PX for side in images.shape[2:]):
+        raise ValueError(
+            f"images are {images.shape[2]} x {images.shape[3]}; expected multiples of {SIDE_MULTIPLE_PX} "
+            "(see image_files.fit_image)."
+        )
+    return images
 
 
 def _coordinates(like: Tensor) -> Tensor:
@@ -645,8 +661,7 @@ def sound_places(defect_mask: Tensor, pasted: Tensor) -> Tensor:
     1, h, w).
 
     The predicted variance is to tell how much good parts vary: learned from defects too, it grows wherever one was
-        drawn, and
-    faint real ones drown in it. A place sees its surroundings, so two more on each side are left out.
+    drawn, and faint real ones drown in it. A place sees its surroundings, so two more on each side are left out.
     """
     drawn = F.adaptive_max_pool2d(defect_mask.to(pasted), pasted.shape[-2:])
     return 1 - F.max_pool2d(torch.maximum(drawn, pasted), 5, 1, 2)

@@ -238,6 +238,12 @@ def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_pa
     assert "no checkpoint at" in one_sentence(capsys)
 
 
+def swap(one, other):
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -247,8 +253,9 @@ def test_resuming_with_other_settings_or_from_nothing_is_refused(trained, tmp_pa
         ),
         (lambda train: shutil.copy(train / "flat" / "0.png", train / "flat" / "9.png"), "n_training_files 24, not 25"),
         (lambda train: (train / "flat" / "0.png").rename(train / "flat" / "9.png"), "training_files '"),
+        (lambda train: swap(train / "flat" / "0.png", train / "flat" / "1.png"), "training_"),
     ],
-    ids=["another class", "another file", "another name"],
+    ids=["another class", "another file", "another name", "another order"],
 )
 def test_resuming_with_other_data_is_refused(trained, tmp_path, change, words):
     shutil.copytree(trained[0], tmp_path / "data_set")
@@ -380,6 +387,10 @@ def other_test_classes(data):
     (data / "test" / "jump").rename(data / "test" / "leap")
 
 
+def class_called_error(data):
+    (data / "train" / "jump").rename(data / "train" / "error")
+
+
 def unreadable_class(data):
     for path in (data / "train" / "jump").iterdir():
         path.write_bytes(b"broken")
@@ -389,6 +400,7 @@ BAD_DATA = {
     empty_class: "jump holds no image",
     one_class: "holds 1 class folder(s); expected at least two",
     other_test_classes: "has leap, which train does not and lacks jump",
+    class_called_error: "error has the name of a column of predictions, or of what cannot be read; expected any but",
     unreadable_class: "jump holds 0 readable plot(s)",
     lambda data: shutil.rmtree(data / "train"): "is no folder",
 }
@@ -609,6 +621,9 @@ def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch)
         inference.predict_from_csv(series_csv(tmp_path / "bad.csv", "data\n"), loaded, class_names, "cpu")
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "x.png").write_bytes(b"broken")
+    for same in ("mixed", tmp_path / "mixed"):
+        with pytest.raises(config.InputError, match="mixed, the folder of the plots; expected another"):
+            inference.batch_predict(tmp_path / "mixed", loaded, class_names, "cpu", same)
     assert inference.batch_predict(tmp_path / "mixed", loaded, class_names, "cpu") == [("x.png", "error", 0.0)]
 
 

@@ -163,6 +163,8 @@ def test_switches_can_be_turned_both_ways(tmp_path):
 
 def test_bare_arguments_become_a_tuple_and_one_is_needed():
     assert parse(config.ClassifySettings, "a.png", "b", "--batch-size", "2").images == ("a.png", "b")
+    assert parse(config.ClassifySettings, "a.png", "--batch-size", "2", "b").images == ("a.png", "b")
+    assert "images holds an empty path; expected a file or a folder" in refused(config.ClassifySettings, "a.png", "")
     assert "required" in refused(config.ClassifySettings)
 
 
@@ -225,6 +227,8 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path):
         (["--learning-rate", "inf"], "learning_rate is inf; expected a finite number"),
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--epochs"], "expected one argument"),
+        (["--batch-size", str(10**30)], f"expected {2**63 - 1} at most"),
+        (["--data-dir", "a\0b"], "expected text without a null character"),
     ],
 )
 def test_values_out_of_bounds_are_refused_with_what_was_expected(argv, words):
@@ -245,6 +249,9 @@ def test_values_out_of_bounds_are_refused_with_what_was_expected(argv, words):
         ("data_dir: 5", "data_dir is 5; expected str"),
         ("image_size: 70", "expected a multiple of 32"),
         ("- epochs", "holds no settings"),
+        ("[]", "holds no settings"),
+        ("false", "holds no settings"),
+        ("[" * 3000, "cannot be read"),
         ("epochs: [", "cannot be read"),
         ("data_dir: 2020-13-45", "cannot be read"),
     ],

@@ -255,10 +255,12 @@ def test_a_detector_refuses_images_of_another_range(make_model):
 
 
 @pytest.mark.parametrize("size", [(80, 64), (64, 100), (16, 16)])
-def test_a_detector_names_the_size_that_it_expects(make_model, size):
+def test_sides_that_the_model_does_not_take_are_refused(make_model, size):
     detector = detector_of(make_model("none"))
-    with pytest.raises(ValueError, match=f"images are {size[0]} x {size[1]}; expected 64 x 64"):
+    with pytest.raises(ValueError, match=f"images are {size[0]} x {size[1]}; expected multiples of 32"):
         detector.detect(torch.rand(1, 3, *size))
+    with pytest.raises(ValueError, match=f"images are {size[0]} x {size[1]}; expected multiples of 32"):
+        detector.model(torch.rand(1, 3, *size))
     assert len(detector.detect(torch.rand(1, 3, 64, 96))) == 1
 
 
@@ -858,6 +860,7 @@ def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
 
 def contents_of(detector):
     settings = {**as_dict(detector.model.settings), **as_dict(detector.maps), "image_size": 64, "resize": "letterbox"}
+    settings["data_dir"] = "parts"
     return {"settings": settings, "model": detector.model.state_dict(), "calibration": detector.calibration.as_dict()}
 
 
@@ -894,6 +897,13 @@ def test_a_file_with_a_part_missing_is_refused_in_a_sentence(make_model, tmp_pat
         ("settings", "resize", None),
         ("calibration", "scales", 3),
         ("calibration", "threshold", None),
+        ("calibration", "threshold", float("nan")),
+        ("calibration", "pixel_threshold", "high"),
+        ("calibration", "good_scores", []),
+        ("calibration", "good_scores", "abc"),
+        ("calibration", "scales", {"pixel": [0.0, float("inf")]}),
+        ("settings", "data_dir", 5),
+        ("settings", "resize", "wide"),
     ],
 )
 def test_contents_that_make_no_sense_are_refused_in_a_sentence(make_model, tmp_path, where, key, value):

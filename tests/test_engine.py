@@ -273,20 +273,17 @@ def test_on_cpu_the_scaler_does_nothing_and_images_are_laid_out_for_convolutions
     )
 
 
-def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(tmp_path):
+def line_run():
+    """A training run of a linear model after one of two epochs, its optimizer and scheduler."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    plain = SimpleNamespace(
-        settings=RunSettings(),
-        runtime=RUNTIME,
-        model=model,
-        history=[{"epoch": 1}],
-        best=2.0,
-        best_epoch=1,
-        epochs=2,
-        sources={},
-    )
+    so_far = {"history": [{"epoch": 1}], "best": 2.0, "best_epoch": 1, "epochs": 2, "sources": {}}
+    return SimpleNamespace(settings=RunSettings(), runtime=RUNTIME, model=model, **so_far), optimizer, scheduler
+
+
+def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(tmp_path):
+    plain, optimizer, scheduler = line_run()
     engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
     scaled = SimpleNamespace(
         **{
@@ -304,6 +301,45 @@ def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(
         engine.resume_training(
             SimpleNamespace(**{**vars(plain), "epochs": 0}), optimizer, scheduler, tmp_path / "last.pth", "line", set()
         )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optimizer", None, "is incomplete: it lacks optimizer"),
+        ("optimizer", {}, "cannot be used"),
+        ("settings", "abc", "cannot be used"),
+        ("history", 3, "cannot be used"),
+        ("history", "ab", "cannot be used"),
+        ("random", {}, "cannot be used"),
+        ("sources", [1], "cannot be used"),
+        ("more", None, "is incomplete: it lacks more"),
+    ],
+)
+def test_a_damaged_state_of_training_is_refused_in_a_sentence(tmp_path, key, value, words):
+    run, optimizer, scheduler = line_run()
+    engine.save_training(run, optimizer, scheduler, tmp_path / "a.pth", "line", tmp_path / "a.json", {"more": 1})
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    torch.save({**state, key: value}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=words) as caught:
+        engine.resume_training(run, optimizer, scheduler, tmp_path / "a.pth", "line", set(), ("more",))
+    assert "\n" not in str(caught.value) and "a.pth" in str(caught.value)
+
+
+def test_files_are_told_apart_by_what_they_hold_unless_a_checkpoint_says_nothing_of_it(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        path.write_bytes(b"1234")
+    run, _, _ = line_run()
+    run.sources = engine.describe_files(tmp_path, paths)
+    paths[1].write_bytes(b"1243")
+    now = engine.describe_files(tmp_path, paths)
+    assert {key for key in now if now[key] != run.sources[key]} == {"training_contents"}
+    engine.require_same_files("a.pth", run, {"sources": {"n_training_files": 2}}, "to resume")
+    with pytest.raises(
+        InputError, match=r"was trained with training_contents .*; expected the data of then to resume\."
+    ):
+        engine.require_same_files("a.pth", run, {"sources": now}, "to resume")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Files: whole or not at all, names that fit, and what of an earlier run goes."""
 
+import csv
 import json
 import math
 import os
@@ -24,6 +25,13 @@ def test_a_file_is_written_whole_in_a_new_folder_with_the_usual_permissions(tmp_
         assert path.read_bytes() == content and names(path.parent) == ["a.bin"]
     (tmp_path / "plain").write_bytes(b"")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_each_row_is_in_a_table_as_soon_as_it_is_written(tmp_path):
+    with files.open_table(tmp_path / "a.csv") as file:
+        for number in range(3):
+            csv.writer(file).writerow([f"photo\udcff{number}.png", number])
+            assert len((tmp_path / "a.csv").read_bytes().splitlines()) == number + 1
 
 
 @pytest.mark.parametrize("sync", [False, True])

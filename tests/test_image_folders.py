@@ -51,6 +51,7 @@ def test_nothing_found_is_said(tmp_path):
         (tmp_path, "No image found"),
         (str(tmp_path / "*.png"), "No image found"),
         (tmp_path / "absent", "does not exist"),
+        ("", "An input is an empty path; expected a file, a folder or a glob"),
         ([], "No image found"),
     ):
         with pytest.raises(config.InputError, match=words):

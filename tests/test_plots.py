@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
+from scipy import ndimage
 
 import plots
 from config import InputError
@@ -123,6 +124,17 @@ def test_outline_stands_off_a_tiny_region_and_surrounds_it():
         assert min(rows.min(), columns.min()) >= 0 and max(rows.max(), columns.max()) <= 99
     inner = next(ring for ring in rings if ring[:, 0, 1].max() > 10)[:, 0]
     assert inner.min(0).tolist() == [28, 48] and inner.max(0).tolist() == [32, 52]
+
+
+def test_outlines_run_at_one_distance_from_a_region_of_any_shape():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((500, 400), bool)
+    for row, column in rng.integers(40, 340, (5, 2)):
+        mask[row : row + 30, column : column + 9] = True
+    away = ndimage.distance_transform_edt(~mask)
+    rings = np.concatenate([ring[:, 0] for ring in plots._region_rings(mask)])
+    margin = plots.OUTLINE_MARGIN_FRAC * 500
+    assert np.abs(away[rings[:, 1], rings[:, 0]] - margin).max() < 1.5
 
 
 @pytest.mark.parametrize("size", [(64, 64), (301, 150), (20, 50)])

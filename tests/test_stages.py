@@ -362,6 +362,15 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     assert "2 unreadable" in capsys.readouterr().out
 
 
+def test_an_overlay_longer_than_jpeg_holds_is_made_smaller(trained, tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "long.png"), np.full((400, 100, 3), 255, np.uint8))
+    monkeypatch.setattr(classify_images, "JPEG_SIDE_PX", 200)
+    detector = classify_images.load_detector(trained / "models" / "best_model.pth")
+    (found,) = classify_images.classify_folder(tmp_path / "long.png", detector)
+    classify_images.write_overlay(found, detector, tmp_path / "overlay.jpg")
+    assert cv2.imread(str(tmp_path / "overlay.jpg")).shape == (200, 50, 3)
+
+
 def test_where_no_image_can_be_read_the_table_says_why_and_classifying_fails(trained, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     settings = config.ClassifySettings(
@@ -1117,6 +1126,41 @@ def test_test_folder_without_defects_or_masks(tmp_path, trained):
     test_stage.main(settings)
     report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
     assert "auroc" not in report.get("image", {}) and report["reconstruction"]["psnr"]["value"] > 0
+
+
+@pytest.mark.parametrize("name", ["metrics", "Maps", "scores.csv"])
+def test_a_category_does_not_lie_among_other_results(trained, data, tmp_path, name):
+    for category in ("good", name):
+        shutil.copytree(data / "test" / "good", tmp_path / "test" / category)
+    with pytest.raises(config.InputError, match=f"{name} has the name of other results; expected any but maps, metric"):
+        test_stage.main(
+            config.DetailTestSettings(
+                data_dir=str(tmp_path),
+                model=str(trained / "models" / "best_model.pth"),
+                output_dir=str(tmp_path),
+            )
+        )
+    assert not (tmp_path / "test_results").exists()
+
+
+def test_a_category_called_all_does_not_hide_the_whole_test():
+    report = {
+        "categories": {"good": {}, "all": {"image": {"auroc": {"value": 0.25}}}},
+        "image": {"auroc": {"value": 0.75}},
+    }
+    found = {name: row["image auroc"] for name, row in test_stage.rows_of(report).items()}
+    assert found == {"all": 0.25, "all categories": 0.75}
+    report["categories"]["dent"] = report["categories"].pop("all")
+    assert list(test_stage.rows_of(report)) == ["dent", "all"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"image\x00\n", b'image,category\n"test/good', b"\xff\xfe" * 40, b"image\n" + b"a" * 2**18]
+)
+def test_a_damaged_table_of_an_earlier_run_costs_nothing(tmp_path, content):
+    (tmp_path / "scores.csv").write_bytes(content)
+    test_stage.remove_earlier(tmp_path)
+    assert (tmp_path / "scores.csv").read_bytes() == content
 
 
 def test_mask_of_another_size_and_a_missing_mask(tmp_path, trained, capsys):

@@ -464,8 +464,9 @@ def test_two_dimensions_keep_groups_apart():
     centred = mu - mu.mean(0)
     expected = centred @ np.linalg.svd(centred)[2][:2].T
     np.testing.assert_allclose(np.abs(vc.project_2d(mu, "pca")), np.abs(expected), atol=1e-6)
-    with pytest.raises(config.InputError, match="expected at least 3"):
-        vc.project_2d(mu[:2], "pca")
+    for method in ("pca", "tsne"):
+        with pytest.raises(config.InputError, match="2 different plots shows nothing; expected at least 3"):
+            vc.project_2d(mu[[0, 1, 1, 1, 1]], method)
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -481,8 +482,8 @@ def test_clusters_are_groups_of_neighbours():
     mu = np.concatenate([rng.normal(centre, 1, (10, 6)) for centre in (0, 20, -20)])
     found = vc.cluster(mu, 3).reshape(3, 10)
     assert (found == found[:, :1]).all() and sorted(found[:, 0]) == [0, 1, 2]
-    with pytest.raises(config.InputError, match="2 plots cannot make 3 clusters"):
-        vc.cluster(mu[:2], 3)
+    with pytest.raises(config.InputError, match="2 different plots cannot make 3 clusters"):
+        vc.cluster(mu[[0, 1, 1, 1]], 3)
 
 
 def test_pictures_are_laid_out_in_rows():
@@ -542,9 +543,19 @@ def test_files_that_hold_no_classifier_are_refused_in_one_sentence(calibrated, t
     (tmp_path / "text.pth").write_text("no model")
     assert "not a readable checkpoint" in refusal(tmp_path / "text.pth")
     assert "lacks calibration" in refusal(save(calibrated, tmp_path / "bare.pth", calibration=None))
-    assert "settings or calibration cannot be used" in refusal(
+    assert "what it holds cannot be used ('temperature_flips')" in refusal(
         save(calibrated, tmp_path / "odd.pth", calibration={"temperature": 1.0})
     )
+    for key, value, words in (
+        ("temperature", float("nan"), "temperature is nan; expected a finite number"),
+        ("alpha", "0.05", "alpha is '0.05'; expected a finite number"),
+        ("class_means", torch.full((3, 8), torch.inf), "class_means is no tensor of finite numbers"),
+        ("centre", torch.zeros(2), "centre has shape (2,); expected (3,)"),
+        ("scores", {}, "there are no scores"),
+        ("scores", {"real": ["x"]}, "a score is 'x'; expected a finite number"),
+    ):
+        changed = {**calibrated.calibration.__dict__, key: value}
+        assert words in refusal(save(calibrated, tmp_path / "odd.pth", calibration=changed)), key
     assert "do not fit" in refusal(save(calibrated, tmp_path / "weights.pth", model={"head.weight": torch.zeros(1)}))
 
 
