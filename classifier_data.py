@@ -36,9 +36,8 @@ class Data:
     folder: plot_loader.ClassFolder
     training: Plots  # those of the data set first, then the generated ones
     n_real: int
-    validation: dict[
-        str, Plots
-    ]  # "real": held out of the training plots; "fresh": present-style series, where there are any
+    # "real": held out of the training plots; "fresh": present-style series, where there are any
+    validation: dict[str, Plots]
     cache: Path
 
 

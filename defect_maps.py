@@ -153,9 +153,10 @@ def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     good image deviated so. Of features: whether any good image looked so at all.
     """
     lengths = prototypes.square().sum(1)
+    # one image at a time: h * w * N numbers
     squared = [
         torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)
-    ]  # one image at a time: h * w * N numbers
+    ]
     return (torch.stack(squared).clamp_min(0) / maps.shape[1]).sqrt().view(len(maps), 1, *maps.shape[-2:])
 
 

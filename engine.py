@@ -278,9 +278,8 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
         InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
     """
     content = io.BytesIO()
-    torch.save(
-        {"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content
-    )  # on a full disk it would hide the reason
+    # on a full disk it would hide the reason
+    torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)
     files.write_whole(Path(path), content.getbuffer(), sync=True)
 
 

@@ -430,9 +430,8 @@ def best_pixel_threshold(counts: PixelCounts) -> float:
     """
     f1 = np.nan_to_num(_curve_f1(_curve(counts.positive, counts.negative))).mean(0)
     n_edges = len(counts.edges)
-    return float(
-        counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())]
-    )  # the curve falls from the highest bin, above the last edge
+    # the curve falls from the highest bin, above the last edge
+    return float(counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())])
 
 
 def _above(counts: PixelCounts, curve: _Curve, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -18,12 +18,8 @@ MIN_SIDE_PX = 8
 MAX_ASPECT = 50
 MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
 LETTERBOX_GREY = 128
-_TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = (
-    258,
-    259,
-    262,
-    284,
-)  # tags: bits of each sample, 1 for none, 0 where 0 is white, 2 where colours are apart
+_TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284
+"""Tags: bits of each sample, 1 for no compression, 0 where 0 is white, 2 where colours lie apart."""
 
 
 class ImageError(config.InputError):

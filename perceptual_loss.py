@@ -49,9 +49,8 @@ class _FrozenConv(nn.Module):
         self.stride, self.groups, self.padding = stride, groups, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        dilation = (
-            2 if self.weight.shape[2:] == (1, 1) and x.device.type == "cpu" else 1
-        )  # the same of a 1x1 kernel, past torch's own path for one thread, several times slower
+        # the same of a 1x1 kernel, past torch's own path for one thread, several times slower
+        dilation = 2 if self.weight.shape[2:] == (1, 1) and x.device.type == "cpu" else 1
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation, self.groups)
 
 

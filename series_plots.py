@@ -204,9 +204,8 @@ def _header_row(rows: list[list[str]]) -> int | None:
     start = next(
         (i for i, row in enumerate(rows) if (len(row), _kind(row[0])) == (width, kind) and not _is_header(row)), n_text
     )
-    above = next(
-        (i + 1 for i in range(start - 1, -1, -1) if "number" in map(_kind, rows[i])), 0
-    )  # lines with a number that are no rows of the table
+    # lines with a number that are no rows of the table
+    above = next((i + 1 for i in range(start - 1, -1, -1) if "number" in map(_kind, rows[i])), 0)
     heading = [
         i
         for i in range(above, start)

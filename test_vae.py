@@ -56,13 +56,11 @@ class Results:
     items: list[image_folders.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
-    quality: dict[str, list[float]] = field(
-        default_factory=lambda: {"mse": [], "psnr": [], "ssim": []}
-    )  # good images only
+    # good images only
+    quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})
     skip_leak: list[tuple[float, float]] = field(default_factory=list)
-    drawn: list[tuple[str, defect_maps.Detection, np.ndarray]] = field(
-        default_factory=list
-    )  # "good" or "drawn", and its mask: each good image that is drawn on, and what is drawn
+    # "good" or "drawn", and its mask: each good image that is drawn on, and what is drawn
+    drawn: list[tuple[str, defect_maps.Detection, np.ndarray]] = field(default_factory=list)
 
 
 def main(settings: config.DetailTestSettings) -> None:

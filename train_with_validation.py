@@ -86,9 +86,8 @@ class Run:
     folder: image_folders.MVTecFolder
     training: data_loader.GoodImages
     held_paths: list[Path]
-    held_out: list[
-        tuple[Tensor, Tensor | None]
-    ]  # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
+    # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
+    held_out: list[tuple[Tensor, Tensor | None]]
     held_windows: list[tuple[slice, slice]] | None  # what of each of them is picture and no grey bar; None where all is
     reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
     model: DetailVAE

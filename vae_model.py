@@ -460,9 +460,8 @@ class DetailVAE(nn.Module):
             x = self.skip4(x, self.stem4(skip2), surprise)
         decoded = self.up2(self.detail4(x))
         joined = self.detail2(self.skip2(decoded, skip2, surprise) if self.settings.skips else decoded)
-        mean, logvar = (
-            self.pixel_head(joined).float().split((3, 1), 1)
-        )  # what is painted has more levels than bfloat16 has
+        # what is painted has more levels than bfloat16 has
+        mean, logvar = self.pixel_head(joined).float().split((3, 1), 1)
         reconstruction = painted = torch.sigmoid(mean)
         if self.settings.skips:
             reconstruction = self.skip1(decoded, joined, skip2, painted, images, surprise)
@@ -725,9 +724,8 @@ class DetailLoss:
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
-        drawn_from = (
-            trunk if clean is None else trunk.detach()
-        )  # pixels' gradients made the latents predict features worse
+        # pixels' gradients made the latents predict features worse
+        drawn_from = trunk if clean is None else trunk.detach()
         terms = self._pixel_terms(
             model,
             *self._cropped(model, images, corrupted, defect_mask, drawn_from, (actual, feature_mu, feature_logvar)),
@@ -768,9 +766,8 @@ class DetailLoss:
         prediction and its log-variance.
         """
         if model.training and defect_mask is not None:
-            share = (
-                self.settings.pixel_share if model.n_features else 1.0
-            )  # without features the latents learn from pixels alone
+            # without features the latents learn from pixels alone
+            share = self.settings.pixel_share if model.n_features else 1.0
             windows = crop_windows(defect_mask, self.settings.pixel_crop_px, share)
             trunk, *told = (None if each is None else cut(each, windows, 1) for each in (trunk, *told))
             images, corrupted, defect_mask = (
@@ -881,9 +878,8 @@ class FeatureCache:
         """Features (B, C, H/8, W/8) of images (B, 3, H, W) with these keys, on the device of the images."""
         if self.model.backbone is None:
             return None
-        kept = [
-            self._one(key, images[index : index + 1]).float() for index, key in enumerate(keys)
-        ]  # autocast stacks no halves
+        # autocast stacks no halves
+        kept = [self._one(key, images[index : index + 1]).float() for index, key in enumerate(keys)]
         return torch.stack(kept).to(images.device, memory_format=torch.channels_last)
 
     def _one(self, key: int, image: Tensor) -> Tensor:

@@ -109,9 +109,8 @@ def main(settings: config.AblationSettings) -> None:
         for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
             try:
                 if name in RECALIBRATED and (DEFAULT, seed) not in {(each["row"], each["seed"]) for each in measured}:
-                    raise config.InputError(
-                        f"the row '{DEFAULT}' left no weights to judge with."
-                    )  # an earlier run's would be there still
+                    # an earlier run's would be there still
+                    raise config.InputError(f"the row '{DEFAULT}' left no weights to judge with.")
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
                 train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])

@@ -98,9 +98,10 @@ def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> 
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
     torch.manual_seed(seed)
+    # replaced at once
     model = (PatchcoreModel if name == "patchcore" else PadimModel)(
         backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False
-    )  # replaced at once
+    )
     model.feature_extractor, model.layers = NamedGrid(backbone), [LAYER]
     if name == "padim":
         model.idx = torch.randperm(backbone.channels)[:N_CHANNELS]

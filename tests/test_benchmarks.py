@@ -488,9 +488,8 @@ def test_a_frozen_encoder_learns_nothing_from_labels():
 # ------------------------------------------------------------------------------------------------ drawn sets
 
 
-PHOTO = (
-    np.random.default_rng(3).integers(40, 200, (40, 50, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-)  # patches of 10 px
+# patches of 10 px
+PHOTO = np.random.default_rng(3).integers(40, 200, (40, 50, 3), np.uint8).repeat(10, 0).repeat(10, 1)
 
 
 def drawings():

@@ -346,9 +346,8 @@ def test_the_average_forgets_its_start_and_follows_statistics():
         model.running_mean.fill_(2.0)
         model.num_batches_tracked.fill_(5)
     average.update()
-    assert (
-        averaged.weight.tolist() == pytest.approx([1 + 2 * 9 / 11] * 2) and averaged.num_batches_tracked == 5
-    )  # (1+1)/(10+1) of the old
+    # (1+1)/(10+1) of the old
+    assert averaged.weight.tolist() == pytest.approx([1 + 2 * 9 / 11] * 2) and averaged.num_batches_tracked == 5
     for _ in range(60):
         average.update()
     assert averaged.running_mean.tolist() == pytest.approx([2.0, 2.0])

@@ -413,9 +413,8 @@ def test_same_stems_lose_nothing(tmp_path):
         image_files.fit_image(picture(seed=9), 64, "stretch"),
     )
     data = image_folders.MVTecFolder(out)
-    assert [item.path.stem for item in data.test if item.mask_paths] == [
-        "000"
-    ]  # whose mask is that of the two images 001?
+    # whose mask is that of the two images 001?
+    assert [item.path.stem for item in data.test if item.mask_paths] == ["000"]
 
 
 @pytest.mark.parametrize("kept", [[1], 3, [{}], [{"output": 2}]])
@@ -544,11 +543,12 @@ def test_help_does_not_wait_for_torch():
 
 def test_defects_are_drawn_within_the_window_of_each_image():
     images = dl.to_tensor([picture(64, 64, seed=seed) for seed in range(3)])
+    # the last a mere strip
     windows = [
         (slice(16, 48), slice(None)),
         (slice(None), slice(8, 56)),
         (slice(0, 10), slice(None)),
-    ]  # the last a mere strip
+    ]
     drawn, masks = dl.draw_on(images, windows, 1.0, np.random.default_rng(0))
     changed = (drawn != images).any(1).numpy()
     assert masks[0].any() and masks[1].any() and not masks[2].any() and torch.equal(drawn[2], images[2])

@@ -650,11 +650,12 @@ def test_a_plot_is_of_the_source_there_is_now(tmp_path):
         )
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
     loader.render_folder(write(tmp_path / "more", text[0], "b/z.csv").parent.parent, out, num_workers=0)
+    # of sources that are still there
     assert sorted(path.name for path in out.glob("*/*.png")) == [
         "x.png",
         "y.png",
         "z.png",
-    ]  # of sources that are still there
+    ]
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
 
 

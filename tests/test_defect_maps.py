@@ -323,17 +323,15 @@ def test_raw_maps_are_what_their_names_say(make_model):
         "bank": defect_maps.nearest_distance(told.features, model.bank),
     }
     for name, expected in coarse.items():
-        cells = torch.nn.functional.adaptive_avg_pool2d(
-            maps[name], 8
-        )  # bilinear growth keeps the middle of cells about
+        # bilinear growth keeps the middle of cells about
+        cells = torch.nn.functional.adaptive_avg_pool2d(maps[name], 8)
         assert np.corrcoef(cells.flatten(), expected.flatten())[0, 1] > 0.9
     torch.testing.assert_close(defect_maps.feature_error(told), (error**2).mean(1, keepdim=True))
     model.whitening.copy_(torch.randn(6, 6))
     white = torch.einsum("cd,bdhw->bchw", model.whitening, error / torch.exp(told.feature_logvar).sqrt())
     torch.testing.assert_close(defect_maps.decorrelated(defect_maps.deviation_of(told), model), white)
-    balanced = 0.5 * (
-        (white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt()
-    )  # the stand-in's taps have 2 and 4 channels
+    # the stand-in's taps have 2 and 4 channels
+    balanced = 0.5 * ((white[:, :2] ** 2).mean(1).sqrt() + (white[:, 2:] ** 2).mean(1).sqrt())
     torch.testing.assert_close(defect_maps.feature_likelihood(white, model.tap_channels)[:, 0], balanced)
 
 
@@ -365,9 +363,8 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
     n_shaped = 0
     images = torch.cat([good_images(1), torch.rand(1, 3, 64, 64)])
     for gated, whole in zip(detector.detect(images, thorough), plain.detect(images, thorough), strict=True):
-        np.testing.assert_allclose(
-            gated.defect_map[:, :24], whole.defect_map[:, :24] + weight, rtol=1e-3, atol=1e-4
-        )  # and the sure half is raised
+        # and the sure half is raised
+        np.testing.assert_allclose(gated.defect_map[:, :24], whole.defect_map[:, :24] + weight, rtol=1e-3, atol=1e-4)
         seen = whole.defect_map[:, 36:38]
         level = defect_maps.SHAPED_ABOVE
         np.testing.assert_allclose(
@@ -376,10 +373,11 @@ def test_the_gate_leaves_of_the_map_what_the_head_outlines(make_model, monkeypat
             rtol=1e-2,
             atol=1e-4,
         )
+        # out of its reach
         away, believed = (
             whole.defect_map[:, 48:],
             (defect_maps.OUTLINE_FLOOR / (1 + defect_maps.OUTLINE_FLOOR)) ** trust,
-        )  # out of its reach
+        )
         np.testing.assert_allclose(
             gated.defect_map[:, 48:],
             np.where(away > level, level + believed * (away - level), away),
@@ -584,9 +582,8 @@ def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
     logs = 0.0
     for name, maps in smooth.items():
         low, high = np.quantile(maps, 0.5), np.quantile(maps, 0.999)
-        assert (
-            found.scales[name][:2] == pytest.approx((low, high), rel=1e-4) and not found.scales[name].border
-        )  # 64 px are all border
+        # 64 px are all border
+        assert found.scales[name][:2] == pytest.approx((low, high), rel=1e-4) and not found.scales[name].border
         z = (maps - low) / (high - low)
         logs = logs + 0.5 * np.sign(z) * np.log(1 + np.abs(z))
     fused = np.exp(logs) - 1  # exact where it is above 0, as the largest are
@@ -646,9 +643,8 @@ def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model
     assert plain.pixel_threshold == pytest.approx(1.0, abs=0.02)  # the top 0.1 % of good pixels
     assert 1.05 < found.pixel_threshold < found.scales["pixel"].read(np.full((1, 64, 64), least)).max() + 1e-4
     assert found == dataclasses.replace(plain, pixel_threshold=found.pixel_threshold)
-    assert (
-        calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain
-    )  # mere strips, on which nothing could be drawn
+    # mere strips, on which nothing could be drawn
+    assert calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain
     detector.maps = detector.maps.replace(pixel_false_positives=0.02)
     assert calibrate(detector, good.split(4), windows, rounds) == calibrate(detector, good.split(4), windows)
 
@@ -671,9 +667,8 @@ def test_a_map_reads_alike_along_the_border_and_further_in(along, expected):
     assert scale.border == pytest.approx(expected, rel=0.02)
     level = scale.level(maps)
     if along == expected:
-        assert all(
-            np.quantile(level[:, ring == RINGS], 0.99) == pytest.approx(1.99, rel=0.12) for ring in range(5)
-        )  # factors are interpolated within rings
+        # factors are interpolated within rings
+        assert all(np.quantile(level[:, ring == RINGS], 0.99) == pytest.approx(1.99, rel=0.12) for ring in range(5))
         assert scale.zero == pytest.approx(1.5, rel=0.02)
     assert np.array_equal(level[:, RINGS > 4], maps[:, RINGS > 4]) and np.all(level <= maps)
     np.testing.assert_allclose(scale.read(maps), (level - scale.zero) / (scale.one - scale.zero), rtol=1e-6)
@@ -684,9 +679,8 @@ def test_the_border_is_that_of_the_image_within_its_window():
     maps[:, :8], maps[:, -8:], maps[:, :, :8], maps[:, :, -8:] = 50.0, 50.0, 4.0, 4.0  # bars above and below
     assert MapScale.of([maps], [(slice(8, 152), slice(None))] * 24).border[0] == pytest.approx(2.0, rel=0.03)
     assert MapScale.of([maps], [(slice(40, 120), slice(40, 120))] * 24).border == (1.0, 1.0, 1.0, 1.0)
-    assert (
-        MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border
-    )  # too small an interior
+    # too small an interior
+    assert MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border
 
 
 def test_where_good_images_are_stranger_along_their_border_a_defect_further_in_is_found(make_model, monkeypatch):
@@ -873,9 +867,8 @@ def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_p
     images = good_images(2, seed=4)
     for a, b in zip(loaded.detect(images), detector.detect(images), strict=True):
         assert (a.p_value, a.label) == (b.p_value, b.label) and a.score == pytest.approx(b.score, abs=0.02)
-        np.testing.assert_allclose(
-            a.defect_map, b.defect_map, atol=0.02
-        )  # norms are folded; an untrained map has a small scale
+        # norms are folded; an untrained map has a small scale
+        np.testing.assert_allclose(a.defect_map, b.defect_map, atol=0.02)
 
 
 @pytest.mark.parametrize("missing", ["settings", "model", "calibration"])

@@ -552,12 +552,13 @@ def test_grey_bars_are_no_pixels_to_be_judged(data, tmp_path, monkeypatch, prepr
     )
     assert {(each.defect_map.shape, mask.shape) for each, mask in judged} == {((32, 64), (32, 64))} and len(judged) > 20
     assert np.load(tmp_path / "test_results" / "maps" / "good" / "000.npy").shape == (64, 64)
+    # 8 tested, then each good one with those drawn on it
     assert [mask.any() for _, mask in judged[8:]] == 4 * [
         False,
         True,
         True,
         True,
-    ]  # 8 tested, then each good one with those drawn on it
+    ]
 
 
 def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
@@ -575,9 +576,8 @@ def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
     for image, inside, found in zip(
         batch.images, batch.windows("letterbox"), detector.detect(batch.images), strict=True
     ):
-        spoilt = np.where(np.arange(64)[None, :, None] < inside[0].start, 9.0, found.reconstruction).astype(
-            np.float32
-        )  # a bar reconstructed badly
+        # a bar reconstructed badly
+        spoilt = np.where(np.arange(64)[None, :, None] < inside[0].start, 9.0, found.reconstruction).astype(np.float32)
         test_stage.measure_good(
             results, detector, image[None], found._replace(reconstruction=spoilt), inside, np.random.default_rng(0)
         )

@@ -380,9 +380,8 @@ def test_a_skips_learned_gate_sees_the_surprise():
     skip.gate[0].weight.data[:, -1] = 1.0  # the last channel of the gate's input is the surprise
     torch.nn.init.constant_(skip.gate[2].weight, -10.0)
     decoded, features = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
-    low, high = (
-        skip(decoded, features, torch.full((1, 1, 2, 2), level)).abs().max() for level in (0.0, 0.5)
-    )  # the ceiling is high for both
+    # the ceiling is high for both
+    low, high = (skip(decoded, features, torch.full((1, 1, 2, 2), level)).abs().max() for level in (0.0, 0.5))
     assert high < 0.01 * low
 
 
