@@ -92,7 +92,7 @@ def _expand(given: str | Path) -> list[Path]:
     path = Path(given)
     if path.is_dir():
         return files_under(path)
-    if path.exists():
+    if path.exists() or path.is_symlink():  # of a broken link its reader says what is wrong
         return [path]
     if not glob.has_magic(str(given)):
         raise config.InputError(f"{given} does not exist; expected an image, a folder or a glob.")

@@ -597,6 +597,7 @@ def test_a_pipe_in_a_folder_is_no_plot_but_a_broken_link_is_told(root):
     for given in (root, root / "*"):
         assert not any(path.name.startswith("pipe") for path in loader.find_plots(str(given)))
     assert root / "gone.png" in loader.find_plots(root)
+    assert loader.find_plots(root / "gone.png") == [root / "gone.png"]
 
 
 def test_inputs_that_are_nothing_are_named(tmp_path):

@@ -44,6 +44,7 @@ def test_find_images(tmp_path, monkeypatch):
     assert {path.name for path in image_folders.find_images(tmp_path)} - {path.name for path in twice} == {
         "gone.png"
     }, "a broken link is told, a pipe would be waited on"
+    assert image_folders.find_images(tmp_path / "gone.png") == [tmp_path / "gone.png"], "as a shell's glob names it"
 
 
 def test_nothing_found_is_said(tmp_path):
