@@ -127,7 +127,7 @@ def main(settings: config.TrainSettings) -> None:
         )
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
     print(detector.calibration.describe())
-    warn(odd_images(run, detector))
+    warn(*odd_images(run, detector))
 
 
 def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
@@ -153,19 +153,15 @@ def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
             "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
         )
         warn(
-            [
-                f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images "
-                f"to be judged will be sharper; expected {expected}."
-            ]
+            f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images to be "
+            f"judged will be sharper; expected {expected}."
         )
     if settings.tile or done in ("", settings.resize):
         return settings
     if "resize" in settings.given:
         warn(
-            [
-                f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw "
-                "images to be judged will look unlike them."
-            ]
+            f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw images "
+            "to be judged will look unlike them."
         )
         return settings
     print(
@@ -181,7 +177,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     engine.seed_everything(settings.seed)
     folder = image_folders.MVTecFolder(settings.data_dir)
     if folder.validation_good and "holdout_frac" in settings.given:
-        warn([f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say."])
+        warn(f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say.")
     train_paths, held_paths = folder.split(
         usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed
     )
@@ -197,7 +193,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     held = data_loader.load_batch(
         held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths))
     )
-    warn(folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors])
+    warn(*folder.warnings, *(f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors))
     if not len(held.images):
         raise config.InputError(
             f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read."
@@ -304,16 +300,12 @@ def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: eng
     )
     read, found = list(itertools.chain.from_iterable(read)), unlikeness(torch.cat(features))
     left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
-    warn(
-        [
-            f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others."
-            for path in sorted(left_out)
-        ]
-    )
+    for path in sorted(left_out):
+        warn(f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others.")
     return [path for path in paths if path not in left_out]
 
 
-def warn(sentences: list[str]) -> None:
+def warn(*sentences: str) -> None:
     for sentence in sentences:
         print(f"warning: {sentence}", file=sys.stderr)
 
@@ -372,7 +364,7 @@ def train(run: Run) -> list[dict]:
 
 def finish(run: Run) -> None:
     """Let the best model learn from crops what it learns last, where it has not yet, and picture it."""
-    contents = engine.load_checkpoint(run.out / BEST, KIND)
+    contents = engine.load_checkpoint(run.out / BEST, KIND, ("model", "finished"))
     if contents["finished"]:
         return
     engine.load_weights(run.model, contents["model"], run.out / BEST)

@@ -104,7 +104,7 @@ def main(settings: config.AblationSettings) -> None:
     print(" | ".join(["row", *COLUMNS, "minutes"]))
     for name in rows:
         if name != DEFAULT and changes_nothing(name, settings):
-            train_with_validation.warn([f"the row '{name}' is left out: it changes nothing of these settings."])
+            train_with_validation.warn(f"the row '{name}' is left out: it changes nothing of these settings.")
             continue
         for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
             try:
@@ -113,7 +113,7 @@ def main(settings: config.AblationSettings) -> None:
                     raise config.InputError(f"the row '{DEFAULT}' left no weights to judge with.")
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
-                train_with_validation.warn([f"the row '{name}' fails with seed {seed}: {error}"])
+                train_with_validation.warn(f"the row '{name}' fails with seed {seed}: {error}")
             files.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
         print(line(name, [each for each in measured if each["row"] == name]), flush=True)
     if not measured:

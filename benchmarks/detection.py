@@ -151,9 +151,8 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     )
     paths = folder.split(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
-    train_with_validation.warn(
-        folder.warnings + [f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors]
-    )
+    skipped = (f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors)
+    train_with_validation.warn(*folder.warnings, *skipped)
     for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
         if not len(batch.images):
             raise config.InputError(f"None of the {len(some)} {kind} images of {settings.data_dir} can be read.")
@@ -243,7 +242,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     for batch in data_loader.iter_image_batches(
         [item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE
     ):
-        train_with_validation.warn([f"{path} is skipped: {reason}" for path, reason in batch.errors])
+        train_with_validation.warn(*(f"{path} is skipped: {reason}" for path, reason in batch.errors))
         detections = (
             [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
         )
@@ -268,7 +267,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
             settings.image_size,
             settings.fitting,
             each.defect_map.shape,
-            lambda sentence: train_with_validation.warn([sentence]),
+            train_with_validation.warn,
             size,
         )
         maps.append(each.defect_map[inside])
@@ -352,7 +351,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
             try:
                 rows.append(in_own_process(name, run))
             except config.InputError as error:
-                train_with_validation.warn([f"{name} fails with seed {seed}: {error}"])
+                train_with_validation.warn(f"{name} fails with seed {seed}: {error}")
                 continue
             print(line(rows[-1]), flush=True)
             files.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})
