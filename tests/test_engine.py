@@ -568,6 +568,8 @@ def test_weights_that_do_not_fit_are_refused():
             engine.load_weights(model, state, "a.pth")
     state = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
     assert torch.equal(engine.load_weights(model, state, "a.pth").weight, torch.ones(2, 2))
+    with pytest.raises(InputError, match=r"a\.pth holds weights that are not finite; the file is damaged\."):
+        engine.load_weights(model, {**state, "bias": torch.tensor([0.0, torch.nan])}, "a.pth")
 
 
 def test_an_unknown_precision_is_refused():

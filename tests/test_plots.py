@@ -1,5 +1,7 @@
 """The pictures: what is drawn is what was given, and nothing global is left behind."""
 
+import warnings
+
 import matplotlib
 import numpy as np
 import pytest
@@ -111,6 +113,15 @@ def test_panel_of_a_good_image_has_no_outline_and_a_large_region_no_close_up(sce
     large = np.zeros_like(mask)
     large[5:60, 5:60] = True
     assert len(titles(plots.defect_panel(image, reconstruction, defect_map, large, None, "", 4.0))) == 4
+
+
+def test_a_title_that_the_font_has_no_letters_for_is_drawn_without_a_warning(scene, tmp_path):
+    image, reconstruction, defect_map, mask = scene
+    figure = plots.defect_panel(image, reconstruction, defect_map, mask, None, "部品 001.png: defective", 4.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.save(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_outline_stands_off_a_tiny_region_and_surrounds_it():
