@@ -37,12 +37,17 @@ class TinyBackbone(nn.Module):
         return responses * torch.arange(1.0, 1.0 + self.channels).view(1, -1, 1, 1) + 5.0
 
 
-@pytest.fixture
-def tiny_backbone(monkeypatch):
-    """The stand-in that ``DetailVAE`` takes for its backbone while this fixture lives."""
+def take_tiny_backbone(monkeypatch):
+    """From now on ``DetailVAE`` takes the stand-in that is returned for its backbone."""
     backbone = TinyBackbone()
     monkeypatch.setattr(vae_model, "load_backbone", lambda *args: backbone)
     return backbone
+
+
+@pytest.fixture
+def tiny_backbone(monkeypatch):
+    """The stand-in that ``DetailVAE`` takes for its backbone while this fixture lives."""
+    return take_tiny_backbone(monkeypatch)
 
 
 @pytest.fixture

@@ -455,7 +455,7 @@ def test_the_best_f1_of_pixels_is_exact_where_few_are_defective():
 
 
 def test_the_best_pixel_threshold_is_that_of_the_mean_f1_of_images():
-    for seed in range(5):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         maps, masks = rng.normal(size=(3, 32, 32)).astype(np.float32), np.zeros((3, 32, 32), bool)
         masks[0, 2:30, 2:30] = masks[1, 10:13, 10:14] = masks[2, 20:22, 5:9] = (

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import take_tiny_backbone
 from test_stages import TINY
 
 import classify_images
@@ -64,12 +65,13 @@ def write_photo(path, size, rng, scratch=False):
     return mask
 
 
-@pytest.fixture
-def tiled(tmp_path, tiny_backbone):
-    """A data set of photographs of several sizes, one smaller than a tile,
-    and the output of a training run on tiles."""
-    root, out, rng = tmp_path / "wide", tmp_path / "out", np.random.default_rng(0)
-    sizes = [(80, 130), (64, 64), (150, 70), (40, 90)]
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    """A data set of photographs of several sizes, one smaller than a tile, and what training on tiles wrote; while it
+    lives, ``DetailVAE`` takes the stand-in for its backbone.
+    """
+    root, out = (tmp_path_factory.mktemp(name) for name in ("wide", "out"))
+    rng, sizes = np.random.default_rng(0), [(80, 130), (64, 64), (150, 70), (40, 90)]
     for index in range(8):
         write_photo(root / "train" / "good" / f"{index}.png", sizes[index % 4], rng)
     for index, size in enumerate(sizes[:3]):
@@ -77,13 +79,11 @@ def tiled(tmp_path, tiny_backbone):
         mask = write_photo(root / "test" / "scratch" / f"{index}.png", size, rng, scratch=True)
         (root / "ground_truth" / "scratch").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / "ground_truth" / "scratch" / f"{index}_mask.png"), mask)
-    train_stage.main(
-        config.from_dict(
-            config.TrainSettings,
-            {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)},
-        )
-    )
-    return root, out
+    given = {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_tiny_backbone(monkeypatch)
+        train_stage.main(config.from_dict(config.TrainSettings, given))
+        yield root, out
 
 
 def test_training_samples_are_all_tiles_of_all_images(tiled):
