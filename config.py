@@ -1124,7 +1124,7 @@ def run_script(
         print(f"error: {error.strerror or error}{where}.", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_want_of_memory(error):
+        if not is_want_of_memory(error):
             raise
         print("error: there is not enough memory; try a smaller --batch-size or --image-size.", file=sys.stderr)
         return 1
@@ -1133,7 +1133,7 @@ def run_script(
         return 130
 
 
-def _is_want_of_memory(error: Exception) -> bool:
+def is_want_of_memory(error: Exception) -> bool:
     """Whether Python, torch on the CPU or torch on CUDA found no memory."""
     return (
         isinstance(error, MemoryError)

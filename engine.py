@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import files
-from config import InputError, Settings, UsageError, as_dict
+from config import InputError, Settings, UsageError, as_dict, is_want_of_memory
 from streams import ahead
 
 FORMAT = 13
@@ -328,6 +328,8 @@ def reading_contents(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (UsageError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        if is_want_of_memory(error):
+            raise
         raise InputError(
             f"{path} is damaged: what it holds cannot be used ({str(error).rstrip('.')}); train again "
             "or take another checkpoint."

@@ -326,6 +326,11 @@ def test_a_damaged_state_of_training_is_refused_in_a_sentence(tmp_path, key, val
     assert "\n" not in str(caught.value) and "a.pth" in str(caught.value)
 
 
+def test_want_of_memory_is_no_damage():
+    with pytest.raises(RuntimeError, match="can't allocate memory"), engine.reading_contents("a.pth"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
 def test_files_are_told_apart_by_what_they_hold_unless_a_checkpoint_says_nothing_of_it(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
