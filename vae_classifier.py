@@ -461,13 +461,13 @@ def load_vae_classifier(
     """
     contents = load_checkpoint(path, KIND, ("settings", "class_names", "calibration", "model"))
     with reading_contents(path):
-        settings, names = contents["settings"], [str(name) for name in contents["class_names"]]
+        settings, names = dict(contents["settings"]), [str(name) for name in contents["class_names"]]
         model = VAEClassifier(from_dict(ClassifierModelSettings, settings), len(names))
         calibration = ClassifierCalibration.from_dict(contents["calibration"], len(names), model.settings.latent_dim)
-        seen = from_dict(SupervisedDataSettings, {name: settings[name] for name in ("image_size", "crop_axes")})
+        from_dict(SupervisedDataSettings, {name: settings[name] for name in ("image_size", "crop_axes")})
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
-    model.run_settings = {**settings, "image_size": seen.image_size, "crop_axes": seen.crop_axes}
+    model.run_settings = settings
     return (fold_layers(model) if fuse else model).eval().to(
         resolve_device(device), memory_format=torch.channels_last
     ), names
