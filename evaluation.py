@@ -2,17 +2,18 @@
 
 Every figure over a data set is a ratio of sums over images, so ragged batches are exact and a bootstrap
 over images only reweights rows. What is undefined (one class only, no masks) is None: absent, not zero.
+scikit-learn is imported where it is used: it takes longer than all else here, and classifying needs nothing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from scipy import ndimage, stats
-from sklearn import metrics
 
 from config import InputError
 
@@ -166,7 +167,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
     """
     if n == 0:
         return None
-    z = stats.norm.ppf(0.975)
+    z = NormalDist().inv_cdf(0.975)
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -202,11 +203,15 @@ def summarise(values: Sequence[float], n_resamples: int, seed: int) -> dict | No
 
 def image_auroc(labels: Sequence[bool], scores: Sequence[float]) -> float | None:
     """Area under the ROC curve; labels true for defective, larger scores for worse; None with one class only."""
+    from sklearn import metrics
+
     return float(metrics.roc_auc_score(labels, scores)) if _both_classes(labels) else None
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float | None:
     """Average precision, the sum over thresholds of (R_k - R_{k-1}) P_k; None with one class only."""
+    from sklearn import metrics
+
     return float(metrics.average_precision_score(labels, scores)) if _both_classes(labels) else None
 
 
@@ -220,6 +225,8 @@ def precision_recall_f1(
     >>> precision_recall_f1([True, True, False, False], [True, False, True, False])
     (0.5, 0.5, 0.5)
     """
+    from sklearn import metrics
+
     truth, called = np.asarray(labels, bool), np.asarray(predicted, bool)
     hits = int((truth & called).sum())
     both = _both_classes(truth)
@@ -230,6 +237,8 @@ def precision_recall_f1(
 
 def best_f1(labels: Sequence[bool], scores: Sequence[float]) -> float | None:
     """The largest F1 of any threshold on these very labels; None with one class only."""
+    from sklearn import metrics
+
     if not _both_classes(labels):
         return None
     precision, recall, _ = metrics.precision_recall_curve(labels, scores)
@@ -386,11 +395,11 @@ def _count_image(
     if not mask.any():
         return np.zeros(n_bins), everything, np.zeros(n_bins), 0
     inside = bins[mask]
-    label_image, n_regions = ndimage.label(mask, structure=np.ones((3, 3)))
+    n_labels, label_image = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)  # 0 is what is no region
     label = label_image[mask]
-    share = 1.0 / np.bincount(label, minlength=n_regions + 1)[label]
+    share = 1.0 / np.bincount(label, minlength=n_labels)[label]
     positive = np.bincount(inside, minlength=n_bins)
-    return positive, everything - positive, np.bincount(inside, weights=share, minlength=n_bins), n_regions
+    return positive, everything - positive, np.bincount(inside, weights=share, minlength=n_bins), n_labels - 1
 
 
 def pixel_metrics(

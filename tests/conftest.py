@@ -16,7 +16,16 @@ from torch import nn
 
 import config
 import data_loader
+import train_with_validation
 import vae_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_pictured():
+    """One image of each kind in a training's pictures: drawing four takes a third of a tiny training."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_with_validation, "N_PICTURED", 1)
+        yield
 
 
 class TinyBackbone(nn.Module):

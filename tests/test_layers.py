@@ -84,8 +84,15 @@ def nodes(name, *kinds):
 
 def imported(name):
     """Top names of all imports, those inside functions too."""
-    found = {alias.name.split(".")[0] for node in nodes(name, ast.Import) for alias in node.names}
-    return found | {node.module.split(".")[0] for node in nodes(name, ast.ImportFrom) if node.module}
+    return imported_by(nodes(name, ast.Import, ast.ImportFrom))
+
+
+def imported_by(statements):
+    return {
+        each.split(".")[0]
+        for node in statements
+        for each in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
 
 
 def parts(node):
@@ -136,6 +143,9 @@ def test_heavy_libraries_have_one_home(name):
         assert not imported(name) & {"torch", "numpy", "cv2"}
     if name != "series_generator":
         assert "betise" not in imported(name)
+    # imported where they are used: classifying needs neither, and would start a second later
+    at_import = {node for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert not imported_by(at_import) & {"pandas", "scipy", "sklearn", "torchvision"}
 
 
 @each_module

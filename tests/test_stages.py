@@ -42,6 +42,7 @@ TINY = {
     "device": "cpu",
     "picture_every": 2,
     "validate_every": 1,
+    "crop_images": 1,
 }
 
 
