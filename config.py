@@ -519,7 +519,7 @@ class TrainSettings(
         0.75, "Share of training images that get a drawn defect to repair.", unit="fraction", minimum=0.0, maximum=1.0
     )
     validate_every: int = setting(
-        0, "Epochs between validations; 0 validates after about every 300 training images.", unit="epochs", minimum=0
+        0, "Epochs between validations; 0 validates after about every 500 training images.", unit="epochs", minimum=0
     )
     picture_every: int = setting(
         20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1

@@ -47,6 +47,8 @@ MOST_IMAGES = 1000
 """Images where the settings name no number: a quarter of those shown in training, so many at most."""
 PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
 """Crops in a step of the pixel branch, and its steps for each image."""
+N_PERCEPTUAL = 4
+"""Crops of such a step that the perceptual loss is taken of: VGG16 costs three times what painting does."""
 HEAD_BATCH, HEAD_STEPS_AN_IMAGE = 32, 1.0
 """The same of the head."""
 MISTAKEN_IMAGES, MISTAKEN_STEPS, MISTAKEN_LEARNING_RATE = 0.4, 0.6, 0.3
@@ -154,7 +156,7 @@ def train_pixels(
     model.eval()
 
     def terms(clean: Tensor, images: Tensor, mask: Tensor, trunk: Tensor, taps: Tensor) -> dict[str, Tensor]:
-        return loss.of_pixels(model, clean, images, mask, trunk, taps)
+        return loss.of_pixels(model, clean, images, mask, trunk, taps, N_PERCEPTUAL)
 
     data = TensorDataset(*crops[:5])
     return _train(

@@ -380,8 +380,8 @@ def finish(run: Run) -> None:
 
 
 def validate_every(run: Run) -> int:
-    """Epochs between validations: as set, or so many that about 300 training images lie between two."""
-    return run.settings.validate_every or max(1, round(300 / len(run.training)))
+    """Epochs between validations: as set, or so many that about 500 training images lie between two."""
+    return run.settings.validate_every or max(1, round(500 / len(run.training)))
 
 
 def has_ended(run: Run) -> bool:

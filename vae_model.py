@@ -739,12 +739,20 @@ class DetailLoss:
         return terms
 
     def of_pixels(
-        self, model: DetailVAE, images: Tensor, corrupted: Tensor, defect_mask: Tensor, trunk: Tensor, taps: Tensor
+        self,
+        model: DetailVAE,
+        images: Tensor,
+        corrupted: Tensor,
+        defect_mask: Tensor,
+        trunk: Tensor,
+        taps: Tensor,
+        n_perceptual: int | None = None,
     ) -> dict[str, Tensor]:
         """The terms of the pixel branch alone, and "total", their weighted sum, as it paints ``corrupted`` (B, 3, H, W)
-        from its trunk and ``tap_deviations``, H/8 x W/8.
+        from its trunk and ``tap_deviations``, H/8 x W/8; the perceptual one of the first ``n_perceptual`` images, None
+        of all.
         """
-        terms = self._pixel_terms(model, images, corrupted, defect_mask, trunk, taps)
+        terms = self._pixel_terms(model, images, corrupted, defect_mask, trunk, taps, n_perceptual)
         return {**terms, "total": self._weigh(terms, 1.0)}
 
     def of_latents(self, terms: dict[str, float]) -> float:
@@ -783,14 +791,17 @@ class DetailLoss:
         defect_mask: Tensor | None,
         trunk: Tensor,
         taps: Tensor,
+        n_perceptual: int | None = None,
     ) -> dict[str, Tensor]:
         painting = model.decode_pixels(trunk, corrupted, feature_surprise(taps, model.tap_channels))
         weight = (
             torch.ones_like(images[:, :1]) if defect_mask is None else 1 + self.settings.repair_weight * defect_mask
         )
-        return self._painted_terms(painting, images, weight)
+        return self._painted_terms(painting, images, weight, n_perceptual)
 
-    def _painted_terms(self, painting: Painting, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def _painted_terms(
+        self, painting: Painting, target: Tensor, weight: Tensor, n_perceptual: int | None
+    ) -> dict[str, Tensor]:
         """``weight`` (B, 1, H, W) lets a drawn defect count for more: a copied one is a small part of an image."""
         scale = (weight / weight.mean()).sqrt()
 
@@ -803,7 +814,7 @@ class DetailLoss:
         squared = ((painting.painted - target) ** 2).mean(1, keepdim=True)
         terms["pixel_nll"] = gaussian_nll(squared.detach(), painting.logvar)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(painting.painted, target)
+            terms["perceptual"] = self.perceptual(painting.painted[:n_perceptual], target[:n_perceptual])
         return terms
 
     def _weigh(self, terms: dict[str, Tensor], kl_scale: float) -> Tensor:

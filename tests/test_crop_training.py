@@ -11,7 +11,17 @@ import config
 import crop_training
 import data_loader
 import engine
-from crop_training import N_DEFECTS, N_STRANGE, drawn_crops, learn_last, painted, strange_places
+from crop_training import (
+    N_DEFECTS,
+    N_PERCEPTUAL,
+    N_STRANGE,
+    PIXEL_BATCH,
+    drawn_crops,
+    learn_last,
+    painted,
+    strange_places,
+    train_pixels,
+)
 from vae_model import DetailLoss, cut
 
 CPU = engine.Runtime(torch.device("cpu"))
@@ -184,6 +194,20 @@ def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, 
     assert (repaired * masks).sum() < 0.7 * ((damaged - clean).abs() * masks).sum()  # not copied
     model.load_state_dict(before, strict=False)
     assert repaired.mean() < 0.8 * (model.describe(damaged).vae.reconstruction - clean).abs().mean()
+
+
+def test_of_a_steps_crops_the_perceptual_loss_is_taken_of_a_few(make_model, training):
+    compared = []
+
+    def perceptual(painted, target):
+        compared.append((len(painted), len(target)))
+        return (painted - target).abs().mean()
+
+    model = make_model().eval()
+    crops = drawn_crops(model, training, range(4), N_STRANGE, CPU)
+    assert len(crops.mask) > PIXEL_BATCH > N_PERCEPTUAL
+    train_pixels(model, crops, 4, DetailLoss(SETTINGS, perceptual), SETTINGS, CPU)
+    assert set(compared) == {(N_PERCEPTUAL, N_PERCEPTUAL)}
 
 
 def test_the_same_seed_learns_the_same_and_without_a_head_pixels_alone(make_model, training):
