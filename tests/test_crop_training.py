@@ -193,7 +193,7 @@ def test_it_learns_to_paint_and_to_outline_and_nothing_else_changes(make_model, 
     repaired = (told.vae.reconstruction - clean).abs()
     assert (repaired * masks).sum() < 0.7 * ((damaged - clean).abs() * masks).sum()  # not copied
     model.load_state_dict(before, strict=False)
-    assert repaired.mean() < 0.8 * (model.describe(damaged).vae.reconstruction - clean).abs().mean()
+    assert repaired.mean() < 0.7 * (model.describe(damaged).vae.reconstruction - clean).abs().mean()
 
 
 def test_of_a_steps_crops_the_perceptual_loss_is_taken_of_a_few(make_model, training):

@@ -143,7 +143,7 @@ def test_heavy_libraries_have_one_home(name):
         assert not imported(name) & {"torch", "numpy", "cv2"}
     if name != "series_generator":
         assert "betise" not in imported(name)
-    # imported where they are used: classifying needs neither, and would start a second later
+    # imported where they are used: classifying needs none of them, and would start a second later
     at_import = {node for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))}
     assert not imported_by(at_import) & {"pandas", "scipy", "sklearn", "torchvision"}
 
