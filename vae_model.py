@@ -46,6 +46,8 @@ N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
 """Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are
 compared.
 """
+FARTHEST_FRAC, ROWS_AT_ONCE = 1 / 16, 8192
+"""Share of candidates that are compared with each one chosen, and how many of all are compared at once."""
 N_BANK_CANDIDATES = 2**19
 """Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are
 chosen; fewer of a wider backbone's.
@@ -580,13 +582,25 @@ def unlikeness(features: Tensor) -> Tensor:
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
     """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats
     where N < n.
+
+    Only the farthest rows are compared with each one that is chosen, until another may lie farther than all of them;
+    all are then compared with what was chosen since, at once.
     """
     projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
-    squared, nearest, chosen = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0]
+    squared, nearest, chosen, n_compared = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0], 0
     while len(chosen) < n:
-        last = chosen[-1]
-        nearest = torch.minimum(nearest, squared + squared[last] - projected @ (2 * projected[last]))
-        chosen.append(int(nearest.argmax()))
+        since = chosen[n_compared:]
+        n_compared = len(chosen)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            distances = squared[part, None] + squared[since] - projected[part] @ (2 * projected[since].T)
+            nearest[part] = torch.minimum(nearest[part], distances.amin(1))
+        distances, indices = nearest.topk(min(len(rows), 1 + math.ceil(FARTHEST_FRAC * len(rows))))
+        far, far_squared, at_least = projected[indices], squared[indices], distances[-1].item()
+        while len(chosen) < n and distances.max() >= at_least:
+            last = int(distances.argmax())
+            chosen.append(int(indices[last]))
+            distances = torch.minimum(distances, far_squared + far_squared[last] - far @ (2 * far[last]))
     return chosen
 
 

@@ -297,6 +297,18 @@ def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_
     assert len(everything) == 8 and set(everything[:5]) == set(range(5))
 
 
+def test_farthest_points_are_those_of_comparing_every_row_with_every_one_chosen(monkeypatch):
+    monkeypatch.setattr(vae_model, "ROWS_AT_ONCE", 64)
+    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [9.0, 5.0, 3.0, 1.0, 1.0, 1.0]
+    )
+    projected = rows @ torch.randn(6, vae_model.N_PROJECTED, generator=torch.Generator().manual_seed(2))
+    expected = [0]
+    while len(expected) < 120:
+        expected.append(int(torch.cdist(projected, projected[expected]).amin(1).argmax()))
+    assert vae_model.farthest_points(rows, 120, torch.Generator().manual_seed(2)) == expected
+
+
 def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
     model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     before = model.describe(images)
