@@ -510,7 +510,7 @@ class TrainSettings(
     crop_images: int = setting(
         0,
         "Good images, with several drawn defects each, on crops of which the pixel branch goes on learning after the "
-        "last epoch, and the head that outlines defects learns; 0 takes a quarter of the images shown before, 1000 at "
+        "last epoch, and the head that outlines defects learns; 0 takes a quarter of the images shown before, 800 at "
         "most.",
         unit="images",
         minimum=0,

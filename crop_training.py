@@ -43,7 +43,7 @@ STRANGE_FRAC = 0.01
 """Share of the places of an image that are called strange."""
 CROP_PX = 64
 """Side of a crop."""
-MOST_IMAGES = 1000
+MOST_IMAGES = 800
 """Images where the settings name no number: a quarter of those shown in training, so many at most."""
 PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
 """Crops in a step of the pixel branch, and its steps for each image."""

@@ -16,6 +16,8 @@ from torch import nn
 
 import config
 import data_loader
+import files
+import plots
 import train_with_validation
 import vae_model
 
@@ -26,6 +28,18 @@ def few_pictured():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_with_validation, "N_PICTURED", 1)
         yield
+
+
+def draw_nothing(patched):
+    """Let figures be made but not drawn, which takes half of a tiny training."""
+    patched.setattr(plots, "save", lambda figure, path, **how: files.write_whole(path, b"a figure"))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Nothing is drawn but in tests so marked, and in fixtures of a whole module or session."""
+    if "drawn" not in request.keywords:
+        draw_nothing(monkeypatch)
 
 
 class TinyBackbone(nn.Module):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import draw_nothing
 from test_classifier_stages import make_data as make_plots
 from test_classifier_stages import settings_for as classifier_settings
 from test_stages import make_data as make_parts
@@ -291,22 +292,24 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
 def ablated(tmp_path_factory):
     """The folder of the ablation of tiny parts: the whole model, one part of training and one of the score left out."""
     root = tmp_path_factory.mktemp("ablated")
-    ablation.main(
-        config.AblationSettings(
-            data_dir=str(make_parts(root / "parts")),
-            output_dir=str(root),
-            image_size=64,
-            epochs=1,
-            perceptual_weight=0.0,
-            base_channels=4,
-            picture_every=9,
-            crop_images=1,
-            device="cpu",
-            precision="bfloat16",
-            seeds=(3,),
-            rows=("no skips", "score of the bank alone"),
+    with pytest.MonkeyPatch.context() as patched:
+        draw_nothing(patched)
+        ablation.main(
+            config.AblationSettings(
+                data_dir=str(make_parts(root / "parts")),
+                output_dir=str(root),
+                image_size=64,
+                epochs=1,
+                perceptual_weight=0.0,
+                base_channels=4,
+                picture_every=9,
+                crop_images=1,
+                device="cpu",
+                precision="bfloat16",
+                seeds=(3,),
+                rows=("no skips", "score of the bank alone"),
+            )
         )
-    )
     return root / "benchmark_results"
 
 

@@ -540,6 +540,7 @@ def test_the_longest_file_names_cost_nothing(trained, tmp_path):
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
+@pytest.mark.drawn
 def test_pictures_of_an_earlier_run_are_removed_unless_they_are_given(trained, tmp_path):
     data, out = trained
     folder, flags = (
@@ -583,6 +584,7 @@ def test_what_is_flagged_is_said_to_be_none_of_these(model):
     assert inference.row(strange, CLASSES)[1] == "flat"
 
 
+@pytest.mark.drawn
 def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch):
     data, out = trained
     monkeypatch.chdir(tmp_path)
@@ -746,6 +748,7 @@ def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
     assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == ""
 
 
+@pytest.mark.drawn
 def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, capsys):
     data, out = trained
     flags = ["--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures"]

@@ -13,6 +13,7 @@ import plots
 from config import InputError
 
 SIDE = 64
+pytestmark = pytest.mark.drawn
 
 
 @pytest.fixture

@@ -23,10 +23,8 @@ import crop_training
 import data_loader
 import data_loader_supervised
 import engine
-import files
 import image_files
 import image_folders
-import plots
 import test_vae as test_stage
 import train_with_validation as train_stage
 import vae_model
@@ -99,13 +97,6 @@ def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     train(data, out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """Figures are made but not drawn, which takes half of a tiny training, but for ``trained`` and tests so marked."""
-    if "drawn" not in request.keywords:
-        monkeypatch.setattr(plots, "save", lambda figure, path, **how: files.write_whole(path, b"a figure"))
 
 
 # ------------------------------------------------------------------------------------ what the stages write
