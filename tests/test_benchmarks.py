@@ -24,6 +24,16 @@ import image_folders
 import vae_classifier
 from benchmarks import ablation, classifier, detection, drawn_sets
 
+TINY = {
+    "image_size": 64,
+    "epochs": 1,
+    "perceptual_weight": 0.0,
+    "base_channels": 4,
+    "picture_every": 9,
+    "crop_images": 1,
+    "device": "cpu",
+}
+
 
 @pytest.fixture
 def anomalib():
@@ -76,13 +86,7 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
     settings = config.DetectionBenchmarkSettings(
         data_dir=str(make_parts(tmp_path / "parts")),
         output_dir=str(tmp_path),
-        image_size=64,
-        epochs=1,
-        perceptual_weight=0.0,
-        base_channels=4,
-        picture_every=9,
-        crop_images=1,
-        device="cpu",
+        **TINY,
         methods=methods,
         train_samples=4,
     )
@@ -298,13 +302,7 @@ def ablated(tmp_path_factory):
             config.AblationSettings(
                 data_dir=str(make_parts(root / "parts")),
                 output_dir=str(root),
-                image_size=64,
-                epochs=1,
-                perceptual_weight=0.0,
-                base_channels=4,
-                picture_every=9,
-                crop_images=1,
-                device="cpu",
+                **TINY,
                 precision="bfloat16",
                 seeds=(3,),
                 rows=("no skips", "score of the bank alone"),
