@@ -597,10 +597,12 @@ def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[in
             nearest[part] = torch.minimum(nearest[part], distances.amin(1))
         distances, indices = nearest.topk(min(len(rows), 1 + math.ceil(FARTHEST_FRAC * len(rows))))
         far, far_squared, at_least = projected[indices], squared[indices], distances[-1].item()
-        while len(chosen) < n and distances.max() >= at_least:
+        for _ in range(n - n_compared):
             last = int(distances.argmax())
             chosen.append(int(indices[last]))
             distances = torch.minimum(distances, far_squared + far_squared[last] - far @ (2 * far[last]))
+            if distances.max() < at_least:
+                break
     return chosen
 
 

@@ -295,6 +295,8 @@ def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_
     assert {int(rows[index].argmax()) for index in chosen} == set(range(5))
     everything = vae_model.farthest_points(rows[-5:], 8, generator)
     assert len(everything) == 8 and set(everything[:5]) == set(range(5))
+    rows[7] = torch.nan  # of a model that has diverged
+    assert len(vae_model.farthest_points(rows, 9, generator)) == 9
 
 
 def test_farthest_points_are_those_of_comparing_every_row_with_every_one_chosen(monkeypatch):
