@@ -36,6 +36,7 @@ from vae_model import (
     detail_vae_from_checkpoint,
     deviations,
     fold_layers,
+    nearest_squares,
     resized,
     rows_of,
     tap_roots,
@@ -152,11 +153,7 @@ def nearest_distance(maps: Tensor, prototypes: Tensor) -> Tensor:
     Of decorrelated deviations: where the likelihood takes those of good images for one Gaussian, this asks whether any
     good image deviated so. Of features: whether any good image looked so at all.
     """
-    lengths = prototypes.square().sum(1)
-    # one image at a time: h * w * N numbers
-    squared = [
-        torch.addmm(lengths, rows, prototypes.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in rows_of(maps)
-    ]
+    squared = nearest_squares(rows_of(maps), prototypes)
     return (torch.stack(squared).clamp_min(0) / maps.shape[1]).sqrt().view(len(maps), 1, *maps.shape[-2:])
 
 

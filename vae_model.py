@@ -587,23 +587,28 @@ def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[in
     all are then compared with what was chosen since, at once.
     """
     projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
-    squared, nearest, chosen, n_compared = (projected**2).sum(1), torch.full((len(rows),), torch.inf), [0], 0
+    nearest, chosen, n_compared = torch.full((len(rows),), torch.inf), [0], 0
     while len(chosen) < n:
-        since = chosen[n_compared:]
+        since = projected[chosen[n_compared:]]
         n_compared = len(chosen)
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            distances = squared[part, None] + squared[since] - projected[part] @ (2 * projected[since].T)
-            nearest[part] = torch.minimum(nearest[part], distances.amin(1))
-        distances, indices = nearest.topk(min(len(rows), 1 + math.ceil(FARTHEST_FRAC * len(rows))))
-        far, far_squared, at_least = projected[indices], squared[indices], distances[-1].item()
+        nearest = torch.minimum(nearest, torch.cat(nearest_squares(projected.split(ROWS_AT_ONCE), since)))
+        distances, indices = nearest.topk(math.ceil(FARTHEST_FRAC * len(rows)))
+        far, at_least = projected[indices], distances[-1].item()
         for _ in range(n - n_compared):
             last = int(distances.argmax())
             chosen.append(int(indices[last]))
-            distances = torch.minimum(distances, far_squared + far_squared[last] - far @ (2 * far[last]))
+            distances = torch.minimum(distances, nearest_squares([far], far[last, None])[0])
             if distances.max() < at_least:
                 break
     return chosen
+
+
+def nearest_squares(parts: Iterable[Tensor], others: Tensor) -> list[Tensor]:
+    """Squared distance of every row of each part (N, C) to the nearest of others (M, C), (N,) each, a little below 0 by
+    rounding; a part at a time takes N * M numbers.
+    """
+    lengths = others.square().sum(1)
+    return [torch.addmm(lengths, rows, others.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in parts]
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor:
