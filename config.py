@@ -8,9 +8,11 @@ module costs milliseconds: no torch, no numpy.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib
 import math
 import os
@@ -1081,6 +1083,7 @@ def parse(
 def answer_early(settings_class: type[Settings], description: str) -> None:
     """Answer --help and wrong usage before the caller's heavy imports; return where the script may go on."""
     sys.excepthook = _without_traceback_when_interrupted
+    atexit.register(gc.freeze)  # a last search of all that torch made for garbage takes a second
     code = run_script(settings_class, description, lambda settings: None)
     if code:
         sys.exit(code)

@@ -303,7 +303,7 @@ def ablated(tmp_path_factory):
                 data_dir=str(make_parts(root / "parts")),
                 output_dir=str(root),
                 **TINY,
-                precision="bfloat16",
+                precision="float32",
                 seeds=(3,),
                 rows=("no skips", "score of the bank alone"),
             )
