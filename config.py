@@ -494,8 +494,9 @@ class TrainSettings(
     )
     trim_frac: float = setting(
         0.0,
-        "Share of the good images to leave out, those with the places least like any of the others: for good images "
-        "among which some are defective; the rate of false alarms is then no longer promised.",
+        "Share of the good images to leave out, those that deviate the least like the others from what a small model "
+        "learns of all (some minutes): for good images among which some are defective; the rate of false alarms is "
+        "then no longer promised.",
         unit="fraction",
         minimum=0.0,
         maximum=0.5,

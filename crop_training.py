@@ -11,13 +11,13 @@ further images, and goes on with crops of that beside the others.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
+from torch import Tensor
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import engine
@@ -159,7 +159,7 @@ def train_pixels(
         return loss.of_pixels(model, clean, images, mask, trunk, taps, N_PERCEPTUAL)
 
     data = TensorDataset(*crops[:5])
-    return _train(
+    return engine.train_steps(
         model.pixel_branch,
         data,
         PIXEL_BATCH,
@@ -185,7 +185,7 @@ def train_head(
         return {"total": F.binary_cross_entropy_with_logits(head(images, Painting(*painting), taps, features), mask)}
 
     n_steps = max(1, round(HEAD_STEPS_AN_IMAGE * n))
-    losses = {"outlines": _train(head, seen, HEAD_BATCH, n_steps, terms, "outlines", settings, runtime)}
+    losses = {"outlines": engine.train_steps(head, seen, HEAD_BATCH, n_steps, terms, "outlines", settings, runtime)}
     further = range(n, n + max(1, round(MISTAKEN_IMAGES * n)))
     mistaken = seen_by_head(
         model, drawn_crops(fold_layers(copy.deepcopy(model)), training, further, N_DEFECTS, runtime), runtime
@@ -193,7 +193,7 @@ def train_head(
     both = TensorDataset(*(torch.cat(pair) for pair in zip(seen.tensors, mistaken.tensors, strict=True)))
     weights = torch.cat([torch.full((len(each),), 1 / len(each)) for each in (seen, mistaken)])
     slower = settings.replace(learning_rate=MISTAKEN_LEARNING_RATE * settings.learning_rate)
-    losses["mistakes"] = _train(
+    losses["mistakes"] = engine.train_steps(
         head, both, HEAD_BATCH, max(1, round(MISTAKEN_STEPS * n_steps)), terms, "mistakes", slower, runtime, weights
     )
     return losses
@@ -216,43 +216,3 @@ def painted(model: DetailVAE, crops: Crops, runtime: engine.Runtime) -> Painting
 
     batches = torch.arange(len(crops.mask)).split(HEAD_BATCH)
     return Painting(*(torch.cat(each) for each in zip(*runtime.each(paint, batches), strict=True)))
-
-
-def _train(
-    part: nn.Module,
-    crops: TensorDataset,
-    batch_size: int,
-    n_steps: int,
-    terms: Callable[..., dict[str, Tensor]],
-    what: str,
-    settings: TrainSettings,
-    runtime: engine.Runtime,
-    weights: Tensor | None = None,
-) -> float:
-    """So many steps of a part of the model, each with crops drawn at random, by weights where given; the mean of
-    "total" among its terms. The part is left in evaluation mode.
-    """
-    optimizer = torch.optim.AdamW(
-        part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps))
-    n = n_steps * batch_size
-    sampler = (
-        RandomSampler(crops, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)
-    )
-    loader = DataLoader(crops, batch_size, sampler=sampler, pin_memory=runtime.pin_memory)
-
-    def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
-        return terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
-
-    mean = engine.train_epoch(
-        part,
-        tqdm(loader, unit="step", desc=what, leave=False),
-        of_batch,
-        optimizer,
-        scheduler,
-        runtime,
-        settings.gradient_clip,
-    )["total"]
-    part.eval()
-    return mean

@@ -21,9 +21,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
+from tqdm import tqdm
 
 import files
-from config import InputError, Settings, UsageError, as_dict, is_want_of_memory
+from config import InputError, OptimiserSettings, Settings, UsageError, as_dict, is_want_of_memory
 from streams import ahead
 
 FORMAT = 13
@@ -249,6 +251,43 @@ def train_epoch(
         optimizer_step(terms["total"], optimizer, scheduler, runtime, gradient_clip)
         averages.add({name: term.detach() for name, term in terms.items()}, count)
     return averages.means()
+
+
+def train_steps(
+    part: nn.Module,
+    data: TensorDataset,
+    batch_size: int,
+    n_steps: int,
+    loss_terms: Callable[..., dict[str, Tensor]],
+    what: str,
+    settings: OptimiserSettings,
+    runtime: Runtime,
+    weights: Tensor | None = None,
+) -> float:
+    """So many steps of a part of a model, each with rows of the data drawn at random, by weights where given; the mean
+    of "total" among its terms. The part is left in evaluation mode.
+
+    Args:
+        loss_terms: maps the tensors of a batch, as float32, to a dict of scalar tensors with the key "total".
+        what: is learned, for the bar of progress.
+    """
+    optimizer = torch.optim.AdamW(
+        part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(n_steps))
+    n = n_steps * batch_size
+    sampler = (
+        RandomSampler(data, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)
+    )
+    loader = DataLoader(data, batch_size, sampler=sampler, pin_memory=runtime.pin_memory)
+
+    def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
+        return loss_terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
+
+    bar = tqdm(loader, unit="step", desc=what, leave=False)
+    mean = train_epoch(part, bar, of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]
+    part.eval()
+    return mean
 
 
 def evaluate(model: nn.Module, batches: Iterable, loss_terms: Callable, runtime: Runtime) -> dict[str, float]:

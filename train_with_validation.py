@@ -34,8 +34,9 @@ import engine
 import files
 import image_folders
 import plots
+import trimming
 from perceptual_loss import PerceptualLoss
-from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers, unlikeness
+from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 WRITTEN = {
@@ -84,6 +85,7 @@ class Run:
     settings: config.TrainSettings
     runtime: engine.Runtime
     folder: image_folders.MVTecFolder
+    left_out: list[str]  # training images that take no part, as places below the data folder
     training: data_loader.GoodImages
     held_paths: list[Path]
     # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
@@ -178,9 +180,9 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     folder = image_folders.MVTecFolder(settings.data_dir)
     if folder.validation_good and "holdout_frac" in settings.given:
         warn(f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say.")
-    train_paths, held_paths = folder.split(
-        usual_images(folder.train_good, settings, runtime), settings.holdout_frac, settings.seed
-    )
+    trimmed = left_out(settings, folder, runtime)
+    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
+    train_paths, held_paths = folder.split(good, settings.holdout_frac, settings.seed)
     training = data_loader.GoodImages(
         train_paths,
         settings.image_size,
@@ -214,6 +216,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         settings,
         runtime,
         folder,
+        trimmed,
         training,
         held_paths,
         held_out,
@@ -275,34 +278,23 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     return run
 
 
-def usual_images(paths: list[Path], settings: config.TrainSettings, runtime: engine.Runtime) -> list[Path]:
-    """The paths without the share ``trim_frac`` of images that are the least like the others, each of those named."""
+def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, runtime: engine.Runtime) -> list[str]:
+    """Places below the data folder of training images that may be defective, each warned of: those that
+    ``trimming.suspects`` finds, or found for the checkpoint that a run goes on from.
+    """
     if not settings.trim_frac:
-        return paths
-    model = runtime.put_model(DetailVAE(settings, settings.vgg16_weights))
-    if not model.n_features:
-        raise config.UsageError(
-            "Images can only be trimmed by their features; expected no --backbone none with --trim-frac."
-        )
-
-    def batches(size: int) -> Iterator[data_loader.ImageBatch]:
-        return data_loader.iter_image_batches(paths, settings.image_size, settings.resize, size)
-
-    if len(next(batches(2)).paths) < 2:
-        return paths  # GoodImages says that too few can be read
-    model.fit_feature_scale(runtime.put(batch.images) for batch in batches(settings.batch_size))
-    read, features = zip(
-        *(
-            (batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu())
-            for batch in batches(settings.batch_size)
-        ),
-        strict=True,
-    )
-    read, found = list(itertools.chain.from_iterable(read)), unlikeness(torch.cat(features))
-    left_out = {read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist()}
-    for path in sorted(left_out):
-        warn(f"{path} is left out: it is among the {settings.trim_frac:.0%} least like the others.")
-    return [path for path in paths if path not in left_out]
+        return []
+    if settings.weights or settings.resume:
+        resumed = Path(settings.output_dir) / LAST, f"{KIND}_training"
+        path, kind = (settings.weights, KIND) if settings.weights else resumed
+        contents = engine.load_checkpoint(path, kind, ("left_out",))
+        with engine.reading_contents(path):
+            found = list(map(str, contents["left_out"]))
+    else:
+        found = list(map(folder.relative, trimming.suspects(folder.train_good, settings, runtime)))
+    why = f"is left out: it is among the {settings.trim_frac:.0%} least like the others"
+    warn(*(f"{folder.root / name} {why}." for name in found))
+    return found
 
 
 def warn(*sentences: str) -> None:
@@ -493,6 +485,7 @@ def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -
     return {
         "settings": {**config.as_dict(run.settings), "segmentation": run.model.defect_head is not None},
         "sources": run.sources,
+        "left_out": run.left_out,
         "value_range": [0.0, 1.0],
         "image_size": run.settings.image_size,
         "class_names": ["good", "defective"],
@@ -521,7 +514,8 @@ def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
 
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """models/last.pth, from which --resume goes on, and the history so far."""
-    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, run.out / "metrics" / "training_history.json")
+    history = run.out / "metrics" / "training_history.json"
+    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, history, {"left_out": run.left_out})
 
 
 # ---------------------------------------------------------------------------------------------- pictures

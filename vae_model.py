@@ -564,21 +564,6 @@ def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
     return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_each]] for rows in rows_of(maps)])
 
 
-@torch.no_grad()
-def unlikeness(features: Tensor) -> Tensor:
-    """How far the strangest places of each image (N, C, h, w), 2 % of them, lie from any place sampled from the others,
-    (N,).
-    """
-    generator = torch.Generator().manual_seed(0)
-    samples = [some_rows(each[None].float(), math.ceil(N_CANDIDATES / len(features)), generator) for each in features]
-    found = []
-    for index, each in enumerate(features):
-        others = torch.cat(samples[:index] + samples[index + 1 :])
-        distances = torch.cdist(rows_of(each[None].float())[0], others).amin(1)
-        found.append(distances.topk(math.ceil(0.02 * len(distances))).values.mean())
-    return torch.stack(found)
-
-
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
     """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats
     where N < n.
@@ -739,25 +724,42 @@ class DetailLoss:
         """
         clean = model.grid_features(images) if clean is None else clean
         actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
+        of_latents, trunk, told = self._latent_terms(model, corrupted, clean, actual, defect_mask)
+        # pixels' gradients made the latents predict features worse
+        drawn_from = trunk if clean is None else trunk.detach()
+        terms = self._pixel_terms(model, *self._cropped(model, images, corrupted, defect_mask, drawn_from, told))
+        terms |= of_latents
+        terms["total"] = self._weigh(terms, kl_scale)
+        return terms
+
+    def of_features(self, model: DetailVAE, features: Tensor) -> dict[str, Tensor]:
+        """The terms that the pixel branch has no part in, and "total", their weighted sum, of standardised features (B,
+        C, h, w) alone.
+        """
+        terms, _, _ = self._latent_terms(model, None, features, features, torch.zeros_like(features[:, :1]))
+        return {**terms, "total": self._weigh(terms, 1.0)}
+
+    def _latent_terms(
+        self,
+        model: DetailVAE,
+        corrupted: Tensor | None,
+        clean: Tensor | None,
+        actual: Tensor | None,
+        defect_mask: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor | None, ...]]:
+        """Those terms, the trunk, and the features that are judged with their prediction and its log-variance."""
         seen, pasted = actual, None
         if model.training and actual is not None:
             seen, pasted = corrupt_features(actual, self.settings.feature_noise, self.settings.feature_paste)
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
         trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
-        # pixels' gradients made the latents predict features worse
-        drawn_from = trunk if clean is None else trunk.detach()
-        terms = self._pixel_terms(
-            model,
-            *self._cropped(model, images, corrupted, defect_mask, drawn_from, (actual, feature_mu, feature_logvar)),
-        )
-        terms["kl"], terms["kl_detail"] = kl_divergence(mu, logvar), kl_divergence(detail_mu, detail_logvar)
+        terms = {"kl": kl_divergence(mu, logvar), "kl_detail": kl_divergence(detail_mu, detail_logvar)}
         if clean is not None:
             error = (clean - feature_mu) ** 2
             sound = None if defect_mask is None or pasted is None else sound_places(defect_mask, pasted)
             terms["feature"], terms["feature_nll"] = error.mean(), gaussian_nll(error.detach(), feature_logvar, sound)
-        terms["total"] = self._weigh(terms, kl_scale)
-        return terms
+        return terms, trunk, (actual, feature_mu, feature_logvar)
 
     def of_pixels(
         self,

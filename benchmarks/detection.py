@@ -146,9 +146,9 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
         InputError: none of either can be read.
     """
     folder = image_folders.MVTecFolder(settings.data_dir)
-    good = train_with_validation.usual_images(
-        folder.train_good, settings, engine.make_runtime(settings.device, settings.precision)
-    )
+    runtime = engine.make_runtime(settings.device, settings.precision)
+    trimmed = train_with_validation.left_out(settings, folder, runtime)
+    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
     paths = folder.split(good, settings.holdout_frac, settings.seed)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
     skipped = (f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors)

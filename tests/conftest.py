@@ -19,14 +19,18 @@ import data_loader
 import files
 import plots
 import train_with_validation
+import trimming
 import vae_model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_pictured():
-    """One image of each kind in a training's pictures: drawing four takes a third of a tiny training."""
+def few_pictured_and_shown():
+    """One image of each kind in a training's pictures: drawing four takes a third of a tiny training; and a few steps
+    for the model that images are compared by.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_with_validation, "N_PICTURED", 1)
+        patched.setattr(trimming, "N_SHOWN", 8)
         yield
 
 

@@ -27,6 +27,7 @@ import image_files
 import image_folders
 import test_vae as test_stage
 import train_with_validation as train_stage
+import trimming
 import vae_model
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +250,26 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
             train_stage.prepare(settings.replace(backbone="none"))
     finally:
         odd.unlink()
+
+
+def test_what_is_left_out_stays_so_in_a_resumed_run_and_with_weights_that_are_kept(
+    data, tmp_path, tiny_backbone, monkeypatch
+):
+    settings = {"backbone": "efficientnet_lite0", "trim_frac": 0.2, "drawn_defects": 0.0}
+    best = train(data, tmp_path / "run", epochs=1, **settings)
+    left_out = torch.load(best, weights_only=True)["left_out"]
+    assert len(left_out) == 2 and all((data / name).is_file() for name in left_out)
+    monkeypatch.setattr(trimming, "suspects", lambda *args: [data / "train" / "good" / "000.png"])
+    again = train(data, tmp_path / "run", epochs=2, resume=True, **settings)
+    anew = tmp_path / "anew"
+    train_stage.recalibrate(config.parse(config.TrainSettings, "", ["--weights", str(best), "--output-dir", str(anew)]))
+    for path in (again, anew / "models" / "best_model.pth"):
+        contents = torch.load(path, weights_only=True)
+        assert contents["left_out"] == left_out
+    del contents["left_out"]
+    torch.save(contents, tmp_path / "earlier.pth")
+    with pytest.raises(config.InputError, match=r"earlier\.pth"):
+        train(data, tmp_path / "anew", weights=str(tmp_path / "earlier.pth"))
 
 
 @pytest.mark.parametrize("n_readable", [0, 1])

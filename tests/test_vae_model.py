@@ -274,19 +274,6 @@ def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
         assert (model.bank == features[image, :, row, column]).all(1).any()
 
 
-def test_the_image_with_a_place_like_no_other_is_the_least_like_the_rest():
-    features = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1 * torch.randn(
-        9, 6, 8, 8, generator=torch.Generator().manual_seed(1)
-    )
-    features[4, :, 2:4, 5] += 4.0
-    found = vae_model.unlikeness(features)
-    assert found.argmax() == 4 and found[4] > 2 * found[torch.arange(9) != 4].max()
-    alone = torch.cdist(
-        vae_model.rows_of(features[4:5])[0], vae_model.rows_of(features[torch.arange(9) != 4]).flatten(0, 1)
-    ).amin(1)
-    assert found[4].item() == pytest.approx(alone.topk(2).values.mean().item(), rel=1e-3)  # 2 % of 64 places
-
-
 def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_out():
     generator = torch.Generator().manual_seed(3)
     centres = 10 * torch.eye(5)

@@ -1,0 +1,106 @@
+"""Which of the good images may be defective, where nobody has looked: those with places that deviate from their
+prediction as no place of the others does.
+
+Features alone do not tell: on many a part, edges and reflections lie as far from those of the other images as a small
+defect does. How far the features of a place lie from what is predicted for it, in units of the predicted deviation,
+does. So a small model learns the features of all images, defective ones among them, for a few minutes; like the
+refinement of Yoon et al. 2022 ("Self-supervise, Refine, Repeat"), but once, and with each image held against the others
+alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import data_loader
+import engine
+from config import TrainSettings, UsageError
+from defect_maps import decorrelated, deviation_of
+from vae_model import N_CANDIDATES, DetailLoss, DetailVAE, rows_of, some_rows
+
+SIDE_PX, BASE_CHANNELS = 384, 8
+"""Side at which images are compared, at most, and width of the model that learns their features."""
+N_SHOWN = 1600
+"""Images that it is shown, with repeats."""
+STRANGEST_FRAC = 0.05
+"""Share of the places of an image that tell how unlike the others it is."""
+
+
+def suspects(paths: list[Path], settings: TrainSettings, runtime: engine.Runtime) -> list[Path]:
+    """Of the images that can be read, the share ``trim_frac`` that is the least like the others.
+
+    Raises:
+        UsageError: the settings have no backbone, so that there are no features.
+    """
+    side = min(SIDE_PX, settings.image_size)
+    small = settings.replace(image_size=side, base_channels=BASE_CHANNELS, segmentation=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = runtime.put_model(DetailVAE(small, settings.vgg16_weights))
+        if not model.n_features:
+            raise UsageError(
+                "Images can only be trimmed by their features; expected no --backbone none with --trim-frac."
+            )
+
+        def batches(size: int) -> Iterator[data_loader.ImageBatch]:
+            return data_loader.iter_image_batches(paths, side, settings.resize, size)
+
+        if len(next(batches(2)).paths) < 2:
+            return []  # GoodImages says that too few can be read
+        model.fit_feature_scale(runtime.put(batch.images) for batch in batches(settings.batch_size))
+        read, features = zip(
+            *(
+                (batch.paths, model.grid_features(runtime.put(batch.images)).half().cpu())
+                for batch in batches(settings.batch_size)
+            ),
+            strict=True,
+        )
+        found = unlikeness(learned_deviations(model, torch.cat(features), small, runtime))
+    read = list(itertools.chain.from_iterable(read))
+    return sorted(read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist())
+
+
+def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettings, runtime: engine.Runtime) -> Tensor:
+    """Let the model learn standardised features (N, C, h, w) and return how they then deviate from its prediction, over
+    the predicted deviation and without correlation, (N, C, h, w) in half the precision.
+    """
+    loss = DetailLoss(settings, None)
+    engine.train_steps(
+        model,
+        TensorDataset(features),
+        settings.batch_size,
+        math.ceil(N_SHOWN / settings.batch_size),
+        lambda batch: loss.of_features(model, batch),
+        "comparing images",
+        settings,
+        runtime,
+    )
+    batches = features.split(settings.batch_size)
+    model.fit_deviations([runtime.put(batch).float() for batch in batches])
+    with torch.inference_mode():
+        told = (model.describe(None, runtime.put(batch).float(), paint=False) for batch in batches)
+        return torch.cat([decorrelated(deviation_of(output), model).half().cpu() for output in told])
+
+
+@torch.no_grad()
+def unlikeness(maps: Tensor) -> Tensor:
+    """How far the strangest places of each of two maps or more (N, C, h, w), 5 % of them, lie from the places sampled
+    of the others: of all but the nearest other map, for a defect may have its like; (N,).
+    """
+    generator = torch.Generator().manual_seed(0)
+    n_each = math.ceil(N_CANDIDATES / len(maps))
+    samples = torch.cat([some_rows(each[None].float(), n_each, generator) for each in maps])
+    found = []
+    for index, each in enumerate(maps):
+        distances = torch.cdist(rows_of(each[None].float())[0], samples).unflatten(1, (len(maps), -1)).amin(2)
+        distances[:, index] = torch.inf
+        second = distances.kthvalue(min(2, len(maps) - 1), 1).values
+        found.append(second.topk(math.ceil(STRANGEST_FRAC * len(second))).values.mean())
+    return torch.stack(found)
