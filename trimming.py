@@ -4,15 +4,15 @@ prediction as no place of the others does.
 Features alone do not tell: on many a part, edges and reflections lie as far from those of the other images as a small
 defect does. How far the features of a place lie from what is predicted for it, in units of the predicted deviation,
 does. So a small model learns the features of all images, defective ones among them, for a few minutes; like the
-refinement of Yoon et al. 2022 ("Self-supervise, Refine, Repeat"), but once, and with each image held against the others
-alone.
+refinement of Yoon et al. 2022 ("Self-supervise, Refine, Repeat"), but with one model, and each image held against the
+others alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ N_SHOWN = 1600
 """Images that it is shown, with repeats."""
 STRANGEST_FRAC = 0.05
 """Share of the places of an image that tell how unlike the others it is."""
+N_COMPARISONS = 2
+"""With all others first, then with those that were not unlike them."""
 
 
 def suspects(paths: list[Path], settings: TrainSettings, runtime: engine.Runtime) -> list[Path]:
@@ -62,9 +64,15 @@ def suspects(paths: list[Path], settings: TrainSettings, runtime: engine.Runtime
             ),
             strict=True,
         )
-        found = unlikeness(learned_deviations(model, torch.cat(features), small, runtime))
+        deviations = learned_deviations(model, torch.cat(features), small, runtime)
     read = list(itertools.chain.from_iterable(read))
-    return sorted(read[index] for index in found.topk(round(settings.trim_frac * len(read))).indices.tolist())
+    unlike: list[int] = []
+    for _ in range(N_COMPARISONS):
+        usual = [index for index in range(len(read)) if index not in unlike]
+        if len(usual) < 2:
+            break
+        unlike = unlikeness(deviations, usual).topk(round(settings.trim_frac * len(read))).indices.tolist()
+    return sorted(read[index] for index in unlike)
 
 
 def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettings, runtime: engine.Runtime) -> Tensor:
@@ -90,17 +98,17 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
 
 
 @torch.no_grad()
-def unlikeness(maps: Tensor) -> Tensor:
-    """How far the strangest places of each of two maps or more (N, C, h, w), 5 % of them, lie from the places sampled
-    of the others: of all but the nearest other map, for a defect may have its like; (N,).
+def unlikeness(maps: Tensor, among: Sequence[int]) -> Tensor:
+    """How far the strangest places of each map (N, C, h, w), 5 % of them, lie from the places sampled of the maps of
+    these two numbers or more: of all others of those but the nearest, for a defect may have its like; (N,).
     """
     generator = torch.Generator().manual_seed(0)
-    n_each = math.ceil(N_CANDIDATES / len(maps))
-    samples = torch.cat([some_rows(each[None].float(), n_each, generator) for each in maps])
+    n_each = math.ceil(N_CANDIDATES / len(among))
+    samples = torch.cat([some_rows(maps[index][None].float(), n_each, generator) for index in among])
     found = []
     for index, each in enumerate(maps):
-        distances = torch.cdist(rows_of(each[None].float())[0], samples).unflatten(1, (len(maps), -1)).amin(2)
-        distances[:, index] = torch.inf
-        second = distances.kthvalue(min(2, len(maps) - 1), 1).values
+        distances = torch.cdist(rows_of(each[None].float())[0], samples).unflatten(1, (len(among), -1)).amin(2)
+        others = [column for column, number in enumerate(among) if number != index]
+        second = distances[:, others].kthvalue(min(2, len(others)), 1).values
         found.append(second.topk(math.ceil(STRANGEST_FRAC * len(second))).values.mean())
     return torch.stack(found)
