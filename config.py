@@ -1084,7 +1084,7 @@ def parse(
 def answer_early(settings_class: type[Settings], description: str) -> None:
     """Answer --help and wrong usage before the caller's heavy imports; return where the script may go on."""
     sys.excepthook = _without_traceback_when_interrupted
-    atexit.register(gc.freeze)  # a last search of all that torch made for garbage takes a second
+    atexit.register(gc.freeze)  # a last search for garbage among all that torch made takes a second
     code = run_script(settings_class, description, lambda settings: None)
     if code:
         sys.exit(code)

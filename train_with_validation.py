@@ -180,9 +180,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     folder = image_folders.MVTecFolder(settings.data_dir)
     if folder.validation_good and "holdout_frac" in settings.given:
         warn(f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say.")
-    trimmed = left_out(settings, folder, runtime)
-    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
-    train_paths, held_paths = folder.split(good, settings.holdout_frac, settings.seed)
+    train_paths, held_paths, trimmed = split_good(settings, folder, runtime)
     training = data_loader.GoodImages(
         train_paths,
         settings.image_size,
@@ -276,6 +274,15 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
     return run
+
+
+def split_good(
+    settings: config.TrainSettings, folder: image_folders.MVTecFolder, runtime: engine.Runtime
+) -> tuple[list[Path], list[Path], list[str]]:
+    """Images to train on and images held out, and the places below the data folder of those left out of both."""
+    trimmed = left_out(settings, folder, runtime)
+    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
+    return *folder.split(good, settings.holdout_frac, settings.seed), trimmed
 
 
 def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, runtime: engine.Runtime) -> list[str]:

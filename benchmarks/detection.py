@@ -147,9 +147,7 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     """
     folder = image_folders.MVTecFolder(settings.data_dir)
     runtime = engine.make_runtime(settings.device, settings.precision)
-    trimmed = train_with_validation.left_out(settings, folder, runtime)
-    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
-    paths = folder.split(good, settings.holdout_frac, settings.seed)
+    *paths, _ = train_with_validation.split_good(settings, folder, runtime)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
     skipped = (f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors)
     train_with_validation.warn(*folder.warnings, *skipped)

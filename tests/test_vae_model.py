@@ -648,6 +648,16 @@ def test_each_weight_moves_the_total_by_its_own_term(make_model, setting, term):
     assert lasting[1] - lasting[0] == pytest.approx(2.0 * plain[term].item() if term in LATENT_TERMS else 0.0, rel=1e-3)
 
 
+def test_the_loss_of_features_alone_is_the_latents_part_of_the_whole(make_model):
+    model, images, loss = make_model("efficientnet_lite0").eval(), smooth_images(2), DetailLoss(LOSS, None)
+    terms, alone = loss(model, images, images, 1.0), loss.of_features(model, model.grid_features(images))
+    assert alone.keys() == {*LATENT_TERMS, "total"}
+    assert all(torch.equal(alone[name], terms[name]) for name in LATENT_TERMS)
+    assert alone["total"].item() == pytest.approx(loss.of_latents(terms).item(), rel=1e-6)
+    alone["total"].backward()
+    assert all(parameter.grad is None for parameter in model.pixel_branch.parameters())
+
+
 def test_the_terms_are_those_of_the_clean_image_not_of_the_damaged_one(make_model):
     model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     damaged = images.clone()
