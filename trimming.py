@@ -99,8 +99,11 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
 
 @torch.no_grad()
 def unlikeness(maps: Tensor, among: Sequence[int]) -> Tensor:
-    """How far the strangest places of each map (N, C, h, w), 5 % of them, lie from the places sampled of the maps of
-    these two numbers or more: of all others of those but the nearest, for a defect may have its like; (N,).
+    """How far the strangest places of each map (N, C, h, w), 5 % of them, lie from places sampled of the second nearest
+    other map, for a defect may have its like, (N,).
+
+    Args:
+        among: numbers of the maps that all are compared with, two or more.
     """
     generator = torch.Generator().manual_seed(0)
     n_each = math.ceil(N_CANDIDATES / len(among))
