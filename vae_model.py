@@ -724,13 +724,12 @@ class DetailLoss:
         """
         clean = model.grid_features(images) if clean is None else clean
         actual = clean if corrupted is images else model.grid_features(corrupted) if actual is None else actual
-        of_latents, trunk, told = self._latent_terms(model, corrupted, clean, actual, defect_mask)
+        latent_terms, trunk, told = self._latent_terms(model, corrupted, clean, actual, defect_mask)
         # pixels' gradients made the latents predict features worse
         drawn_from = trunk if clean is None else trunk.detach()
         terms = self._pixel_terms(model, *self._cropped(model, images, corrupted, defect_mask, drawn_from, told))
-        terms |= of_latents
-        terms["total"] = self._weigh(terms, kl_scale)
-        return terms
+        terms |= latent_terms
+        return {**terms, "total": self._weigh(terms, kl_scale)}
 
     def of_features(self, model: DetailVAE, features: Tensor) -> dict[str, Tensor]:
         """The terms that the pixel branch has no part in, and "total", their weighted sum, of standardised features (B,
@@ -747,7 +746,9 @@ class DetailLoss:
         actual: Tensor | None,
         defect_mask: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor | None, ...]]:
-        """Those terms, the trunk, and the features that are judged with their prediction and its log-variance."""
+        """The terms that the pixel branch has no part in, the trunk, and the features that are judged with their
+        prediction and its log-variance.
+        """
         seen, pasted = actual, None
         if model.training and actual is not None:
             seen, pasted = corrupt_features(actual, self.settings.feature_noise, self.settings.feature_paste)
