@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import struct
 import zlib
@@ -34,8 +35,25 @@ def few_pictured_and_shown():
         yield
 
 
+FIGURES = (
+    "reconstruction_grid",
+    "defect_panel",
+    "metrics_heatmap",
+    "training_curves",
+    "confusion_heatmap",
+    "class_probability_panel",
+    "latent_scatter",
+)
+"""What the stages ask for figures, and save."""
+
+
 def draw_nothing(patched):
-    """Let figures be made but not drawn, which takes half of a tiny training."""
+    """Let figures be asked for, with arguments that fit, and saved, but neither be made nor drawn, which takes two
+    thirds of a tiny training.
+    """
+    for name in FIGURES:
+        signature = inspect.signature(getattr(plots, name))
+        patched.setattr(plots, name, signature.bind)
     patched.setattr(plots, "save", lambda figure, path, **how: files.write_whole(path, b"a figure"))
 
 

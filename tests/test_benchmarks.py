@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_nothing
+from conftest import draw_nothing, take_tiny_backbone
 from test_classifier_stages import make_data as make_plots
 from test_classifier_stages import settings_for as classifier_settings
 from test_stages import make_data as make_parts
@@ -80,9 +80,12 @@ def test_without_anomalib_its_methods_are_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("methods", [("detailvae",), ("detailvae", "patchcore", "padim")])
-def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_path, capsys, request, methods):
+def test_the_detection_benchmark_compares_all_methods_on_the_same_images(
+    tmp_path, capsys, request, monkeypatch, methods
+):
     if len(methods) > 1:
         request.getfixturevalue("anomalib")
+    monkeypatch.setattr(detection, "in_own_process", detection.measure)
     settings = config.DetectionBenchmarkSettings(
         data_dir=str(make_parts(tmp_path / "parts")),
         output_dir=str(tmp_path),
@@ -97,6 +100,13 @@ def test_the_detection_benchmark_compares_all_methods_on_the_same_images(tmp_pat
         0 <= row["image auroc"]["value"] <= 1 and row["images_per_s"] > 0 and row["training_s"] > 0 for row in rows
     )
     assert sum(line.startswith(methods) for line in capsys.readouterr().out.splitlines()) == len(methods)
+
+
+def test_a_method_runs_in_a_process_of_its_own_and_says_there_what_is_wrong(tmp_path):
+    settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path / "none"), output_dir=str(tmp_path))
+    with pytest.raises(config.InputError, match=r"none.*expected") as caught:
+        detection.in_own_process("detailvae", settings)
+    assert type(caught.value.__cause__).__name__ == "_RemoteTraceback"
 
 
 def test_the_detection_benchmark_counts_no_grey_bars(tmp_path, monkeypatch):
@@ -298,6 +308,7 @@ def ablated(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablated")
     with pytest.MonkeyPatch.context() as patched:
         draw_nothing(patched)
+        take_tiny_backbone(patched)
         ablation.main(
             config.AblationSettings(
                 data_dir=str(make_parts(root / "parts")),

@@ -1204,11 +1204,11 @@ def test_mask_of_another_size_and_a_missing_mask(tmp_path, trained, capsys):
     assert (tmp_path / "test_results" / "scratch" / "001.png").exists()
 
 
-def test_unwritable_output_folder(data, tmp_path):
+def test_unwritable_output_folder(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    result = run_cli("train_with_validation.py", "--data-dir", data, "--output-dir", tmp_path / "file", *flags(TINY))
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert str(tmp_path / "file") in result.stderr
+    arguments = ["--data-dir", str(data), "--output-dir", str(tmp_path / "file"), *flags(TINY)]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"])

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import take_tiny_backbone
+from conftest import draw_nothing, take_tiny_backbone
 from test_stages import TINY
 
 import classify_images
@@ -82,7 +82,9 @@ def tiled(tmp_path_factory):
     given = {**TINY, "backbone": "efficientnet_lite0", "tile": True, "data_dir": str(root), "output_dir": str(out)}
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_tiny_backbone(monkeypatch)
-        train_stage.main(config.from_dict(config.TrainSettings, given))
+        with pytest.MonkeyPatch.context() as patched:
+            draw_nothing(patched)
+            train_stage.main(config.from_dict(config.TrainSettings, given))
         yield root, out
 
 
