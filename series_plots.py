@@ -111,11 +111,12 @@ def read_series(path: str | Path) -> Series:
     a name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or
     down). Comma, semicolon or tab; decimal commas where the separator allows them; thousands set apart, where that is
     no decimal mark for sure in the column; UTF-8 with or without BOM, UTF-16, Latin-1. Comments and other lines above
-    the header are left out. Rows without a number are dropped and counted. In a file without header, ``1,5`` is two
-    numbers.
+    the header are left out. Rows without a number are dropped and counted, of a file of one column empty lines, too,
+    but for those at its end. In a file without header, ``1,5`` is two numbers.
 
     Raises:
-        SeriesError: unreadable, empty, header only, no numeric column, no number in it, one row, infinite or constant.
+        SeriesError: unreadable, empty, header only, no numeric column but time, no number in it, one row, infinite or
+            constant.
     """
     layout = _sniff(path)
     table = _read_table(path, layout)
@@ -331,9 +332,12 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
     """
     import pandas
 
+    alone = len(layout.names) == 1  # an empty line is a row of it, unless it is the end
+    source = io.StringIO(Path(path).read_bytes().decode(layout.encoding, "replace").rstrip()) if alone else path
     try:
         return pandas.read_csv(
-            path,
+            source,
+            skip_blank_lines=not alone,
             sep=layout.separator,
             header=None,
             names=range(len(layout.names)),
@@ -381,9 +385,14 @@ def _choose_column(
         raise SeriesError(
             path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers"
         )
-    if named or len(candidates) == 1:
-        return candidates[0]
-    others = [i for i in candidates if not (layout.header and _is_time(names[i]))] or candidates
+    if named:
+        return named[0]
+    others = [i for i in candidates if not (layout.header and _is_time(names[i]))]
+    if not others:
+        raise SeriesError(
+            path,
+            f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
+        )
     if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
         return others[1]
     return others[0]

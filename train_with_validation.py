@@ -133,8 +133,10 @@ def main(settings: config.TrainSettings) -> None:
 
 
 def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
-    """Settings for ``data/`` where it holds train/good, else for the built-in demo and its preset."""
-    if (Path("data") / "train" / "good").is_dir():
+    """Settings for ``data/`` where it holds train/good or good images themselves, else for the built-in demo and its
+    preset.
+    """
+    if (Path("data") / "train" / "good").is_dir() or image_folders.files_under(Path("data"), deep=False):
         return settings.replace(data_dir="data")
     root = demo_textures.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
     print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)

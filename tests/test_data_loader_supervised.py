@@ -264,6 +264,18 @@ def test_rows_without_a_number_are_dropped_and_counted(tmp_path):
     assert (series.column, series.n_dropped) == ("data", 3)
 
 
+@pytest.mark.parametrize("header", ["", "data\n", "flow\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n  \n"])
+def test_empty_lines_of_a_lone_column_are_rows_without_a_number(tmp_path, header, end):
+    series = series_plots.read_series(write(tmp_path, f"{header}1.5\n\n-2.25\n \nnan\n3\n0.5{end}"))
+    np.testing.assert_allclose(series.values, NUMBERS)
+    assert series.n_dropped == 3
+
+
+def test_empty_lines_between_rows_of_several_columns_are_none(tmp_path):
+    assert series_plots.read_series(write(tmp_path, "time,data\n0,1.5\n\n1,\n2,3\n")).n_dropped == 1
+
+
 def test_a_rising_line_alone_is_the_data(tmp_path):
     np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "0\n1\n2\n3\n")).values, [0, 1, 2, 3])
 
@@ -275,6 +287,8 @@ BAD = {
     "one row": ("value\n3.5\n", "a single number"),
     "one row, no header": ("3.5\n", "a single number"),
     "no numeric column": ("name,place\na,b\nc,d\n", "no numeric column (columns: name, place)"),
+    "time alone": ("time\n0\n1\n3\n", "no numeric column but time (columns: time)"),
+    "time and an index alone": ("time,index\n0,4\n1,5\n3,6\n", "no numeric column but time (columns: time, index)"),
     "all NaN": ("value\nnan\nnan\nnan\n", "no number in 'value'"),
     "all empty": ("time,value\n0,\n1,\n2,\n", "no number in 'value'"),
     "infinite": ("value\n1\ninf\n3\n-inf\n", "2 infinite values"),

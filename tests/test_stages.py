@@ -1341,3 +1341,13 @@ def test_demo_is_used_when_no_data_is_given(tmp_path, monkeypatch, capsys):
     assert settings.image_size == 128 and settings.batch_size == 3
     assert len(image_folders.MVTecFolder(settings.data_dir).train_good) >= 50
     assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["train/good/0.png", "0.png"])
+def test_a_data_folder_that_fits_is_used_and_no_demo_written_into_it(tmp_path, monkeypatch, below):
+    monkeypatch.chdir(tmp_path)
+    picture = tmp_path / "data" / below
+    picture.parent.mkdir(parents=True)
+    cv2.imwrite(str(picture), photograph(np.random.default_rng(0))[0])
+    assert train_stage.use_demo(config.TrainSettings(output_dir=str(tmp_path))).data_dir == "data"
+    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == [picture]
