@@ -651,8 +651,9 @@ def classification_report_dict(
 ) -> dict:
     """Accuracy, macro and per-class precision, recall and F1, each {"value", "ci95"}, all from the matrix.
 
-    A zero denominator counts as 0 and the macro mean runs over the classes that occur, as in scikit-learn.
-    The intervals redraw the images of each true class with replacement.
+    A zero denominator counts as 0, without an interval, and the macro mean runs over the classes that occur, as in
+    scikit-learn. Accuracy, precision and recall have Wilson's interval; for that of the others the images of each true
+    class are drawn again with replacement.
     """
     confusion = np.asarray(confusion)
     names = [str(i) for i in range(len(confusion))] if class_names is None else list(class_names)
@@ -661,14 +662,26 @@ def classification_report_dict(
         return {"n_images": 0, "confusion_matrix": confusion.tolist(), "class_names": names}
     values = _class_figures(confusion[None])
     draws = _class_figures(_redrawn(confusion, n_resamples, seed)) if n_resamples else None
+    right, truth, guess = np.diagonal(confusion), confusion.sum(1), confusion.sum(0)
 
     def one(name: str, *index: int) -> dict | None:
         column = (slice(None), *index)
         return figure(values[name][column][0], None if draws is None else _percentile_interval(draws[name][column]))
 
-    overall = {name: one(name) for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1")}
+    def rate(hits: int, n: int) -> dict:
+        return rate_figure(int(hits), int(n)) or {"value": 0.0}
+
+    overall = {
+        "accuracy": rate(right.sum(), truth.sum()),
+        **{name: one(name) for name in ("macro_precision", "macro_recall", "macro_f1")},
+    }
     per_class = {
-        label: {"n_images": int(confusion[k].sum()), **{name: one(name, k) for name in ("precision", "recall", "f1")}}
+        label: {
+            "n_images": int(truth[k]),
+            "precision": rate(right[k], guess[k]),
+            "recall": rate(right[k], truth[k]),
+            "f1": one("f1", k),
+        }
         for k, label in enumerate(names)
     }
     return {
@@ -701,7 +714,7 @@ def _class_figures(confusions: np.ndarray) -> dict[str, np.ndarray]:
     }
     occurs = (truth + guess) > 0
     macro = {f"macro_{name}": (value * occurs).sum(1) / occurs.sum(1) for name, value in found.items()}
-    return {**found, **macro, "accuracy": right.sum(1) / truth.sum(1)}
+    return {**found, **macro}
 
 
 def expected_calibration_error(probabilities: np.ndarray, true: Sequence[int], n_bins: int = 15) -> float | None:

@@ -41,6 +41,10 @@ PREDICTIONS, LATENT = Path("results") / "vae_classifier_predictions", Path("resu
 PICTURE_NAME = re.compile(r"\d{5,}_.*\.png", re.DOTALL)
 """What pictures of predictions are called: the number of the row, and the plot's stem."""
 FEW_FILES = 20
+AGREEMENT = (
+    ": adjusted Rand index {adjusted_rand_index:.3f} against the classes of {n_plots} plots (0: by chance, 1: the same "
+    "groups)"
+)
 
 
 class Predicted(NamedTuple):
@@ -316,13 +320,18 @@ def recorded(
     max_pictures: int,
     tally: Tally,
 ) -> Iterator[Predicted]:
-    """The same results, each written to ``out/predictions.csv`` and, the first ones, as a picture on its way."""
+    """The same results, each written to ``out/predictions.csv``, what is wrong with one to ``out/remarks.csv``, and the
+    first ones as a picture, on its way.
+    """
     files.make_folder(out)
-    with files.open_table(out / "predictions.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "predicted", "confidence", "p_value", *class_names, "reason"])
+    with files.open_table(out / "predictions.csv") as file, files.open_table(out / "remarks.csv") as remarks_file:
+        writer, remarks = csv.writer(file), csv.writer(remarks_file)
+        writer.writerow(["path", "predicted", "confidence", "p_value", *class_names])
+        remarks.writerow(["path", "remark"])
         for number, each in enumerate(results, 1):
             writer.writerow(row(each, class_names))
+            if each.error or each.note:
+                remarks.writerow([str(each.path), each.error or each.note])
             tally.names[each.name] += 1
             tally.n_unreadable += bool(each.error)
             tally.n_unknown += is_unknown(each, model)
@@ -336,14 +345,13 @@ def recorded(
 
 def row(each: Predicted, class_names: Sequence[str]) -> list[str]:
     if each.error:
-        return [str(each.path), "error", "", "", *[""] * len(class_names), each.error]
+        return [str(each.path), "error", "", "", *[""] * len(class_names)]
     return [
         str(each.path),
         each.name,
         f"{each.confidence:.6g}",
         f"{each.p_value:.6g}",
         *(f"{each.probabilities[name]:.6g}" for name in class_names),
-        each.note,
     ]
 
 
@@ -411,7 +419,9 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
     if settings.clusters:
         clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
         write_table(kept, clusters, out / "latent.csv")
-        print(f"{settings.clusters} clusters{agreement(labels, clusters)}")
+        found = agreement(labels, clusters)
+        files.write_json(out / "clusters.json", {"n_clusters": settings.clusters, **found})
+        print(f"{settings.clusters} clusters{AGREEMENT.format(**found) if found else ''}")
     if settings.scatter != "none":
         points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
         groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | (
@@ -439,20 +449,17 @@ def folder_class(each: Predicted, model: VAEClassifier) -> str:
     return each.path.parent.name if each.path.parent.name in model.class_names else ""
 
 
-def agreement(labels: list[str], clusters: np.ndarray) -> str:
-    """How far clusters (n,) are the classes in ``labels``, of the plots that have one, where there are two classes or
-    more.
+def agreement(labels: list[str], clusters: np.ndarray) -> dict:
+    """How far clusters (n,) are the classes in ``labels``, of the plots that have one; nothing where fewer than two
+    occur.
     """
     from sklearn.metrics import adjusted_rand_score
 
     rows = [row for row, label in enumerate(labels) if label]
     known = [labels[row] for row in rows]
     if len(set(known)) < 2:
-        return ""
-    index = adjusted_rand_score(known, clusters[rows])
-    return (
-        f": adjusted Rand index {index:.3f} against the classes of {len(rows)} plots (0: by chance, 1: the same groups)"
-    )
+        return {}
+    return {"adjusted_rand_index": adjusted_rand_score(known, clusters[rows]), "n_plots": len(rows)}
 
 
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:

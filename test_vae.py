@@ -61,6 +61,7 @@ class Results:
     skip_leak: list[tuple[float, float]] = field(default_factory=list)
     # "good" or "drawn", and its mask: each good image that is drawn on, and what is drawn
     drawn: list[tuple[str, defect_maps.Detection, np.ndarray]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # "image" and "reason" of those that cannot be read
 
 
 def main(settings: config.DetailTestSettings) -> None:
@@ -117,6 +118,7 @@ def run_test(
         for batch in batches:
             for path, reason in batch.errors:
                 warn(f"{path} is skipped: {reason}")
+                results.skipped.append({"image": folder.relative(path), "reason": reason})
             images, windows = detector.runtime.put(batch.images), batch.windows(detector.resize, folder.letterboxed)
             detections = detector.detect(images) if len(images) else []
             judged = zip(batch.paths, batch.original_sizes, windows, detections, strict=True)
@@ -275,8 +277,8 @@ def remove_earlier(out: Path) -> None:
 
 
 def make_report(results: Results, calibration: defect_maps.Calibration, settings: config.DetailTestSettings) -> dict:
-    """test_metrics.json: detection, the same of defects drawn on the good images, reconstruction, skip leak, threshold
-    and promise.
+    """test_metrics.json: detection, the same of defects drawn on the good images, reconstruction, skip leak, what could
+    not be read, threshold and promise.
     """
     report = figures(
         [item.category for item in results.items], results.detections, results.masks, calibration, settings
@@ -293,8 +295,11 @@ def make_report(results: Results, calibration: defect_maps.Calibration, settings
     report["reconstruction"] = {
         name: figure for name, figure in {**quality, "skip_leak": leak}.items() if figure is not None
     }
+    if "good" in report["categories"]:
+        report["categories"]["good"]["reconstruction"] = report["reconstruction"]
     return {
         **report,
+        "skipped": results.skipped,
         "threshold": calibration.threshold,
         "pixel_threshold": calibration.pixel_threshold,
         "alpha": calibration.alpha,

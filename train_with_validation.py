@@ -40,12 +40,12 @@ from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers
 
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 WRITTEN = {
-    "metrics": re.compile(r"training_curves\.png"),
+    "metrics": re.compile(r"training_curves\.png|calibration\.json"),
     "reconstructions/train": re.compile(r"epoch_\d+\.png"),
     "reconstructions/validation": re.compile(r".+_epoch_\d+\.png", re.DOTALL),
 }
-"""Names, in each folder, of the pictures that a run makes in its course; one from the start removes those of an earlier
-run, but no model.
+"""Names, in each folder, of what a run writes in its course, or at its end; one from the start removes those of an
+earlier run, but no model.
 """
 PLACES = {"data_dir", "vgg16_weights"}
 """Settings that say where files lie, which may be elsewhere now; that the data are those of then is told by their
@@ -128,6 +128,7 @@ def main(settings: config.TrainSettings) -> None:
             f"{run.history[run.best_epoch - 1]['val/total']:.4f}), {minutes:.1f} minutes: {run.out / BEST}"
         )
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
+    files.write_json(run.out / "metrics" / "calibration.json", detector.calibration.as_dict())
     print(detector.calibration.describe())
     warn(*odd_images(run, detector))
 

@@ -470,7 +470,7 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     )
     folder = tmp_path / "results" / "vae_classifier_predictions"
     rows = read_rows(folder / "predictions.csv")
-    assert list(rows[0]) == ["path", "predicted", "confidence", "p_value", *CLASSES, "reason"]
+    assert list(rows[0]) == ["path", "predicted", "confidence", "p_value", *CLASSES]
     assert [Path(row["path"]).name for row in rows] == [
         "0.png",
         "1.png",
@@ -482,13 +482,10 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
         "noise.png",
     ]
     assert [row["predicted"] == "error" for row in rows] == [False] * 4 + [True] * 3 + [False]
-    assert [row["reason"] for row in rows[2:4]] == ["", "2 of 5 rows hold no number"]
-    assert (
-        "constant" in rows[4]["reason"]
-        and "is empty" in rows[6]["reason"]
-        and rows[5]["reason"]
-        and rows[4]["flat"] == ""
-    )
+    remarks = {Path(row["path"]).name: row["remark"] for row in read_rows(folder / "remarks.csv")}
+    assert remarks.keys() == {"a.csv", "b.csv", "broken.png", "c.csv"} and rows[4]["flat"] == ""
+    assert remarks["a.csv"] == "2 of 5 rows hold no number" and remarks["broken.png"]
+    assert "constant" in remarks["b.csv"] and "is empty" in remarks["c.csv"]
     for row in (rows[0], rows[3]):
         shares = {name: float(row[name]) for name in CLASSES}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4) and row["predicted"] == max(shares, key=shares.get)
@@ -510,8 +507,9 @@ def test_where_no_plot_can_be_read_the_table_says_why_and_inference_fails(traine
         == 1
     )
     assert "error: No file can be read; the last, " in capsys.readouterr().err
-    (row,) = read_rows(tmp_path / "results" / "vae_classifier_predictions" / "predictions.csv")
-    assert row["predicted"] == "error" and row["reason"]
+    out = tmp_path / "results" / "vae_classifier_predictions"
+    (row,), (remark,) = read_rows(out / "predictions.csv"), read_rows(out / "remarks.csv")
+    assert row["predicted"] == "error" and remark["path"] == row["path"] and remark["remark"]
 
 
 def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, capsys):
@@ -567,7 +565,7 @@ def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monke
             == 0
         )
         assert len(read_rows(Path("more/results/vae_classifier_predictions/predictions.csv"))) == N_TEST
-    assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 1  # asked for, with the table
+    assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 2  # asked for, with the tables
 
 
 def test_what_is_flagged_is_said_to_be_none_of_these(model):
@@ -674,7 +672,6 @@ def test_the_callers_own_class_names_are_those_of_the_table(trained, model, tmp_
         "eben",
         "Sprung",
         "Anstieg",
-        "reason",
     }
 
 
@@ -742,10 +739,10 @@ def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
         np.array([1, 1, 1, 0, 0, 0]),
         [each._replace(path=Path("unknown") / each.path.name) for each in kept],
     )
-    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters).startswith(
-        ": adjusted Rand index 1.000 against the classes of 6 plots"
+    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters) == (
+        {"adjusted_rand_index": 1.0, "n_plots": 6}
     )
-    assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == ""
+    assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == {}
 
 
 @pytest.mark.drawn
@@ -758,6 +755,8 @@ def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, ca
     capsys.readouterr()
     assert run_inference(data / "test", *flags, "--clusters", 3, "--scatter", "pca") == 0
     assert "3 clusters: adjusted Rand index" in capsys.readouterr().out
+    told = json.loads((tmp_path / "results" / "latent" / "clusters.json").read_text())
+    assert (told["n_clusters"], told["n_plots"]) == (3, len(rows)) and -1 <= told["adjusted_rand_index"] <= 1
     rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
     assert list(rows[0])[:4] == ["path", "predicted", "cluster", "mu_0"] and {row["cluster"] for row in rows} == {
         "0",

@@ -399,6 +399,16 @@ def test_classification_report_agrees_with_scikit_learn():
     json.dumps(report, allow_nan=False)
 
 
+def test_rates_of_few_plots_have_wilsons_interval_and_without_any_none():
+    report = evaluation.classification_report_dict(np.array([[3, 0, 0], [1, 2, 0], [0, 0, 0]]), list("abc"))
+    assert report["accuracy"] == {"value": 5 / 6, "ci95": list(evaluation.wilson_interval(5, 6))}
+    a, b, c = (report["per_class"][name] for name in "abc")
+    assert a["recall"] == {"value": 1.0, "ci95": list(evaluation.wilson_interval(3, 3))}
+    assert a["precision"]["ci95"] == list(evaluation.wilson_interval(3, 4))
+    assert b["precision"]["ci95"] == list(evaluation.wilson_interval(2, 2)) and b["precision"]["ci95"][0] < 0.5
+    assert c["recall"] == c["precision"] == {"value": 0.0}
+
+
 def test_confusion_matrices_of_batches_add_up_and_bad_classes_are_refused():
     true, predicted = [0, 1, 2, 2, 1], [0, 2, 2, 1, 1]
     whole = evaluation.confusion_matrix(true, predicted, 3)

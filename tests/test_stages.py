@@ -110,6 +110,7 @@ def test_training_writes_what_the_contract_names(trained):
         "models/config.yaml",
         "metrics/training_curves.png",
         "metrics/training_history.json",
+        "metrics/calibration.json",
         "reconstructions/train/epoch_2.png",
         "reconstructions/validation/scratch_epoch_2.png",
         "reconstructions/validation/good_epoch_2.png",
@@ -117,6 +118,9 @@ def test_training_writes_what_the_contract_names(trained):
         assert (trained / name).stat().st_size > 0, name
     history = json.loads((trained / "metrics" / "training_history.json").read_text())["epochs"]
     assert [each["epoch"] for each in history] == [1, 2]
+    kept = classify_images.load_detector(trained / "models" / "best_model.pth").calibration
+    told = json.loads((trained / "metrics" / "calibration.json").read_text())
+    assert (told["threshold"], told["promised"]) == (kept.threshold, kept.promised)
     assert {"train/total", "val/total", "train/l1", "train/kl", "train/kl_detail"} <= set(history[0])
 
 
@@ -334,6 +338,7 @@ def test_test_stage_reports_figures_scores_and_maps(data, trained, tmp_path, cap
     assert {"auroc", "average_precision", "f1"} <= set(report["image"])
     assert {"auroc", "average_precision", "aupro", "f1", "iou", "f1_max", "iou_max"} <= set(report["pixel"])
     assert {"mse", "psnr", "ssim", "skip_leak"} <= set(report["reconstruction"])
+    assert report["categories"]["good"]["reconstruction"] == report["reconstruction"] and report["skipped"] == []
     assert {"categories", "threshold", "alpha", "false_alarm_rate"} <= set(report)
     assert {"auroc", "f1"} <= set(report["drawn_defects"]["image"]) and {
         "auroc",
@@ -629,6 +634,23 @@ def test_strips_too_thin_to_draw_on_are_tested_all_the_same(data, tmp_path):
     assert (
         "drawn_defects" not in report and set(report["reconstruction"]) == {"mse", "psnr"} and report["n_images"] == 8
     )
+
+
+def test_a_test_image_that_cannot_be_read_is_told_in_the_report(data, trained, tmp_path):
+    root = tmp_path / "d"
+    shutil.copytree(data, root)
+    (root / "test" / "good" / "000.png").write_bytes(b"no picture")
+    settings = config.DetailTestSettings(
+        data_dir=str(root),
+        model=str(trained / "models" / "best_model.pth"),
+        output_dir=str(tmp_path),
+        pictures=False,
+        bootstrap=0,
+    )
+    test_stage.main(settings)
+    report = json.loads((tmp_path / "test_results" / "metrics" / "test_metrics.json").read_text())
+    (told,) = report["skipped"]
+    assert told["image"] == "test/good/000.png" and "image" in told["reason"] and report["n_images"] == 7
 
 
 def test_an_interrupted_test_leaves_the_rows_of_what_it_judged_and_no_earlier_figures(
