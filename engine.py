@@ -479,6 +479,7 @@ def save_training(
         "scheduler": scheduler.state_dict(),
         "scaler": run.runtime.scaler.state_dict(),
         "random": random_state(),
+        "epoch": len(run.history),
         "history": run.history,
         "best": run.best,
         "best_epoch": run.best_epoch,

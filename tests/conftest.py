@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -130,6 +132,25 @@ def run_readme_code(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         names = {}
         exec(code, names)
+        return names
+
+    return run
+
+
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    """``run_notebook("detail_vae")`` runs the cells of that notebook in tmp_path/notebooks, and returns its names."""
+
+    def run(name):
+        path = Path(__file__).parent.parent / "notebooks" / f"{name}.ipynb"
+        cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        assert cells and not any(cell["outputs"] for cell in cells), "expected a notebook without outputs"
+        (tmp_path / "notebooks").mkdir()
+        monkeypatch.chdir(tmp_path / "notebooks")
+        monkeypatch.setattr(sys, "path", sys.path.copy())
+        names = {}
+        for cell in cells:
+            exec("".join(cell["source"]), names)
         return names
 
     return run

@@ -661,6 +661,16 @@ def test_readmes_lines_run(trained, tmp_path, run_readme_code):
     ).is_file()
 
 
+@pytest.mark.drawn
+def test_the_notebook_of_the_classifier_runs(trained, tmp_path, run_notebook, capsys):
+    data, out = trained
+    shutil.copytree(out / "vae_models", tmp_path / "vae_models")
+    shutil.copytree(data / "test", tmp_path / "data" / "demo_series" / "test")
+    names = run_notebook("vae_classifier")
+    assert names["confusion"].sum() == len(names["points"]) == 3 * N_TEST
+    assert set(names["probs"]) == set(CLASSES) and "'value': " in capsys.readouterr().out
+
+
 def test_the_callers_own_class_names_are_those_of_the_table(trained, model, tmp_path):
     results = inference.batch_predict(trained[0] / "test", model, ["eben", "Sprung", "Anstieg"], output_dir=tmp_path)
     rows = read_rows(tmp_path / "predictions.csv")

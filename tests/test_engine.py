@@ -285,6 +285,7 @@ def line_run():
 def test_a_run_may_be_resumed_where_losses_are_scaled_but_not_with_fewer_epochs(tmp_path):
     plain, optimizer, scheduler = line_run()
     engine.save_training(plain, optimizer, scheduler, tmp_path / "last.pth", "line", tmp_path / "history.json")
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["epoch"] == 1
     scaled = SimpleNamespace(
         **{
             **vars(plain),

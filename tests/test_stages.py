@@ -1348,6 +1348,15 @@ def test_readmes_notebook_lines_run(data, trained, tmp_path, run_readme_code, ca
     )
 
 
+@pytest.mark.drawn
+def test_the_notebook_of_detail_vae_runs(data, trained, tmp_path, run_notebook, capsys):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    shutil.copytree(data / "test", tmp_path / "data" / "demo_textures" / "test")
+    names = run_notebook("detail_vae")
+    assert len(names["judged"]) == len(names["is_defective"]) == 8 and sum(names["is_defective"]) == 4
+    assert capsys.readouterr().out.count(", p = ") == 5 and names["output"].reconstruction.shape == (1, 3, 64, 64)
+
+
 @pytest.mark.parametrize(("drawn_defects", "head"), [(0.75, True), (0.0, False)])
 def test_without_drawn_defects_there_is_no_head_to_outline_them(data, tmp_path, drawn_defects, head):
     detector = classify_images.load_detector(
