@@ -16,6 +16,7 @@ import gc
 import importlib
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -1018,10 +1019,13 @@ def read_yaml(path: str) -> dict:
     return values
 
 
-def _nearest(word: str, known) -> str:
-    """The end of a sentence about an unknown word."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else "."
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the known one with those initials, as of ``lr``, else the one most
+    alike.
+    """
+    bare, names = word.strip("-"), {name.strip("-"): name for name in sorted(known)}
+    of_initials = [name for name in names if "".join(part[0] for part in re.split("[-_]", name)) == bare]
+    return f"; did you mean '{names[(of_initials or difflib.get_close_matches(bare, names, 1, cutoff=0.0))[0]]}'?"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -200,9 +200,13 @@ def test_every_preset_is_valid_for_every_stage_that_can_take_it(path):
 # ------------------------------------------------------------------------------------------ what is refused
 
 
-def test_an_unknown_flag_names_the_nearest():
-    message = refused(config.TrainSettings, "--epoch", "3")
-    assert "'--epoch'" in message and "did you mean '--epochs'?" in message and "--help" in message
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("--epoch", "--epochs"), ("--lr", "--learning-rate"), ("--bs", "--batch-size"), ("--zq", None)],
+)
+def test_an_unknown_flag_names_the_nearest(flag, nearest):
+    message = refused(config.TrainSettings, flag, "3")
+    assert f"'{flag}'" in message and f"did you mean '{nearest or '--'}" in message and "--help" in message
 
 
 def test_flags_are_not_guessed_from_their_beginning():
@@ -210,9 +214,10 @@ def test_flags_are_not_guessed_from_their_beginning():
 
 
 def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path):
-    path = write_yaml(tmp_path, "batchsize: 3\n")
-    message = refused(config.TrainSettings, "--config", path)
-    assert "'batchsize'" in message and "did you mean 'batch_size'?" in message and path in message
+    for key, nearest in (("batchsize", "batch_size"), ("lr", "learning_rate")):
+        path = write_yaml(tmp_path, f"{key}: 3\n")
+        message = refused(config.TrainSettings, "--config", path)
+        assert f"'{key}'" in message and f"did you mean '{nearest}'?" in message and path in message
 
 
 @pytest.mark.parametrize(
