@@ -29,6 +29,7 @@ import files
 import image_folders
 import test_vae
 import train_with_validation
+from detail_training import BEST
 
 DEFAULT, N_SEEDS = "everything", 3
 TRAINED = {
@@ -168,7 +169,7 @@ def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
             train_with_validation.main,
             config.TrainSettings,
             "--weights",
-            folder(DEFAULT) / train_with_validation.BEST,
+            folder(DEFAULT) / BEST,
             *common,
             *RECALIBRATED[name],
         )
@@ -177,7 +178,7 @@ def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
         test_vae.main,
         config.DetailTestSettings,
         "--model",
-        here / train_with_validation.BEST,
+        here / BEST,
         *common,
         "--no-pictures",
         "--bootstrap",

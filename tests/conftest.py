@@ -19,9 +19,9 @@ from torch import nn
 
 import config
 import data_loader
+import detail_training
 import files
 import plots
-import train_with_validation
 import trimming
 import vae_model
 
@@ -32,7 +32,7 @@ def few_pictured_and_shown():
     for the model that images are compared by.
     """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_with_validation, "N_PICTURED", 1)
+        patched.setattr(detail_training, "N_PICTURED", 1)
         patched.setattr(trimming, "N_SHOWN", 8)
         yield
 

@@ -35,6 +35,7 @@ LEVELS = {
     "vae_model": 4,
     "classifier_data": 5,
     "crop_training": 5,
+    "detail_training": 5,
     "trimming": 5,
     "vae_classifier": 5,
     "train_with_validation": 6,

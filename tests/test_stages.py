@@ -22,6 +22,7 @@ import config
 import crop_training
 import data_loader
 import data_loader_supervised
+import detail_training
 import engine
 import image_files
 import image_folders
@@ -243,7 +244,7 @@ def test_the_least_usual_of_the_good_images_can_be_left_out(data, tmp_path, tiny
         run = train_stage.prepare(settings)
         assert odd not in run.training.paths + run.held_paths and len(run.training.paths + run.held_paths) == 12
         assert f"{odd} is left out" in capsys.readouterr().err
-        calibration = train_stage.calibrated_detector(run).calibration
+        calibration = detail_training.calibrated_detector(run).calibration
         assert (
             not calibration.promised
             and not calibration.at(0.5).promised
@@ -597,7 +598,7 @@ def test_grey_bars_are_no_pixels_to_be_reconstructed(data, tmp_path):
             wide / f"{index}.png", cv2.imread(str(data / "test" / "good" / "000.png"))[: (40, 12, 8)[index]]
         )
     batch = data_loader.load_batch(wide, 64, "letterbox")
-    detector = train_stage.calibrated_detector(
+    detector = detail_training.calibrated_detector(
         train_stage.prepare(
             config.from_dict(config.TrainSettings, {**TINY, "data_dir": str(data), "resize": "letterbox"})
         )
@@ -702,7 +703,7 @@ def test_grey_bars_are_no_pixels_to_calibrate_on(data, tmp_path, preprocessed):
     held = image_folders.split_holdout(image_folders.find_images(root), settings.holdout_frac, settings.seed)[1]
     held[0].write_bytes(b"broken")
     run = train_stage.prepare(settings)
-    detector = train_stage.calibrated_detector(run)
+    detector = detail_training.calibrated_detector(run)
     batch = next(data_loader.iter_image_batches(held, 64, "letterbox", 12))
     maps = [
         each.defect_map[window]
@@ -726,9 +727,9 @@ def test_a_finished_model_outlines_what_was_drawn_on_held_out_images(data, tmp_p
             config.TrainSettings, {**TINY, "data_dir": str(data), "output_dir": str(tmp_path), **changes}
         )
         run = train_stage.prepare(settings)
-        found = [train_stage.calibrated_detector(run).calibration]
+        found = [detail_training.calibrated_detector(run).calibration]
         run.finished, run.calibrated = True, None
-        return [each.pixel_threshold for each in [*found, train_stage.calibrated_detector(run).calibration]]
+        return [each.pixel_threshold for each in [*found, detail_training.calibrated_detector(run).calibration]]
 
     unfinished, finished = thresholds()
     assert unfinished != finished
@@ -1119,7 +1120,7 @@ def test_weights_are_not_calibrated_anew_on_other_good_images(tmp_path, capsys):
 def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
     train(data, tmp_path, epochs=1)
     before = (tmp_path / "models" / "best_model.pth").read_bytes()
-    monkeypatch.setattr(train_stage.DetailLoss, "_weigh", lambda self, terms, scale: terms["mse"] * float("nan"))
+    monkeypatch.setattr(vae_model.DetailLoss, "_weigh", lambda self, terms, scale: terms["mse"] * float("nan"))
     with pytest.raises(config.InputError, match=r"nan.*; .*best_model\.pth of epoch 1 is kept\.$"):
         train(data, tmp_path, epochs=2, resume=True)
     with pytest.raises(config.InputError, match=r"nan.*; .*best_model\.pth is of an earlier run\.$"):
