@@ -31,6 +31,7 @@ import evaluation
 import files
 import train_vae_classifier as stage
 from classifier_data import read_plots
+from classifier_training import Run, WeightAverage, batches
 from vae_classifier import smoothed_targets, view_log_probabilities
 
 HEAD_WIDTH = 256
@@ -77,7 +78,7 @@ class CrossEntropy:
         }, logits
 
 
-def fit(run: stage.Run, epochs: int, title: str) -> None:
+def fit(run: Run, epochs: int, title: str) -> None:
     """Train ``run.model`` on ``run.loss`` for so many epochs; the average of its weights follows in ``run.judged``."""
     loader = stage.make_loader(run)
     optimizer, scheduler = stage.make_optimizer(run, epochs * len(loader))
@@ -96,22 +97,22 @@ def fit(run: stage.Run, epochs: int, title: str) -> None:
             )
 
 
-def with_average(run: stage.Run, model: nn.Module, averaged: nn.Module) -> None:
+def with_average(run: Run, model: nn.Module, averaged: nn.Module) -> None:
     run.model = model
-    run.average = stage.WeightAverage(model, averaged.eval(), run.settings.ema_decay)
+    run.average = WeightAverage(model, averaged.eval(), run.settings.ema_decay)
 
 
-def train_joint(run: stage.Run) -> None:
+def train_joint(run: Run) -> None:
     fit(run, run.settings.epochs, "joint")
 
 
-def train_resnet(run: stage.Run) -> None:
+def train_resnet(run: Run) -> None:
     with_average(run, *(run.runtime.put_model(PlainResNet(len(run.classes))) for _ in range(2)))
     run.loss = CrossEntropy(run.settings.label_smoothing)
     fit(run, run.settings.epochs, "resnet")
 
 
-def train_frozen(run: stage.Run) -> None:
+def train_frozen(run: Run) -> None:
     """A VAE that sees no label, then a head of two layers on its frozen means."""
     n_head = max(1, round(run.settings.head_share * run.settings.epochs))
     run.loss.settings = run.settings.replace(class_weight=0.0)
@@ -131,10 +132,10 @@ METHODS = {"joint": train_joint, "resnet": train_resnet, "frozen": train_frozen}
 
 
 @torch.inference_mode()
-def predicted(run: stage.Run, images: np.ndarray) -> np.ndarray:
+def predicted(run: Run, images: np.ndarray) -> np.ndarray:
     """Classes (n,) of plots, all named from four flips."""
     model, found = run.judged.eval(), []
-    for batch in stage.batches(images, run.settings.batch_size, run.runtime):
+    for batch in batches(images, run.settings.batch_size, run.runtime):
         views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]))
         found.append(views.mean(0).argmax(1).cpu().numpy())
     return np.concatenate(found)

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+import classifier_training
 import config
 import data_loader_supervised as plot_loader
 import engine
 import inference_vae_classifier as inference
 import train_vae_classifier as training
 import vae_classifier
+from classifier_training import BEST
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["flat", "jump", "rise"]
@@ -85,7 +87,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def model(trained):
-    return inference.load_vae_classifier(trained[1] / training.BEST)[0]
+    return inference.load_vae_classifier(trained[1] / BEST)[0]
 
 
 def run_inference(*argv):
@@ -171,17 +173,17 @@ def test_the_history_names_every_number_and_no_time(trained):
 
 
 def test_the_best_epoch_is_judged_on_all_validation_plots():
-    assert training.validation_score({"val/macro_f1": 0.8, "test/macro_f1": 0.1}) == 0.8
-    assert training.validation_score(
+    assert classifier_training.validation_score({"val/macro_f1": 0.8, "test/macro_f1": 0.1}) == 0.8
+    assert classifier_training.validation_score(
         {"val/macro_f1": 0.8, "fresh/macro_f1": 0.6, "train/macro_f1": 0.1}
     ) == pytest.approx(0.7)
 
 
 def test_the_checkpoint_is_enough_for_inference(trained):
-    contents = engine.load_checkpoint(trained[1] / training.BEST, vae_classifier.KIND)
+    contents = engine.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
     assert contents["class_names"] == CLASSES and contents["image_size"] == 64
     assert contents["settings"]["crop_axes"] is True and list(contents["calibration"]["scores"]) == ["real"]
-    last = engine.load_checkpoint(trained[1] / training.LAST, f"{vae_classifier.KIND}_training")
+    last = engine.load_checkpoint(trained[1] / classifier_training.LAST, f"{vae_classifier.KIND}_training")
     assert {"optimizer", "scheduler", "random", "averaged"} <= last.keys()
 
 
@@ -205,9 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
     training.main(settings.replace(resume=True))
     history = "results/vae_classifier_history.json"
     assert (tmp_path / "out" / history).read_bytes() == (out / history).read_bytes()
-    ours, theirs = (
-        engine.load_checkpoint(folder / training.BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out)
-    )
+    ours, theirs = (engine.load_checkpoint(folder / BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out))
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     assert (
         ours["calibration"]["scores"] == theirs["calibration"]["scores"]
@@ -284,25 +284,25 @@ def test_a_diverged_run_says_which_checkpoint_is_kept_where_there_is_one(trained
 def test_a_run_that_diverges_within_its_last_step_says_so(trained, tmp_path, learning_rate):
     with pytest.raises(engine.DivergedError, match=r"try a lower --learning-rate"):
         training.main(settings_for(trained[0], tmp_path, epochs=1, learning_rate=learning_rate, batch_size=64))
-    assert not (tmp_path / training.BEST).exists()
+    assert not (tmp_path / BEST).exists()
 
 
 def test_a_validation_that_is_not_finite_ends_training_and_keeps_what_was_best(trained, tmp_path, monkeypatch):
-    save_best = training.save_best
+    save_best = classifier_training.save_best
 
     def broken_later(run, *rest):
         if len(run.history) > 1:
             raise KeyboardInterrupt
         save_best(run, *rest)
 
-    monkeypatch.setattr(training, "save_best", broken_later)
+    monkeypatch.setattr(classifier_training, "save_best", broken_later)
     monkeypatch.setattr(training, "validation_score", lambda row: row["epoch"])
     runs, prepare = [], training.prepare
     monkeypatch.setattr(training, "prepare", lambda settings: runs.append(prepare(settings)) or runs[-1])
     with pytest.raises(KeyboardInterrupt):
         training.main(settings_for(trained[0], tmp_path))
     assert (runs[0].best, runs[0].best_epoch) == (1, 1)
-    assert engine.load_checkpoint(tmp_path / training.BEST, vae_classifier.KIND)["epoch"] == 1
+    assert engine.load_checkpoint(tmp_path / BEST, vae_classifier.KIND)["epoch"] == 1
     evaluate = engine.evaluate
     monkeypatch.setattr(engine, "evaluate", lambda *rest: {**evaluate(*rest), "total": float("nan")})
     with pytest.raises(
@@ -464,7 +464,15 @@ def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):
     inputs = [data / "test" / "rise", good_csv, bad_csv, tmp_path / "broken.png", empty, noise]
     assert (
         run_inference(
-            *inputs, "--model", out / training.BEST, "--output-dir", tmp_path, "--max-pictures", 2, "--batch-size", 2
+            *inputs,
+            "--model",
+            out / BEST,
+            "--output-dir",
+            tmp_path,
+            "--max-pictures",
+            2,
+            "--batch-size",
+            2,
         )
         == 0
     )
@@ -502,7 +510,12 @@ def test_where_no_plot_can_be_read_the_table_says_why_and_inference_fails(traine
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert (
         run_inference(
-            tmp_path / "broken.png", "--model", trained[1] / training.BEST, "--output-dir", tmp_path, "--encode"
+            tmp_path / "broken.png",
+            "--model",
+            trained[1] / BEST,
+            "--output-dir",
+            tmp_path,
+            "--encode",
         )
         == 1
     )
@@ -514,7 +527,7 @@ def test_where_no_plot_can_be_read_the_table_says_why_and_inference_fails(traine
 
 def test_many_files_get_a_summary_and_no_pictures_means_none(trained, tmp_path, capsys):
     data, out = trained
-    assert run_inference(data / "train", "--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures") == 0
+    assert run_inference(data / "train", "--model", out / BEST, "--output-dir", tmp_path, "--no-pictures") == 0
     said = capsys.readouterr().out
     assert f"{3 * N_TRAIN} files, 0 unreadable" in said and "0.png" not in said
     counted = {line.split()[0]: int(line.split()[1]) for line in said.splitlines() if line.split()[0] in CLASSES}
@@ -528,12 +541,12 @@ def test_the_longest_file_names_cost_nothing(trained, tmp_path):
     (tmp_path / "plots").mkdir()
     for name in ("l" * 251, "l" * 250 + "m", "ä" * 125):
         (tmp_path / "plots" / f"{name}.png").write_bytes(plot)
-    assert run_inference(tmp_path / "plots", "--model", out / training.BEST, "--output-dir", tmp_path) == 0
+    assert run_inference(tmp_path / "plots", "--model", out / BEST, "--output-dir", tmp_path) == 0
     folder = tmp_path / "results" / "vae_classifier_predictions"
     assert len(read_rows(folder / "predictions.csv")) == len(list(folder.glob("*.png"))) == 3
     series_csv(tmp_path / "csvs" / f"{'l' * 251}.csv")
     assert plot_loader.render_folder(tmp_path / "csvs", tmp_path / "drawn", 0)["rendered"] == 1
-    model, names = inference.load_vae_classifier(out / training.BEST)
+    model, names = inference.load_vae_classifier(out / BEST)
     inference.predict_from_csv(tmp_path / "csvs" / f"{'l' * 251}.csv", model, names, output_dir=tmp_path / "drawn")
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
@@ -543,7 +556,7 @@ def test_pictures_of_an_earlier_run_are_removed_unless_they_are_given(trained, t
     data, out = trained
     folder, flags = (
         tmp_path / "results" / "vae_classifier_predictions",
-        ["--model", out / training.BEST, "--output-dir", tmp_path],
+        ["--model", out / BEST, "--output-dir", tmp_path],
     )
     assert run_inference(data / "test", *flags) == 0
     shutil.copy(folder / "00001_0.png", folder / "mine.png")
@@ -560,10 +573,7 @@ def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert len(inference.batch_predict("plots", model, CLASSES, output_dir="plots/found")) == N_TEST
-        assert (
-            run_inference("more", "more/*", "--model", out / training.BEST, "--output-dir", "more", "--scatter", "pca")
-            == 0
-        )
+        assert run_inference("more", "more/*", "--model", out / BEST, "--output-dir", "more", "--scatter", "pca") == 0
         assert len(read_rows(Path("more/results/vae_classifier_predictions/predictions.csv"))) == N_TEST
     assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 2  # asked for, with the tables
 
@@ -586,7 +596,7 @@ def test_what_is_flagged_is_said_to_be_none_of_these(model):
 def test_the_four_functions_for_notebooks(trained, model, tmp_path, monkeypatch):
     data, out = trained
     monkeypatch.chdir(tmp_path)
-    loaded, class_names = inference.load_vae_classifier(str(out / training.BEST), torch.device("cpu"))
+    loaded, class_names = inference.load_vae_classifier(str(out / BEST), torch.device("cpu"))
     path = data / "test" / "jump" / "0.png"
     predicted, probs, reconstruction = inference.predict_single_image(
         image_path=str(path),
@@ -649,7 +659,7 @@ def test_a_model_and_its_class_names_belong_together(trained, model, tmp_path):
 
 def test_readmes_lines_run(trained, tmp_path, run_readme_code):
     (tmp_path / "vae_models").mkdir()
-    shutil.copy(trained[1] / training.BEST, tmp_path / "vae_models" / "best_vae_classifier.pth")
+    shutil.copy(trained[1] / BEST, tmp_path / "vae_models" / "best_vae_classifier.pth")
     shutil.copy(trained[0] / "test" / "flat" / "0.png", tmp_path / "one.png")
     series_csv(tmp_path / "series.csv")
     names = run_readme_code("load_vae_classifier")
@@ -706,7 +716,7 @@ def test_model_and_images_meet_on_the_device_asked_for_or_the_models_own(trained
         (inference.batch_predict, trained[0] / "test"),
         (inference.predict_from_csv, series_csv(tmp_path / "s.csv")),
     ):
-        model = inference.load_vae_classifier(trained[1] / training.BEST)[0]
+        model = inference.load_vae_classifier(trained[1] / BEST)[0]
         for asked, expected in ((None, "cpu"), ("meta", "meta"), (None, "meta")):
             with pytest.raises(Judged, match=expected):
                 call(path, model, CLASSES, asked)
@@ -758,7 +768,7 @@ def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
 @pytest.mark.drawn
 def test_latent_table_scatter_generation_and_interpolation(trained, tmp_path, capsys):
     data, out = trained
-    flags = ["--model", out / training.BEST, "--output-dir", tmp_path, "--no-pictures"]
+    flags = ["--model", out / BEST, "--output-dir", tmp_path, "--no-pictures"]
     assert run_inference(data / "test", *flags, "--encode", "--scatter", "pca") == 0
     rows = read_rows(tmp_path / "results" / "latent" / "latent.csv")
     assert len(rows) == 3 * N_TEST and list(rows[0]) == ["path", "predicted", *(f"mu_{i}" for i in range(4))]
@@ -806,7 +816,7 @@ def test_a_plot_that_cannot_be_read_costs_the_clusters_but_not_the_latent_table(
             "--clusters",
             N_TEST + 1,
             "--model",
-            trained[1] / training.BEST,
+            trained[1] / BEST,
             "--output-dir",
             tmp_path,
             "--no-pictures",
@@ -833,7 +843,7 @@ def test_wrong_usage_is_answered_in_one_sentence(trained, tmp_path, capsys, argv
     data, out = trained
     engine.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"model": {}})
     given = [each.format(data=data, detail=tmp_path / "detail.pth") for each in argv]
-    assert run_inference("--model", out / training.BEST, *given, "--output-dir", tmp_path) == code
+    assert run_inference("--model", out / BEST, *given, "--output-dir", tmp_path) == code
     assert words in one_sentence(capsys)
 
 
