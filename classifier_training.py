@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import config
 import data_loader
 import engine
@@ -78,7 +79,10 @@ class Run:
     @cached_property
     def sources(self) -> dict:
         folder = self.data.folder
-        return {"class_names": folder.classes, **engine.describe_files(folder.root, [path for path, _ in folder.train])}
+        return {
+            "class_names": folder.classes,
+            **checkpoints.describe_files(folder.root, [path for path, _ in folder.train]),
+        }
 
     @property
     def judged(self) -> VAEClassifier:
@@ -123,7 +127,7 @@ def save_best(run: Run, model: VAEClassifier, per_class: int, epoch: int) -> Non
     contents = vae_classifier.checkpoint_contents(
         model, calibrate(run, model, per_class), config.as_dict(run.settings), run.classes, epoch
     )
-    engine.save_checkpoint(run.out / BEST, KIND, contents)
+    checkpoints.save_checkpoint(run.out / BEST, KIND, contents)
 
 
 def validation_score(row: dict) -> float:
@@ -144,15 +148,17 @@ def keep_if_best(run: Run, macro_f1: float) -> bool:
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """The state from which --resume goes on, and the history so far."""
     averaged = {"averaged": run.average.averaged.state_dict(), "n_steps": run.average.n_steps}
-    engine.save_training(
+    checkpoints.save_training(
         run, optimizer, scheduler, run.out / LAST, KIND, run.out / "results" / "vae_classifier_history.json", averaged
     )
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """Continue from the last checkpoint, with the running average of weights."""
-    state = engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER, ("averaged", "n_steps"))
-    engine.load_weights(run.average.averaged, state["averaged"], run.out / LAST)
+    state = checkpoints.resume_training(
+        run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER, ("averaged", "n_steps")
+    )
+    checkpoints.load_weights(run.average.averaged, state["averaged"], run.out / LAST)
     run.average.n_steps = state["n_steps"]
 
 

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints import finite, load_checkpoint, reading_contents
 from config import DataSettings, MapSettings, from_dict
 from data_loader import assert_images
-from engine import Runtime, finite, load_checkpoint, make_runtime, reading_contents
+from engine import Runtime, make_runtime
 from evaluation import best_pixel_threshold, count_pixels, ssim_map
 from perceptual_loss import PerceptualLoss, weights_here
 from tiles import Blend, tile_corners, window

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checkpoints
 import config
 import data_loader
 import defect_maps
@@ -63,7 +64,7 @@ class Run:
 
     @cached_property
     def sources(self) -> dict:
-        return engine.describe_files(self.folder.root, self.folder.train_good + self.folder.validation_good)
+        return checkpoints.describe_files(self.folder.root, self.folder.train_good + self.folder.validation_good)
 
 
 # ------------------------------------------------------------------------------------ as it stands
@@ -117,7 +118,7 @@ def drawn_held_out(run: Run, detector: defect_maps.Detector) -> Iterator[tuple[T
 
 def save_model(run: Run, name: str, epoch: int) -> None:
     """A checkpoint with all that inference needs, of the model after that epoch."""
-    engine.save_checkpoint(
+    checkpoints.save_checkpoint(
         run.out / "models" / name, KIND, model_contents(run, calibrated_detector(run).calibration, epoch)
     )
 
@@ -156,7 +157,7 @@ def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
 def save_last(run: Run, optimizer: torch.optim.Optimizer, scheduler) -> None:
     """models/last.pth, from which --resume goes on, and the history so far."""
     history = run.out / "metrics" / "training_history.json"
-    engine.save_training(run, optimizer, scheduler, run.out / LAST, KIND, history, {"left_out": run.left_out})
+    checkpoints.save_training(run, optimizer, scheduler, run.out / LAST, KIND, history, {"left_out": run.left_out})
 
 
 # ------------------------------------------------------------------------------ what is shown of it

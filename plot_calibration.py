@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints import finite
 from defect_maps import p_value
-from engine import finite
 from plot_strokes import PROFILE_INK, ink_of
 
 TEMPERATURES = np.geomspace(0.1, 10.0, 400)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import checkpoints
 import data_loader
 import data_loader_supervised as plot_loader
 import engine
@@ -66,7 +67,7 @@ def main(settings: config.TrainClassifierSettings) -> None:
     """Train, and leave checkpoints, results, pictures, curves and history in the output folder."""
     run = prepare(settings if settings.data_dir else use_demo(settings))
     started = time.perf_counter()
-    with engine.telling_what_is_kept(run, run.out / BEST):
+    with checkpoints.telling_what_is_kept(run, run.out / BEST):
         train(run)
     print(
         f"best epoch {run.best_epoch} of {run.settings.epochs} (validation macro F1 {run.best:.4f}), "

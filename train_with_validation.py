@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 import crop_training
 import data_loader
 import defect_maps
@@ -86,7 +87,7 @@ def main(settings: config.TrainSettings) -> None:
     else:
         run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings)))
         started = time.perf_counter()
-        with engine.telling_what_is_kept(run, run.out / BEST):
+        with checkpoints.telling_what_is_kept(run, run.out / BEST):
             train(run)
         minutes = (time.perf_counter() - started) / 60
         plots.save(plots.training_curves(run.history, run.best_epoch), run.out / "metrics" / "training_curves.png")
@@ -211,7 +212,7 @@ def build_model(
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
         model.fit_feature_scale(runtime.put(batch) for batch in plain)
     else:
-        engine.load_weights(model, weights, settings.weights)
+        checkpoints.load_weights(model, weights, settings.weights)
     if model.n_features and (settings.map_bank or settings.score_bank):
         plain = training.plain_batches(settings.batch_size, N_STATISTICS)
         model.fit_bank((model.grid_features(runtime.put(batch)) for batch in plain), min(N_STATISTICS, len(training)))
@@ -229,17 +230,17 @@ def recalibrate(settings: config.TrainSettings) -> Run:
         InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was
             given and is otherwise there.
     """
-    contents = engine.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch", "finished"))
-    with engine.reading_contents(settings.weights):
+    contents = checkpoints.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch", "finished"))
+    with checkpoints.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
     fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS - PLACES)}
-    engine.require_same(
+    checkpoints.require_same(
         settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights."
     )
     ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
-    with engine.reading_contents(settings.weights):
-        engine.require_same_files(settings.weights, run, contents, "with --weights")
+    with checkpoints.reading_contents(settings.weights):
+        checkpoints.require_same_files(settings.weights, run, contents, "with --weights")
     run.finished = contents["finished"]
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
@@ -264,8 +265,8 @@ def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, 
     if settings.weights or settings.resume:
         resumed = Path(settings.output_dir) / LAST, f"{KIND}_training"
         path, kind = (settings.weights, KIND) if settings.weights else resumed
-        contents = engine.load_checkpoint(path, kind, ("left_out",))
-        with engine.reading_contents(path):
+        contents = checkpoints.load_checkpoint(path, kind, ("left_out",))
+        with checkpoints.reading_contents(path):
             found = list(map(str, contents["left_out"]))
     else:
         found = list(map(folder.relative, trimming.suspects(folder.train_good, settings, runtime)))
@@ -292,7 +293,7 @@ def train(run: Run) -> list[dict]:
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
-        engine.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
+        checkpoints.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
     else:
         save_last(run, optimizer, scheduler)
         files.remove_written(run.out, WRITTEN)
@@ -333,10 +334,10 @@ def train(run: Run) -> list[dict]:
 
 def finish(run: Run) -> None:
     """Let the best model learn from crops what it learns last, where it has not yet, and picture it."""
-    contents = engine.load_checkpoint(run.out / BEST, KIND, ("model", "finished"))
+    contents = checkpoints.load_checkpoint(run.out / BEST, KIND, ("model", "finished"))
     if contents["finished"]:
         return
-    engine.load_weights(run.model, contents["model"], run.out / BEST)
+    checkpoints.load_weights(run.model, contents["model"], run.out / BEST)
     run.calibrated = None
     if run.settings.drawn_defects:
         n = crop_training.n_images(run.settings, len(run.history) * len(run.training))

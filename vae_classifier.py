@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import (
     CLASSES,
     ClassifierLossSettings,
@@ -31,7 +32,7 @@ from config import (
 )
 from data_loader import assert_images
 from data_loader_supervised import four_flips
-from engine import load_checkpoint, load_weights, reading_contents, resolve_device
+from engine import resolve_device
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
 from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
@@ -436,7 +437,7 @@ def tiled(rows: Sequence[Tensor], gap_px: int = 4) -> np.ndarray:
 def checkpoint_contents(
     model: VAEClassifier, calibration: ClassifierCalibration, settings: dict, class_names: Sequence[str], epoch: int
 ) -> dict:
-    """All that inference needs, for ``engine.save_checkpoint``."""
+    """All that inference needs, for ``checkpoints.save_checkpoint``."""
     return {
         "settings": settings,
         "value_range": [0.0, 1.0],

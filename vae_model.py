@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import LossSettings, ModelSettings, from_dict
 from data_loader import assert_images
-from engine import load_checkpoint, load_weights, reading_contents, resolve_device
+from engine import resolve_device
 from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
 
@@ -954,7 +955,7 @@ def _strided(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
 
 
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:
-    """The model in a checkpoint that ``engine.load_checkpoint`` has read, in evaluation mode."""
+    """The model in a checkpoint that ``checkpoints.load_checkpoint`` has read, in evaluation mode."""
     with reading_contents(path):
         model = DetailVAE(from_dict(ModelSettings, contents["settings"]), weights_here(contents["settings"]))
     return load_weights(model, contents["model"], path).eval()

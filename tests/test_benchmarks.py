@@ -15,10 +15,10 @@ from test_classifier_stages import make_data as make_plots
 from test_classifier_stages import settings_for as classifier_settings
 from test_stages import make_data as make_parts
 
+import checkpoints
 import config
 import data_loader
 import defect_maps
-import engine
 import image_files
 import image_folders
 import vae_classifier
@@ -339,9 +339,9 @@ def test_the_ablation_leaves_out_what_a_row_says(ablated):
 
 def test_a_row_of_maps_keeps_the_weights_of_the_first(ablated):
     weights = [
-        engine.load_checkpoint(ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",))[
-            "model"
-        ]
+        checkpoints.load_checkpoint(
+            ablated / "ablation" / name / "models" / "best_model.pth", "detail_vae", ("model",)
+        )["model"]
         for name in ("everything_3", "score_of_the_bank_alone_3")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

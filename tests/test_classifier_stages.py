@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import classifier_training
 import config
 import data_loader_supervised as plot_loader
@@ -180,10 +181,10 @@ def test_the_best_epoch_is_judged_on_all_validation_plots():
 
 
 def test_the_checkpoint_is_enough_for_inference(trained):
-    contents = engine.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
+    contents = checkpoints.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
     assert contents["class_names"] == CLASSES and contents["image_size"] == 64
     assert contents["settings"]["crop_axes"] is True and list(contents["calibration"]["scores"]) == ["real"]
-    last = engine.load_checkpoint(trained[1] / classifier_training.LAST, f"{vae_classifier.KIND}_training")
+    last = checkpoints.load_checkpoint(trained[1] / classifier_training.LAST, f"{vae_classifier.KIND}_training")
     assert {"optimizer", "scheduler", "random", "averaged"} <= last.keys()
 
 
@@ -207,7 +208,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
     training.main(settings.replace(resume=True))
     history = "results/vae_classifier_history.json"
     assert (tmp_path / "out" / history).read_bytes() == (out / history).read_bytes()
-    ours, theirs = (engine.load_checkpoint(folder / BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out))
+    ours, theirs = (
+        checkpoints.load_checkpoint(folder / BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out)
+    )
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     assert (
         ours["calibration"]["scores"] == theirs["calibration"]["scores"]
@@ -302,7 +305,7 @@ def test_a_validation_that_is_not_finite_ends_training_and_keeps_what_was_best(t
     with pytest.raises(KeyboardInterrupt):
         training.main(settings_for(trained[0], tmp_path))
     assert (runs[0].best, runs[0].best_epoch) == (1, 1)
-    assert engine.load_checkpoint(tmp_path / BEST, vae_classifier.KIND)["epoch"] == 1
+    assert checkpoints.load_checkpoint(tmp_path / BEST, vae_classifier.KIND)["epoch"] == 1
     evaluate = engine.evaluate
     monkeypatch.setattr(engine, "evaluate", lambda *rest: {**evaluate(*rest), "total": float("nan")})
     with pytest.raises(
@@ -841,7 +844,7 @@ def test_a_plot_that_cannot_be_read_costs_the_clusters_but_not_the_latent_table(
 )
 def test_wrong_usage_is_answered_in_one_sentence(trained, tmp_path, capsys, argv, code, words):
     data, out = trained
-    engine.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"model": {}})
+    checkpoints.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"model": {}})
     given = [each.format(data=data, detail=tmp_path / "detail.pth") for each in argv]
     assert run_inference("--model", out / BEST, *given, "--output-dir", tmp_path) == code
     assert words in one_sentence(capsys)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import defect_maps
 import engine
 import vae_model
@@ -738,8 +739,8 @@ def test_calibration_depends_on_the_good_images_alone(make_model):
 
 def test_a_calibration_survives_a_checkpoint(make_model, tmp_path):
     calibration = detector_of(make_model()).calibration
-    engine.save_checkpoint(tmp_path / "a.pth", "kind", {"calibration": calibration.as_dict()})
-    assert Calibration.from_dict(engine.load_checkpoint(tmp_path / "a.pth", "kind")["calibration"]) == calibration
+    checkpoints.save_checkpoint(tmp_path / "a.pth", "kind", {"calibration": calibration.as_dict()})
+    assert Calibration.from_dict(checkpoints.load_checkpoint(tmp_path / "a.pth", "kind")["calibration"]) == calibration
 
 
 def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
@@ -860,7 +861,7 @@ def contents_of(detector):
 
 def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_path):
     detector = detector_of(make_model("efficientnet_lite0"))
-    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents_of(detector))
+    checkpoints.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents_of(detector))
     loaded = defect_maps.load_detector(tmp_path / "a.pth")
     assert (loaded.image_size, loaded.resize, loaded.maps) == (64, "letterbox", PIXELS)
     assert loaded.calibration == detector.calibration
@@ -875,7 +876,7 @@ def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_p
 def test_a_file_with_a_part_missing_is_refused_in_a_sentence(make_model, tmp_path, missing):
     contents = contents_of(detector_of(make_model()))
     del contents[missing]
-    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
+    checkpoints.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
     with pytest.raises(InputError) as caught:
         defect_maps.load_detector(tmp_path / "a.pth")
     assert str(caught.value).endswith(".")
@@ -905,7 +906,7 @@ def test_contents_that_make_no_sense_are_refused_in_a_sentence(make_model, tmp_p
         del contents[where][key]
     else:
         contents[where][key] = value
-    engine.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
+    checkpoints.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents)
     with pytest.raises(InputError, match=r"is damaged: .*train again or take another checkpoint") as caught:
         defect_maps.load_detector(tmp_path / "a.pth")
     assert caught.value.exit_code == 1

@@ -25,6 +25,7 @@ LEVELS = {
     "series_plots": 1,
     "streams": 0,
     "tiles": 0,
+    "checkpoints": 2,
     "demo_textures": 2,
     "image_folders": 2,
     "data_loader": 3,

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import config
 import data_loader
-import engine
 import evaluation
 import plot_calibration as pc
 import vae_classifier as vc
@@ -502,7 +502,7 @@ def test_pictures_are_laid_out_in_rows():
 def save(network, path, **changes):
     settings = {**config.as_dict(config.TrainClassifierSettings(image_size=64)), **config.as_dict(network.settings)}
     contents = vc.checkpoint_contents(network, network.calibration, settings, ["a", "b", "c"], 7)
-    engine.save_checkpoint(path, vc.KIND, {**contents, **changes})
+    checkpoints.save_checkpoint(path, vc.KIND, {**contents, **changes})
     return path
 
 
@@ -537,7 +537,7 @@ def test_files_that_hold_no_classifier_are_refused_in_one_sentence(calibrated, t
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
         return str(caught.value)
 
-    engine.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"settings": {}, "model": {}})
+    checkpoints.save_checkpoint(tmp_path / "detail.pth", "detail_vae", {"settings": {}, "model": {}})
     assert "holds a 'detail_vae'; expected a 'vae_classifier'" in refusal(tmp_path / "detail.pth")
     assert "no checkpoint at" in refusal(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no model")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributions
 
+import checkpoints
 import engine
 import vae_model
 from config import InputError, LossSettings, as_dict
@@ -726,7 +727,7 @@ def test_without_backbone_there_are_no_feature_terms(make_model):
 
 def save(network, path, **changes):
     contents = {"settings": as_dict(network.settings), "model": network.state_dict(), **changes}
-    engine.save_checkpoint(path, vae_model.KIND, contents)
+    checkpoints.save_checkpoint(path, vae_model.KIND, contents)
     return path
 
 
@@ -773,7 +774,7 @@ def test_a_model_with_features_comes_back_with_their_scale(make_model, tmp_path)
 
 def test_a_file_that_does_not_hold_the_model_is_refused(make_model, tmp_path):
     model = make_model()
-    engine.save_checkpoint(tmp_path / "other.pth", "classifier", {})
+    checkpoints.save_checkpoint(tmp_path / "other.pth", "classifier", {})
     with pytest.raises(InputError, match="holds a 'classifier'; expected a 'detail_vae'"):
         vae_model.load_detail_vae(tmp_path / "other.pth")
     wider = {**as_dict(model.settings), "base_channels": 8}
