@@ -37,8 +37,7 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
     Raises:
         InputError: the folder cannot be written or the disk is full; an older file at the path is kept.
     """
-    content = io.BytesIO()
-    # on a full disk it would hide the reason
+    content = io.BytesIO()  # not the file itself: torch hides why it cannot be written, as on a full disk
     torch.save({"format": FORMAT, "kind": kind, "versions": versions(), **contents}, content)
     files.write_whole(Path(path), content.getbuffer(), sync=True)
 
