@@ -208,6 +208,11 @@ def save_training(
     files.write_json(history, {"best_epoch": run.best_epoch, "epochs": run.history})
 
 
+def load_training(path: Path | str, kind: str, needs: Iterable[str] = ()) -> dict:
+    """``load_checkpoint`` of what ``save_training`` wrote."""
+    return load_checkpoint(path, f"{kind}_training", needs)
+
+
 def require_same(path: Path | str, ours: dict, trained: dict, expected: str) -> None:
     """Raise InputError, naming the first that differs, where a checkpoint was trained with other settings than ours."""
     for key, value in ours.items():
@@ -230,7 +235,7 @@ def resume_training(
         InputError: there is none, it is damaged or incomplete, has more epochs behind it than there are in all, or was
             made with other data, or other settings than those that may differ.
     """
-    state = load_checkpoint(path, f"{kind}_training", (*STATE_OF_TRAINING, *more))
+    state = load_training(path, kind, (*STATE_OF_TRAINING, *more))
     with reading_contents(path):
         done, trained = len(state["history"]), dict(state["settings"])
         require_same(

@@ -104,6 +104,12 @@ def _expand(given: str | Path) -> list[Path]:
 # -------------------------------------------------------------------------------------------- data sets
 
 
+def is_flat(root: Path) -> bool:
+    """Whether a folder is one of good images, without train/good and test/."""
+    sorted_out = (root / "train" / "good").is_dir() or (root / "test").is_dir()
+    return not sorted_out and bool(files_under(root, deep=False))
+
+
 class MVTecItem(NamedTuple):
     path: Path
     category: str
@@ -140,7 +146,7 @@ class MVTecFolder:
                 f"The data folder {root} does not exist; expected a folder with train/good, or one of good images."
             )
         good = self.root / "train" / "good"
-        self.flat = not good.is_dir() and not (self.root / "test").is_dir() and bool(files_under(self.root, deep=False))
+        self.flat = is_flat(self.root)
         self.train_good = files_under(self.root, deep=False) if self.flat else files_under(good)
         self.validation_good = [] if self.flat else self._find_validation()
         self.test = [] if self.flat else self._find_test()

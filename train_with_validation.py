@@ -102,11 +102,12 @@ def main(settings: config.TrainSettings) -> None:
 
 
 def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
-    """Settings for ``data/`` where it holds train/good or good images themselves, else for the built-in demo and its
-    preset.
+    """Settings for ``data/`` where it holds train/good or is one folder of good images, else for the built-in demo
+    and its preset.
     """
-    if (Path("data") / "train" / "good").is_dir() or image_folders.files_under(Path("data"), deep=False):
-        return settings.replace(data_dir="data")
+    data = Path("data")
+    if (data / "train" / "good").is_dir() or image_folders.is_flat(data):
+        return settings.replace(data_dir=str(data))
     root = demo_textures.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
     print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
     preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
@@ -263,9 +264,9 @@ def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, 
     if not settings.trim_frac:
         return []
     if settings.weights or settings.resume:
-        resumed = Path(settings.output_dir) / LAST, f"{KIND}_training"
-        path, kind = (settings.weights, KIND) if settings.weights else resumed
-        contents = checkpoints.load_checkpoint(path, kind, ("left_out",))
+        resumed = Path(settings.output_dir) / LAST, checkpoints.load_training
+        path, load = (settings.weights, checkpoints.load_checkpoint) if settings.weights else resumed
+        contents = load(path, KIND, ("left_out",))
         with checkpoints.reading_contents(path):
             found = list(map(str, contents["left_out"]))
     else:

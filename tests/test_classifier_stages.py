@@ -184,7 +184,7 @@ def test_the_checkpoint_is_enough_for_inference(trained):
     contents = checkpoints.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
     assert contents["class_names"] == CLASSES and contents["image_size"] == 64
     assert contents["settings"]["crop_axes"] is True and list(contents["calibration"]["scores"]) == ["real"]
-    last = checkpoints.load_checkpoint(trained[1] / classifier_training.LAST, f"{vae_classifier.KIND}_training")
+    last = checkpoints.load_training(trained[1] / classifier_training.LAST, vae_classifier.KIND)
     assert {"optimizer", "scheduler", "random", "averaged"} <= last.keys()
 
 
