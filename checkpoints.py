@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import files
-from config import InputError, Settings, UsageError, as_dict, is_want_of_memory
+from config import InputError, Settings, UsageError, as_dict, is_out_of_memory
 from engine import DivergedError, Runtime, random_state, restore_random_state
 
 FORMAT = 13
@@ -87,7 +87,7 @@ def reading_contents(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (UsageError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        if is_want_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise InputError(
             f"{path} is damaged: what it holds cannot be used ({str(error).rstrip('.')}); train again "

@@ -41,7 +41,7 @@ class UsageError(InputError):
 # ---------------------------------------------------------------------------------------------- a field
 
 LARGEST_INT = 2**63 - 1
-"""More no library counts to."""
+"""Largest int64, which libraries count with."""
 
 
 def setting(
@@ -1020,9 +1020,7 @@ def read_yaml(path: str) -> dict:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: the known one with those initials, as of ``lr``, else the one most
-    alike.
-    """
+    """Suggestion for an unknown word, as the end of a sentence: by initials (``lr``), else by similarity."""
     bare, names = word.strip("-"), {name.strip("-"): name for name in sorted(known)}
     of_initials = [name for name in names if "".join(part[0] for part in re.split("[-_]", name)) == bare]
     return f"; did you mean '{names[(of_initials or difflib.get_close_matches(bare, names, 1, cutoff=0.0))[0]]}'?"
@@ -1132,7 +1130,7 @@ def run_script(
         print(f"error: {error.strerror or error}{where}.", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not is_want_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print("error: there is not enough memory; try a smaller --batch-size or --image-size.", file=sys.stderr)
         return 1
@@ -1141,7 +1139,7 @@ def run_script(
         return 130
 
 
-def is_want_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch on the CPU or torch on CUDA found no memory."""
     return (
         isinstance(error, MemoryError)

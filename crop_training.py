@@ -35,26 +35,33 @@ from vae_model import (
     sound_places,
 )
 
-N_DEFECTS, N_STRANGE = 5, 1
-"""Defects drawn on an image at most, and crops taken of it; so many of those lie where it deviates most although
-nothing is drawn (see ``strange_places``).
-"""
+N_DEFECTS = 5
+"""Defects drawn on an image, at most, and crops taken of it."""
+N_STRANGE = 1
+"""Of these crops, so many lie where the image deviates most although nothing is drawn (see ``strange_places``)."""
 STRANGE_FRAC = 0.01
 """Share of the places of an image that are called strange."""
 CROP_PX = 64
 """Side of a crop."""
 MOST_IMAGES = 800
 """Images where the settings name no number: a quarter of those shown in training, so many at most."""
-PIXEL_BATCH, PIXEL_STEPS_AN_IMAGE = 16, 0.6
-"""Crops in a step of the pixel branch, and its steps for each image."""
+PIXEL_BATCH = 16
+"""Crops in a step of the pixel branch."""
+PIXEL_STEPS_AN_IMAGE = 0.6
+"""Steps of the pixel branch for each image."""
 N_PERCEPTUAL = 4
 """Crops of such a step that the perceptual loss is taken of: VGG16 costs three times what painting does."""
-HEAD_BATCH, HEAD_STEPS_AN_IMAGE = 32, 1.0
-"""The same of the head."""
-MISTAKEN_IMAGES, MISTAKEN_STEPS, MISTAKEN_LEARNING_RATE = 0.4, 0.6, 0.3
-"""Further images for what the head is wrong about, its steps with crops of those in half of each batch, and their
-learning rate, each as a share of what went before.
+HEAD_BATCH = 32
+"""Crops in a step of the head."""
+HEAD_STEPS_AN_IMAGE = 1.0
+"""Steps of the head for each image."""
+MISTAKEN_IMAGES = 0.4
+"""Second round, on crops that the head is wrong about, half of each batch: its images as a share of the first round's.
 """
+MISTAKEN_STEPS = 0.6
+"""Steps of the second round as a share of the first's."""
+MISTAKEN_LEARNING_RATE = 0.3
+"""Learning rate of the second round as a share of the first's."""
 
 
 class Crops(NamedTuple):

@@ -276,9 +276,8 @@ class GoodImages:
         self.defect_share, self.seed = defect_share, seed
         self.paths: list[Path] = []
         self.skipped: list[tuple[Path, str]] = []
-        self.tiles: list[
-            tuple[int, int, int]
-        ] = []  # number of the image, top and left within it; one an image without "tile"
+        # number of the image, top and left within it; one an image without "tile"
+        self.tiles: list[tuple[int, int, int]] = []
         images, n_bytes = [], 0
         for path, result in _read_all(paths, image_size, resize):
             if isinstance(result, ImageError):

@@ -91,8 +91,8 @@ def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.nda
 
 
 def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
-    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and how many of its rows are not in it,
-    where there are any.
+    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and a remark on rows that hold no number,
+    "" where all do.
 
     Raises:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
@@ -101,9 +101,8 @@ def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
         return image_files.read_image(path), ""
     series = series_plots.read_series(path)
     n_rows = len(series.values) + series.n_dropped
-    return series_plots.render_series(
-        series.values
-    ), f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
+    remark = f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
+    return series_plots.render_series(series.values), remark
 
 
 class _Prepared(NamedTuple):

@@ -48,14 +48,16 @@ SCALE_QUANTILES = (0.5, 0.999)
 """Quantiles of a map's pixels on good images that become 0 and 1."""
 USUAL_FALSE_POSITIVES = 0.001
 """Share of good pixels above the pixel threshold where no share is given and no defect is drawn."""
-RING_PX, N_RINGS, RING_QUANTILE = 8, 4, 0.99
-"""Pixels and number of the rings along the border of an image in which a map may be larger than further in, and the
-quantile that says by how much.
-"""
+RING_PX = 8
+"""Width of the rings along the border of an image, in which a map may be larger than further in."""
+N_RINGS = 4
+"""Number of these rings."""
+RING_QUANTILE = 0.99
+"""Quantile of a ring, over that further in, that says by how much."""
 LEAST_INTERIOR = 0.1
 """Share of the pixels that must lie further in than all rings."""
 N_FENCED = 8
-"""Held-out images that it takes to say which of them is far from the others."""
+"""Fewest scores for which an outer fence is computed."""
 OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
@@ -64,8 +66,10 @@ there is little to outline.
 """
 DISC_PLACES = 16
 """Diameter of the outline's disc, in blocks of pixels, from which on blocks are taken for pixels."""
-LINK_STRIDE, N_DIRECTIONS = 4, 8
-"""Pixels a place, and directions, of the lines along which what is fainter is linked."""
+LINK_STRIDE = 4
+"""Pixels a place of the lines along which faint evidence is linked."""
+N_DIRECTIONS = 8
+"""Directions of these lines."""
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -283,8 +287,8 @@ def outer_fence(good_scores: Sequence[float]) -> float:
 
 
 def sober_threshold(good_scores: Sequence[float], alpha: float) -> ConformalThreshold:
-    """``conformal_threshold``, but where a single score beyond the outer fence would be it: then the largest of the
-    others.
+    """As ``conformal_threshold``, but a single outlier beyond the outer fence may not set it; then the next largest
+    score does.
 
     So one good image like no other does not let most defects pass. The chance of a false alarm is then at most 2 / (n +
     1), not alpha.
@@ -411,9 +415,8 @@ class Detection(NamedTuple):
     score: float
     p_value: float
     label: str  # "good" or "defective"
-    defect_map: np.ndarray | None = (
-        None  # float32 (H, W) of the image given, all maps fused; about 1 at the top 0.1 % of good pixels
-    )
+    # float32 (H, W) of the image given, all maps fused; about 1 at the top 0.1 % of good pixels
+    defect_map: np.ndarray | None = None
     reconstruction: np.ndarray | None = None  # float32 (3, H, W) in [0, 1]; both None where they were not asked for
 
 
@@ -689,9 +692,9 @@ def fuse(
 ) -> np.ndarray:
     """The weighted geometric mean of 1 + z, less 1, of refined maps z, each (B, H, W), on their scales, (B, H, W).
 
-    0 and 1 stay where they are, and one map alone; what one of several shouts, the others outvote. Below 0, mirrored: 1
-    + |z|. ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which know better; 0
-    sets none.
+    0 and 1 are fixed points, a single map is unchanged, and a map that is high alone counts little. Negative values are
+    mirrored: 1 + |z|. ``residual_ceiling``: the largest z of the residual that counts beside maps of features, which
+    know better; 0 sets none.
     """
     scaled = {name: scales[name].read(smooth[name]) for name in shares}
     if residual_ceiling and "pixel" in scaled and FEATURE_MAPS.intersection(scaled):

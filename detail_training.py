@@ -56,7 +56,7 @@ class Run:
     best: float = float("inf")
     best_epoch: int = 0
     calibrated: tuple[int, defect_maps.Detector] | None = None  # and the epoch after which it was calibrated
-    finished: bool = False  # whether the model has learned what it learns last
+    finished: bool = False  # whether the training on crops is done
 
     @property
     def out(self) -> Path:
@@ -138,7 +138,7 @@ def model_contents(run: Run, calibration: defect_maps.Calibration, epoch: int) -
     }
 
 
-def lasting_loss(run: Run, validated: dict[str, float]) -> float:
+def selection_loss(run: Run, validated: dict[str, float]) -> float:
     """What an epoch is judged by: the validation loss without the pixel branch's terms, where that goes on learning
     after the last epoch.
     """

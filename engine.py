@@ -22,8 +22,8 @@ from config import InputError, OptimiserSettings
 from streams import ahead
 
 LEAST_LOSS_SCALE = 2.0**-14
-"""Loss scale that float16 needs no less than: the scaler starts at 2**16 and halves it at every step with an infinite
-gradient.
+"""Below this loss scale, training in float16 has diverged: the scaler starts at 2**16 and halves it at every step with
+an infinite gradient.
 """
 
 
@@ -250,7 +250,7 @@ def train_steps(
     batch_size: int,
     n_steps: int,
     loss_terms: Callable[..., dict[str, Tensor]],
-    what: str,
+    title: str,
     settings: OptimiserSettings,
     runtime: Runtime,
     weights: Tensor | None = None,
@@ -260,7 +260,7 @@ def train_steps(
 
     Args:
         loss_terms: maps the tensors of a batch, as float32, to a dict of scalar tensors with the key "total".
-        what: is learned, for the bar of progress.
+        title: of the progress bar.
     """
     optimizer = torch.optim.AdamW(
         part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -275,7 +275,7 @@ def train_steps(
     def of_batch(batch: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         return loss_terms(*(runtime.put(each).float() for each in batch)), len(batch[0])
 
-    bar = tqdm(loader, unit="step", desc=what, leave=False)
+    bar = tqdm(loader, unit="step", desc=title, leave=False)
     mean = train_epoch(part, bar, of_batch, optimizer, scheduler, runtime, settings.gradient_clip)["total"]
     part.eval()
     return mean

@@ -508,15 +508,15 @@ def detection_report(
     if not np.isfinite(score).all():
         raise InputError("An image score is not finite; expected finite numbers.")
     test = _Test(
-        names,
-        score,
-        called,
-        maps,
-        masks,
-        count_pixels(maps, masks, pixel_threshold),
-        pixel_threshold,
-        n_resamples,
-        seed,
+        names=names,
+        scores=score,
+        predicted=called,
+        maps=maps,
+        masks=masks,
+        counts=count_pixels(maps, masks, pixel_threshold),
+        threshold=pixel_threshold,
+        n_resamples=n_resamples,
+        seed=seed,
     )
     whole = _group_report(test, np.ones(len(names), bool))
     report = {"n_images": len(names), "false_alarm_rate": _false_alarm_rate(test), **whole, "categories": {}}

@@ -38,9 +38,7 @@ def files_under(folder: Path, deep: bool = True, suffixes: tuple[str, ...] = IMA
 
 
 def is_readable_kind(path: Path) -> bool:
-    """Whether it is a file or a broken link, of which its reader says what is wrong; not so a named pipe, on which it
-    would wait for ever.
-    """
+    """True for files and for broken links, which the reader reports; False for named pipes, on which reading blocks."""
     return path.is_file() or not path.exists()
 
 
@@ -68,8 +66,7 @@ def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Pat
 def unique_files(
     inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]
 ) -> list[Path]:
-    """What ``expand`` makes of every input, each file once, without those in folders of output that the input does not
-    lie in.
+    """Every input expanded, each file once, without what lies in output folders, unless the input itself lies in one.
 
     Raises:
         InputError: an input is an empty path, which would be the current folder.

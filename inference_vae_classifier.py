@@ -275,11 +275,8 @@ def predict_all(
     """
     out, tally = Path(settings.output_dir) / PREDICTIONS, Tally()
     flips_below = {"auto": None, "always": 1.0, "never": 0.0}[settings.flips]
-    keep, kept, started = (
-        settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate,
-        [],
-        time.perf_counter(),
-    )
+    keep, kept = settings.encode or settings.clusters or settings.scatter != "none" or settings.interpolate, []
+    started = time.perf_counter()
     files.remove_written(out, {"": PICTURE_NAME}, paths)
     results = recorded(
         predict(paths, model, names, device, settings.batch_size, flips_below),
@@ -377,10 +374,8 @@ def summary(tally: Tally, n_files: int, seconds: float, model: VAEClassifier) ->
         if n_files > FEW_FILES
         else []
     )
-    alpha, note = (
-        model.calibration.alpha,
-        "" if model.calibration.promised else "; too few validation plots to call anything so",
-    )
+    alpha = model.calibration.alpha
+    note = "" if model.calibration.promised else "; too few validation plots to call anything so"
     lines.append(
         f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false "
         f"alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s"

@@ -84,11 +84,8 @@ def generate_series(kind: str, style: str, seed: int | tuple[int, ...]) -> Label
         for _ in range(MAX_ATTEMPTS):
             try:
                 values, parameters = make(kind, rng)
-            except (
-                ValueError,
-                AttributeError,
-                IndexError,
-            ) as error:  # betise cannot place an event in so short a series
+            except (ValueError, AttributeError, IndexError) as error:
+                # betise cannot place an event in so short a series
                 reason = str(error)
                 continue
             if np.isfinite(values).all() and np.ptp(values) > 0:

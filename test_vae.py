@@ -49,9 +49,7 @@ found.
 
 @dataclass
 class Results:
-    """One entry an image in the first three lists, in the order tested; a good image adds what is defined of it to the
-    others.
-    """
+    """The first three lists are parallel, one entry an image in the order tested; the others hold good images only."""
 
     items: list[image_folders.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)

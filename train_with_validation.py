@@ -35,10 +35,10 @@ from detail_training import (
     LAST,
     Run,
     keep_if_best,
-    lasting_loss,
     odd_images,
     save_last,
     save_model,
+    selection_loss,
     write_pictures,
 )
 from perceptual_loss import PerceptualLoss
@@ -53,9 +53,7 @@ WRITTEN = {
 earlier run, but no model.
 """
 PLACES = {"data_dir", "vgg16_weights"}
-"""Settings that say where files lie, which may be elsewhere now; that the data are those of then is told by their
-files.
-"""
+"""Where files lie. May change between runs: fingerprints of the files check that the data are the same."""
 MAY_DIFFER = PLACES | {
     "resume",
     "epochs",
@@ -67,14 +65,14 @@ MAY_DIFFER = PLACES | {
     "checkpoint_every",
     "patience",
 }
-"""Settings that a resumed run may have otherwise."""
+"""Settings in which a resumed run may differ from the one it continues."""
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
-"""Settings that a run with the weights of another has of its own, beside those of maps."""
-N_STATISTICS, N_HELD_TILES = 2048, 256
-"""At most so many training images (or tiles) say what features are usual, so many held-out tiles take part in the
-validation loss.
-"""
+"""With --weights, taken from this run, as the settings of maps are; all others come from the checkpoint."""
+N_STATISTICS = 2048
+"""Training images (or tiles), at most, from which the statistics and the bank of features come."""
+N_HELD_TILES = 256
+"""Held-out tiles, at most, in the validation loss."""
 N_REFERENCE = 64
 """Training images from which is learned how features deviate from their prediction."""
 
@@ -145,7 +143,7 @@ def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
 
 
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
-    """Read the data, hold out good images, build the model; with these weights, where given, it is not for training."""
+    """Read the data, hold out good images, build the model; with ``weights``, not to be trained but calibrated."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
@@ -157,10 +155,10 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         train_paths,
         settings.image_size,
         settings.fitting,
-        settings,
-        settings.drawn_defects,
-        settings.seed,
-        settings.variants,
+        augment=settings,
+        defect_share=settings.drawn_defects,
+        seed=settings.seed,
+        n_variants=settings.variants,
     )
     held = data_loader.load_batch(
         held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths))
@@ -180,22 +178,20 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     held_windows = held.windows(settings.fitting, folder.letterboxed) if settings.fitting == "letterbox" else None
     some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
-    features = FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0)
-    epochs = settings.epochs or max(1, round(settings.train_samples / len(training)))
     return Run(
-        settings,
-        runtime,
-        folder,
-        trimmed,
-        training,
-        held_paths,
-        held_out,
-        held_windows,
-        reference,
-        model,
-        DetailLoss(settings, perceptual),
-        features,
-        epochs,
+        settings=settings,
+        runtime=runtime,
+        folder=folder,
+        left_out=trimmed,
+        training=training,
+        held_paths=held_paths,
+        held_out=held_out,
+        held_windows=held_windows,
+        reference=reference,
+        model=model,
+        loss=DetailLoss(settings, perceptual),
+        features=FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0),
+        epochs=settings.epochs or max(1, round(settings.train_samples / len(training))),
     )
 
 
@@ -365,7 +361,7 @@ def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) 
     """Validate and keep what is worth keeping; returns the rest of the epoch's line."""
     validated = validate(run)
     run.history[-1].update(engine.prefixed("val", validated))
-    is_best = keep_if_best(run, epoch, lasting_loss(run, validated))
+    is_best = keep_if_best(run, epoch, selection_loss(run, validated))
     save_last(run, optimizer, scheduler)
     shown = "  ".join(
         f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated

@@ -25,14 +25,16 @@ from config import TrainSettings, UsageError
 from defect_maps import decorrelated, deviation_of
 from vae_model import N_CANDIDATES, DetailLoss, DetailVAE, rows_of, some_rows
 
-SIDE_PX, BASE_CHANNELS = 384, 8
-"""Side at which images are compared, at most, and width of the model that learns their features."""
+SIDE_PX = 384
+"""Largest side at which images are compared."""
+BASE_CHANNELS = 8
+"""Width of the model that learns their features."""
 N_SHOWN = 1600
 """Images that it is shown, with repeats."""
 STRANGEST_FRAC = 0.05
-"""Share of the places of an image that tell how unlike the others it is."""
+"""Share of the places of an image, its most unusual ones, that make its outlier score."""
 N_COMPARISONS = 2
-"""With all others first, then with those that were not unlike them."""
+"""Rounds: against all images, then only against those not flagged."""
 
 
 def suspects(paths: list[Path], settings: TrainSettings, runtime: engine.Runtime) -> list[Path]:
@@ -99,11 +101,11 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
 
 @torch.no_grad()
 def unlikeness(maps: Tensor, among: Sequence[int]) -> Tensor:
-    """How far the strangest places of each map (N, C, h, w), 5 % of them, lie from places sampled of the second nearest
-    other map, for a defect may have its like, (N,).
+    """Outlier score of each map (N, C, h, w), (N,): mean distance of its most unusual 5 % of places to places sampled
+    from the second-nearest other map; second, because a defect may occur twice.
 
     Args:
-        among: numbers of the maps that all are compared with, two or more.
+        among: indices of the maps that all are compared with, two or more.
     """
     generator = torch.Generator().manual_seed(0)
     n_each = math.ceil(N_CANDIDATES / len(among))

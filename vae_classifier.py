@@ -469,6 +469,6 @@ def load_vae_classifier(
     load_weights(model, contents["model"], path)
     model.class_names, model.calibration = names, calibration
     model.run_settings = settings
-    return (fold_layers(model) if fuse else model).eval().to(
-        resolve_device(device), memory_format=torch.channels_last
-    ), names
+    if fuse:
+        fold_layers(model)
+    return model.eval().to(resolve_device(device), memory_format=torch.channels_last), names

@@ -38,17 +38,23 @@ LATENT_TERMS = ("kl", "kl_detail", "feature", "feature_nll")
 """Terms of the loss that the pixel branch has no part in."""
 BATCH_NORM_MOMENTUM = 0.05
 """Small, because a step sees few images (Ioffe & Szegedy 2015 leave it open; torch takes 0.1)."""
-GATE_LEVEL, GATE_SHARPNESS = 0.95, 8.0
-"""Surprise at which every skip is half shut, and how steeply it shuts; good places lie near log(2) = 0.69."""
+GATE_LEVEL = 0.95
+"""Surprise at which every skip is half shut; good places lie near log(2) = 0.69."""
+GATE_SHARPNESS = 8.0
+"""How steeply it shuts."""
 FEATURE_STRIDE = 8
 SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
-N_PROTOTYPES, N_CANDIDATES, N_PROJECTED = 2048, 10240, 64
-"""Deviations or features that are kept, how many deviations they are chosen from, and the dimensions in which they are
-compared.
-"""
-FARTHEST_FRAC, ROWS_AT_ONCE = 1 / 16, 8192
-"""Share of candidates that are compared with each one chosen, and how many of all are compared at once."""
+N_PROTOTYPES = 2048
+"""Deviations, and features, that are kept."""
+N_CANDIDATES = 10240
+"""Deviations that these are chosen from."""
+N_PROJECTED = 64
+"""Dimensions in which candidates are compared."""
+FARTHEST_FRAC = 1 / 16
+"""Share of the candidates that are compared with each one chosen."""
+ROWS_AT_ONCE = 8192
+"""Candidates that are compared at once where all are."""
 N_BANK_CANDIDATES = 2**19
 """Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are
 chosen; fewer of a wider backbone's.
@@ -341,11 +347,8 @@ class DetailVAE(nn.Module):
         self.up2 = Up(w[1], w[0])
         self.detail4, self.detail2 = DetailEnhancement(w[1]), DetailEnhancement(w[0])
         if s.skips:
-            self.skip4, self.skip2, self.skip1 = (
-                GatedSkip(w[1], s.skip_noise),
-                GatedSkip(w[0], s.skip_noise),
-                ImageSkip(w[0]),
-            )
+            self.skip4, self.skip2 = GatedSkip(w[1], s.skip_noise), GatedSkip(w[0], s.skip_noise)
+            self.skip1 = ImageSkip(w[0])
         self.pixel_head = nn.Sequential(nn.Conv2d(w[0], 16, 3, padding=1), nn.PixelShuffle(2))
 
     # --------------------------------------------------------------------------------------- features
@@ -483,13 +486,13 @@ class DetailVAE(nn.Module):
         trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
         output = DetailOutput(
-            VAEOutput(None, mu, logvar, detail_mu, detail_logvar),
-            None,
-            None,
-            features,
-            feature_mu,
-            feature_logvar,
-            trunk,
+            vae=VAEOutput(None, mu, logvar, detail_mu, detail_logvar),
+            pixel_logvar=None,
+            defect_logits=None,
+            features=features,
+            feature_mu=feature_mu,
+            feature_logvar=feature_logvar,
+            trunk=trunk,
         )
         return self.paint(images, output) if paint else output
 
@@ -566,11 +569,11 @@ def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
 
 
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
-    """Indices of n rows (N, C), each the farthest from those chosen before it, seen in a random projection; repeats
-    where N < n.
+    """Indices of n rows (N, C), each the farthest from those chosen before it, in a random projection (greedy
+    k-center); repeats where N < n.
 
-    Only the farthest rows are compared with each one that is chosen, until another may lie farther than all of them;
-    all are then compared with what was chosen since, at once.
+    Computed lazily: only the distances of the farthest rows are updated after each choice, those of all rows once
+    another row may be farther.
     """
     projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
     nearest, chosen, n_compared = torch.full((len(rows),), torch.inf), [0], 0
@@ -590,8 +593,8 @@ def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[in
 
 
 def nearest_squares(parts: Iterable[Tensor], others: Tensor) -> list[Tensor]:
-    """Squared distance of every row of each part (N, C) to the nearest of others (M, C), (N,) each, a little below 0 by
-    rounding; a part at a time takes N * M numbers.
+    """Squared distance of every row of each part (N, C) to its nearest neighbour among others (M, C), (N,) each; may be
+    slightly negative by rounding. A part at a time, so that memory is N * M numbers.
     """
     lengths = others.square().sum(1)
     return [torch.addmm(lengths, rows, others.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in parts]
@@ -644,9 +647,8 @@ def kl_divergence(mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | Non
     >>> round(kl_divergence(torch.ones(1, 4), torch.zeros(1, 4)).item(), 6)
     0.5
     """
-    if (
-        prior is not None
-    ):  # the divergence stays when both are shifted and scaled alike, so that the prior becomes N(0, 1)
+    if prior is not None:
+        # both shifted and scaled alike, the prior becomes N(0, 1) and the divergence stays
         mu, logvar = (mu - prior[0]) * torch.exp(-0.5 * prior[1]), logvar - prior[1]
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 

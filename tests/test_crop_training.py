@@ -54,9 +54,8 @@ def test_crops_hold_the_images_and_what_the_model_says_of_them(make_model, train
         8,
         8,
     )
-    numbers = [0, 1] * N_DEFECTS + [
-        2
-    ] * N_DEFECTS  # batches of two, cropped in rounds; a crop is all of an image of 64 px
+    # batches of two, cropped in rounds; a crop is all of an image of 64 px
+    numbers = [0, 1] * N_DEFECTS + [2] * N_DEFECTS
     clean, damaged, where = (
         torch.stack(each)
         for each in zip(*(training.with_defects(number, N_DEFECTS) for number in numbers), strict=True)

@@ -1,6 +1,5 @@
 """The numbers, against scikit-image, scikit-learn, scipy and brute force."""
 
-import doctest
 import json
 import time
 
@@ -33,10 +32,6 @@ def rare_maps(n_images=12, side=128, seed=1):
         masks[i, 10:13, 20:24] = masks[i, 60 + i : 62 + i, 70:76] = 255
         maps[i][masks[i] > 0] += rng.normal(4.0 + 0.6 * i, 2.5, 24)
     return list(maps), list(masks)
-
-
-def test_doctests():
-    assert doctest.testmod(evaluation).failed == 0
 
 
 # ------------------------------------------------------------------------------ reconstruction

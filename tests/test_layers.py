@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import operator
 import re
@@ -76,7 +77,8 @@ NOTEBOOKS = {
 KWARGS = {("config", "replace")}
 """Functions that may take ** arguments: each hands them on to something that checks their names."""
 
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 STAGES = [name for name in TREES if LEVELS.get(name) == max(LEVELS.values())]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 each_module = pytest.mark.parametrize("name", TREES)
@@ -118,6 +120,12 @@ def test_named_arrows_within_a_level_are_level_and_have_no_circle():
         ends = {(a, b) for a, b in left if b not in {first for first, _ in left}}
         assert ends, f"a circle among {left}"
         left -= ends
+
+
+@pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if ">>> " in source])
+def test_examples_in_docstrings_are_true(name):
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert attempted and not failed
 
 
 @each_module

@@ -1331,6 +1331,10 @@ def readme_commands():
             yield words[1:]
 
 
+def test_readme_commands_are_found():
+    assert {words[0] for words in readme_commands()} >= SCRIPTS.keys()
+
+
 @pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_readme_commands_are_understood(words):
     if words[0] == "data_loader_supervised.py":
