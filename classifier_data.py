@@ -132,6 +132,7 @@ def generated_plots(
     made once for these settings and then read from the cache."""
     labels = np.repeat(np.arange(len(series_generator.KINDS)), per_class)
     side = settings.image_size
+    # a change of these modules, be it of a comment, makes the series anew, for that is surer than a number kept by hand
     code = "".join(inspect.getsource(module) for module in (series_generator, series_plots, plot_loader))
     key = json.dumps(
         [series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code]

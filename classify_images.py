@@ -58,7 +58,6 @@ def main(settings: config.ClassifySettings) -> None:
     paths = image_folders.find_images(settings.images, [out])
     counts = {"good": 0, "defective": 0, "error": 0}
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     files.remove_written(out, {"overlays": OVERLAY_NAME}, paths)
     with (
         files.open_table(out / "results.csv") as file,
@@ -70,9 +69,11 @@ def main(settings: config.ClassifySettings) -> None:
             writer.writerow(row(result))
             counts[label_of(result)] += 1
             if settings.overlays and label_of(result) == "defective":
-                write_overlay(
-                    result, detector, out / "overlays" / f"{number:05d}_{files.short_stem(result.path.stem)}.jpg"
-                )
+                name = f"{number:05d}_{files.short_stem(result.path.stem)}.jpg"
+                try:
+                    write_overlay(result, detector, out / "overlays" / name)
+                except image_files.ImageError as error:  # gone, or another, since it was judged
+                    bar.write(f"warning: {error} It is called defective and has no overlay.", file=sys.stderr)
             bar.update()
     seconds = time.perf_counter() - started
     print(

@@ -142,6 +142,8 @@ def _check_value(field: dataclasses.Field, value) -> None:
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
+    """Where a run writes, and how it computes."""
+
     output_dir: str = setting(".", "Folder under which the fixed output folders are made.")
     device: str = setting(
         "auto", "Where to compute; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda")
@@ -162,16 +164,21 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True)
 class PrecisionSettings(Settings):
+    """Precision."""
+
     precision: str = setting(
         "auto",
         "Number format of products; auto takes bfloat16 where the device multiplies it faster (float16 in training on "
-        "older CUDA cards), else float32. The grid of backbone features is float32 always.",
+        "older CUDA cards), else float32 (whose convolutions torch rounds to TF32 on newer CUDA cards). The grid of "
+        "backbone features is never of half precision.",
         choices=("auto", "float32", "bfloat16"),
     )
 
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
+    """Images."""
+
     data_dir: str = setting(
         "", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo."
     )
@@ -196,6 +203,8 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True)
 class PreprocessSettings(RunSettings):
+    """Preprocessing."""
+
     source: tuple[str, ...] = setting((), "Raw folder: MVTec layout, or a flat folder of good images.", positional="+")
     out: str = setting("data/preprocessed", "Folder that receives the MVTec layout.")
     image_size: int = setting(
@@ -212,6 +221,8 @@ class PreprocessSettings(RunSettings):
 
 @dataclass(frozen=True)
 class AugmentSettings(Settings):
+    """Random changes of training images."""
+
     flip_horizontal: bool = setting(True, "Mirror left and right; off where a mirrored part is a defect.")
     flip_vertical: bool = setting(False, "Mirror top and bottom.")
     rotation_deg: float = setting(5.0, "Largest rotation either way.", unit="degrees", minimum=0.0, maximum=180.0)
@@ -229,6 +240,8 @@ class AugmentSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
+    """The model."""
+
     latent_dim: int = setting(64, "Length of the global latent vector.", minimum=1, maximum=4096)
     detail_channels: int = setting(
         16, "Channels of the detail latent map (a place for every 32 px).", minimum=1, maximum=512
@@ -254,6 +267,8 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
+    """The loss."""
+
     mse_weight: float = setting(1.0, "Weight of the squared pixel error.", minimum=0.0)
     l1_weight: float = setting(1.0, "Weight of the absolute pixel error.", minimum=0.0)
     painted_weight: float = setting(
@@ -321,6 +336,8 @@ class LossSettings(Settings):
 
 @dataclass(frozen=True)
 class MapSettings(Settings):
+    """Maps, score and thresholds."""
+
     map_pixel: float = setting(1.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
     residual_ceiling: float = setting(
         0.25,
@@ -455,6 +472,8 @@ class MapSettings(Settings):
 
 @dataclass(frozen=True)
 class OptimiserSettings(Settings):
+    """Optimisation."""
+
     epochs: int = setting(
         0, "Passes over the training images; 0 takes as many as show train_samples of them.", unit="epochs", minimum=0
     )
@@ -480,6 +499,8 @@ class TrainSettings(
     PrecisionSettings,
     RunSettings,
 ):
+    """Training."""
+
     weights: str = setting(
         "",
         "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with those "
@@ -532,6 +553,8 @@ class TrainSettings(
 
 @dataclass(frozen=True)
 class DetectionBenchmarkSettings(TrainSettings):
+    """The comparison."""
+
     methods: tuple[str, ...] = setting(
         ("detailvae", "patchcore", "padim"), "Methods to compare.", choices=("detailvae", "patchcore", "padim")
     )
@@ -553,6 +576,8 @@ class DetectionBenchmarkSettings(TrainSettings):
 
 @dataclass(frozen=True)
 class AblationSettings(TrainSettings):
+    """The ablation."""
+
     train_samples: int = setting(
         800,
         "Images shown in all, with repeats, where epochs is 0: fewer than by default, a training for each row and "
@@ -568,6 +593,8 @@ class AblationSettings(TrainSettings):
 
 @dataclass(frozen=True)
 class DrawnSetsSettings(RunSettings):
+    """The sets."""
+
     out: str = setting("data/drawn_sets", "Folder that receives the sets.")
     photos: tuple[str, ...] = setting(
         (),
@@ -578,6 +605,8 @@ class DrawnSetsSettings(RunSettings):
 
 @dataclass(frozen=True)
 class DetailTestSettings(PrecisionSettings, RunSettings):
+    """Testing."""
+
     data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
     batch_size: int = setting(
@@ -590,6 +619,8 @@ class DetailTestSettings(PrecisionSettings, RunSettings):
 
 @dataclass(frozen=True)
 class ClassifySettings(PrecisionSettings, RunSettings):
+    """Classifying."""
+
     images: tuple[str, ...] = setting(
         (), "Image files, folders (searched recursively) or quoted globs.", positional="+"
     )
@@ -609,6 +640,8 @@ class ClassifySettings(PrecisionSettings, RunSettings):
 
 @dataclass(frozen=True)
 class FetchWeightsSettings(RunSettings):
+    """Weights."""
+
     vgg16_weights: str = setting("", "File with torchvision's VGG16 weights to verify and keep; empty means fetch.")
 
 
@@ -617,6 +650,8 @@ class FetchWeightsSettings(RunSettings):
 
 @dataclass(frozen=True)
 class SupervisedDataSettings(Settings):
+    """Plots."""
+
     data_dir: str = setting(
         "", "Data set with train/<class> and test/<class> folders of plots; empty means the built-in demo."
     )
@@ -660,6 +695,8 @@ class SupervisedDataSettings(Settings):
 
 @dataclass(frozen=True)
 class GeneratedDataSettings(Settings):
+    """Generated series."""
+
     generated_home: int = setting(
         1400,
         "Series of each class generated in the style of the home plots and mixed into training, where the classes are "
@@ -693,6 +730,8 @@ class GeneratedDataSettings(Settings):
 
 @dataclass(frozen=True)
 class ClassifierModelSettings(Settings):
+    """The model."""
+
     latent_dim: int = setting(128, "Length of the latent vector.", minimum=1, maximum=4096)
     profile_channels: int = setting(
         48,
@@ -740,6 +779,8 @@ class ClassifierModelSettings(Settings):
 
 @dataclass(frozen=True)
 class ClassifierLossSettings(Settings):
+    """The loss."""
+
     reconstruction_weight: float = setting(
         1.0, "Weight of the reconstruction error, which is 1 for the mean training plot.", minimum=0.0
     )
@@ -778,6 +819,8 @@ class ClassifierLossSettings(Settings):
 class TrainClassifierSettings(
     ClassifierLossSettings, ClassifierModelSettings, GeneratedDataSettings, SupervisedDataSettings, RunSettings
 ):
+    """Training."""
+
     epochs: int = setting(60, "Passes over the training plots.", unit="epochs", minimum=1)
     batch_size: int = setting(32, "Plots in one optimizer step.", unit="plots", minimum=1)
     learning_rate: float = setting(
@@ -821,6 +864,8 @@ class TrainClassifierSettings(
 
 @dataclass(frozen=True)
 class ClassifierBenchmarkSettings(TrainClassifierSettings):
+    """The comparison."""
+
     methods: tuple[str, ...] = setting(
         ("joint", "resnet", "frozen"),
         "Methods to compare: the VAE classifier, a ResNet without VAE, a VAE without labels whose frozen encoder gets "
@@ -838,6 +883,8 @@ class ClassifierBenchmarkSettings(TrainClassifierSettings):
 
 @dataclass(frozen=True)
 class InferClassifierSettings(RunSettings):
+    """Inference."""
+
     inputs: tuple[str, ...] = setting(
         (), "Images, CSV series, folders of them (searched recursively) or quoted globs.", positional="*"
     )
@@ -902,6 +949,8 @@ def __getattr__(name: str):
 
 @dataclass(frozen=True)
 class RenderSettings(RunSettings):
+    """Rendering."""
+
     source: tuple[str, ...] = setting((), "Folder of class folders of CSV series, or of CSV series.", positional="+")
     out: str = setting(
         "data/rendered", "Folder that receives the plots, under the output folder; the folders of the source are kept."
@@ -911,6 +960,8 @@ class RenderSettings(RunSettings):
 
 @dataclass(frozen=True)
 class GenerateSettings(RunSettings):
+    """Generating."""
+
     seed: int = setting(
         0,
         "Seed of every random choice; the same seed gives the same series, so a test set needs another than its "
@@ -1032,28 +1083,39 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(settings_class: type[Settings], description: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser with one flag (or bare argument) for each field of the class, plus --config."""
+    """An argument parser with one flag (or bare argument) for each field of the class, in groups by the classes that
+    these come from, plus --config.
+    """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        _add_flag(parser, field, hints[field.name])
+    hints, fields = typing.get_type_hints(settings_class), dataclasses.fields(settings_class)
+    owners = {field.name: _owner(settings_class, field.name) for field in fields}
+    for owner in settings_class.__mro__:
+        group = parser.add_argument_group(owner.__doc__.strip(".").lower()) if owner in owners.values() else None
+        for field in fields:
+            if owners[field.name] is owner:
+                _add_flag(group, field, hints[field.name])
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
+def _owner(settings_class: type[Settings], name: str) -> type[Settings]:
+    """The class, of those that a settings class inherits from, that first had a field of that name."""
+    return next(cls for cls in reversed(settings_class.__mro__) if name in vars(cls).get("__annotations__", {}))
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint) -> None:
     about, flag = field.metadata, "--" + field.name.replace("_", "-")
     text = about["meaning"].replace("%", "%%") + (f" [{about['unit']}]" if about["unit"] else "")
     if about["positional"]:
-        parser.add_argument(field.name, nargs="*", help=text)
+        group.add_argument(field.name, nargs="*", help=text)
         return
     text += f" (default: {field.default if field.default != '' else 'none'})"
     if hint is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif typing.get_origin(hint) is tuple:
-        parser.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], help=text)
+        group.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], help=text)
     else:
-        parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
+        group.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
 
 
 def parse(

@@ -483,6 +483,11 @@ def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
     inside = [real_source / name for name in PARTS]
     if real_source == real_out or any(real_out.is_relative_to(folder) for folder in inside):
         raise config.InputError(f"The output folder {out} lies in the source folder {source}; expected another place.")
+    if settings.bad_dir and real_out.is_relative_to(Path(settings.bad_dir).resolve()):
+        raise config.InputError(
+            f"The output folder {out} lies in the folder of defective images {settings.bad_dir}; expected another "
+            "place."
+        )
     if any(real_source.is_relative_to(real_out / name) for name in PARTS):
         raise config.InputError(f"The source folder {source} lies in the output folder {out}; expected another place.")
     return source, out

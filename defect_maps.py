@@ -35,7 +35,6 @@ from vae_model import (
     DetailVAE,
     assert_sides,
     detail_vae_from_checkpoint,
-    deviations,
     fold_layers,
     nearest_squares,
     resized,
@@ -92,7 +91,7 @@ def raw_maps(
         output: what the model said of them; painted, where any name is not in ``FEATURE_MAPS``.
         perceptual: a ``PerceptualLoss``, needed only for "perceptual".
     """
-    deviation = deviation_of(output) if {"deviation", "likelihood", "nearest"}.intersection(names) else None
+    deviation = output.deviation if {"deviation", "likelihood", "nearest"}.intersection(names) else None
     whitened = decorrelated(deviation, model) if {"likelihood", "nearest"}.intersection(names) else None
     makers: dict[str, Callable[[], Tensor]] = {
         "pixel": lambda: (output.vae.reconstruction - images).abs().mean(1, keepdim=True),
@@ -131,11 +130,6 @@ def _shares(settings: MapSettings, prefix: str, names: Sequence[str], has_featur
 def feature_error(output: DetailOutput) -> Tensor:
     """Mean over channels of the squared error of standardised features, (B, 1, H/8, W/8)."""
     return ((output.features - output.feature_mu) ** 2).mean(1, keepdim=True)
-
-
-def deviation_of(output: DetailOutput) -> Tensor:
-    """Errors of features in units of their predicted standard deviation, (B, C, H/8, W/8)."""
-    return deviations(output.features, output.feature_mu, output.feature_logvar)
 
 
 def decorrelated(deviation: Tensor, model: DetailVAE) -> Tensor:

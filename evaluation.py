@@ -184,6 +184,16 @@ def figure(value: float | None, interval: tuple[float, float] | None) -> dict | 
     return entry if interval is None else {**entry, "ci95": [float(interval[0]), float(interval[1])]}
 
 
+def figure_text(figure: dict, label: str = "95 %: ") -> str:
+    """What ``figure`` returned, as text.
+
+    >>> figure_text({"value": 0.5, "ci95": [0.25, 0.75]})
+    '0.500 (95 %: 0.250 to 0.750)'
+    """
+    low_and_high = figure.get("ci95")
+    return f"{figure['value']:.3f}" + (" ({}{:.3f} to {:.3f})".format(label, *low_and_high) if low_and_high else "")
+
+
 def rate_figure(successes: int, n: int) -> dict | None:
     """A rate successes/n with its Wilson interval; None when n is 0."""
     return figure(successes / n, wilson_interval(successes, n)) if n else None

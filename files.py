@@ -86,8 +86,24 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+class FileError(InputError):
+    """One file of the user's cannot be used; ``reason`` says why, the message also names the file."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(str(path), reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.reason}."
+
+
 def open_table(path: Path) -> TextIO:
-    """A CSV to write into, of whatever file names; each row is in the file as soon as it is written."""
+    """A CSV to write into, of whatever file names, its folder made; each row is in the file as soon as it is written.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    make_folder(path.parent)
     return path.open("w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape")
 
 
@@ -119,7 +135,7 @@ def remove_written(out: Path, names: dict[str, re.Pattern], inputs: Iterable[Pat
     for folder, pattern in names.items():
         for path in list((out / folder).glob("*")):
             if pattern.fullmatch(path.name) and os.path.realpath(path) not in kept:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def short_stem(stem: str) -> str:

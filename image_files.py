@@ -20,17 +20,16 @@ MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a deco
 LETTERBOX_GREY = 128
 _TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284
 """Tags: bits of each sample, 1 for no compression, 0 where 0 is white, 2 where colours lie apart."""
+_EXIF_ORIENTATION = 0x0112
+_HALF_TURNS = (2, 3, 4)
+"""EXIF orientations of photographs stored mirrored or upside down, which have the height and width of the upright ones.
+"""
+_QUARTER_TURNS = (5, 6, 7, 8)
+"""Those in which height and width are exchanged."""
 
 
-class ImageError(config.InputError):
-    """One image file cannot be used; ``reason`` says why, the message also names the file."""
-
-    def __init__(self, path, reason: str):
-        super().__init__(str(path), reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} {self.reason}."
+class ImageError(files.FileError):
+    """One image file cannot be used."""
 
 
 # ------------------------------------------------------------------------------------- reading one file
@@ -90,18 +89,26 @@ def read_defects(
 ) -> np.ndarray:
     """All masks of an image in one, bool of the image's own height and width, ``original_hw`` where they are known.
 
-    ``warn`` is told of a mask of another aspect ratio, which is stretched over the image.
+    ``warn`` is told of a mask of another aspect ratio, which is stretched over the image, and of one of a photograph
+    that its camera stored turned, where the shapes do not tell whether it was drawn on the upright one, as is assumed.
 
     Raises:
         ImageError: one of them, or the image, cannot be read, a mask lies across its image, or together they mark
             nothing.
     """
     original_hw = original_hw or read_image(image_path).shape[:2]
+    orientation, square = _orientation(image_path), original_hw[0] == original_hw[1]
+    keep_shape = (*_HALF_TURNS, *(_QUARTER_TURNS if square else ()))
     united = np.zeros(original_hw, bool)
     for path in mask_paths:
         mask = read_mask(path)
-        if mask.shape == original_hw[::-1] != original_hw:
-            mask = _turned_as(image_path, path, mask)
+        if mask.shape == original_hw[::-1] and not square:
+            mask = _turned_as(orientation, path, mask)
+        elif orientation in keep_shape and _orientation(path) in (None, 1):
+            warn(
+                f"{image_path} was stored turned (EXIF orientation {orientation}) and its mask {path} was not; "
+                "the mask is taken as drawn on the upright photograph."
+            )
         if not _same_aspect(mask.shape, original_hw):
             warn(
                 f"{path} is {mask.shape[1]} x {mask.shape[0]} px and its image {image_path} {original_hw[1]} x "
@@ -118,12 +125,19 @@ def _same_aspect(one_hw: tuple[int, int], other_hw: tuple[int, int]) -> bool:
     return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) < max(sum(one_hw), sum(other_hw))
 
 
-def _turned_as(image_path: Path, path: Path, mask: np.ndarray) -> np.ndarray:
-    """The mask of a photograph as its camera stored it, turned by the EXIF orientation of that."""
+def _orientation(path: Path) -> int | None:
+    """The EXIF orientation of an image, 1 to 8; None where it has none, or cannot be read."""
     from PIL import Image
 
-    with Image.open(image_path) as image:
-        orientation = image.getexif().get(0x0112)
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(_EXIF_ORIENTATION)
+    except OSError:
+        return None
+
+
+def _turned_as(orientation: int | None, path: Path, mask: np.ndarray) -> np.ndarray:
+    """The mask of a photograph as its camera stored it, turned by the EXIF orientation of that."""
     turned = {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}
     if orientation not in turned:
         raise ImageError(
@@ -174,6 +188,8 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         stop = at + 8 + length
         if kind in (b"tRNS", b"eXIf", b"acTL") or stop + 4 > len(data):
+            return None
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(b"Raw profile type", at + 8):  # EXIF of old writers
             return None
         if zlib.crc32(view[at + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
             return None

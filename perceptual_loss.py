@@ -23,10 +23,9 @@ from typing import ClassVar
 
 import config
 
-if __name__ == "__main__":  # --help and wrong usage are answered before torch is loaded, which takes seconds
-    _DESCRIPTION = "Fetch and verify the weights of VGG16 and EfficientNet-Lite0, ahead of an offline run."
-    if _exit_code := config.run_script(config.FetchWeightsSettings, _DESCRIPTION, lambda settings: None):
-        sys.exit(_exit_code)
+if __name__ == "__main__":
+    _COMMAND = "Fetch and verify the weights of VGG16 and EfficientNet-Lite0, ahead of an offline run."
+    config.answer_early(config.FetchWeightsSettings, _COMMAND)
 
 import numpy as np
 import torch
@@ -75,8 +74,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def grid(self, images: Tensor) -> Tensor:
-        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8), in full precision whatever is asked for
-        (bfloat16 would move them by half of their spread).
+        """All taps side by side at stride 8: float32 (N, channels, H/8, W/8), without autocast whatever is asked for
+        (bfloat16 would move them by half of their spread; TF32, to which torch rounds convolutions on newer CUDA cards,
+        by 0.02 of it).
 
         On the CPU one image after the other, for half the time: what one layer writes the next still finds in the
         cache.
@@ -619,4 +619,4 @@ def fetch_weights(settings: config.FetchWeightsSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.FetchWeightsSettings, _DESCRIPTION, fetch_weights))
+    sys.exit(config.run_script(config.FetchWeightsSettings, _COMMAND, fetch_weights))

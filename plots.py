@@ -236,6 +236,11 @@ def _peak_brackets(heat: np.ndarray) -> list[np.ndarray]:
     return [(np.array([left, top]) + each).astype(np.int32)[:, None] for each in turned]
 
 
+def _label(name: str) -> str:
+    """The name of a category or measure as a label of a table."""
+    return _printable(name.replace("_", " "))
+
+
 def _printable(title: str) -> str:
     """A title without what no font has: the bytes of a file name that are no text."""
     return title.encode("utf-8", "replace").decode("utf-8")
@@ -481,10 +486,8 @@ def metrics_heatmap(rows: Mapping[str, Mapping[str, float | None]]) -> Figure:
     values = np.array(
         [[np.nan if row.get(name) is None else row[name] for name in names] for row in rows.values()], dtype=float
     )
-    labels = [name.replace("_", " ") for name in names]
-    figure = _heatmap(
-        values, values, ".3f", labels, [name.replace("_", " ") for name in rows], "cividis", "Value (0 to 1)"
-    )
+    labels = list(map(_label, names))
+    figure = _heatmap(values, values, ".3f", labels, list(map(_label, rows)), "cividis", "Value (0 to 1)")
     axis = figure.axes[0]
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
@@ -497,7 +500,7 @@ def confusion_heatmap(confusion: np.ndarray, class_names: Sequence[str]) -> Figu
     confusion = np.asarray(confusion)
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     text = np.where(confusion > 0, confusion.astype(str), "")
-    labels = [name.replace("_", " ") for name in class_names]
+    labels = list(map(_label, class_names))
     figure = _heatmap(share, text, "", labels, labels, "Blues", "Share of the true class")
     axis = figure.axes[0]
     axis.set(xlabel="Predicted class", ylabel="True class")

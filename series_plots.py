@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import config
+import files
 
 if TYPE_CHECKING:
     import pandas
@@ -76,15 +76,8 @@ DECIMATE_ABOVE = 20_000  # rows; far more than the plot has pixel columns
 DECIMATE_BINS = 3_200  # about five to a pixel column
 
 
-class SeriesError(config.InputError):
-    """One CSV file cannot be used; ``reason`` says why, the message also names the file."""
-
-    def __init__(self, path, reason: str):
-        super().__init__(str(path), reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} {self.reason}."
+class SeriesError(files.FileError):
+    """One CSV file cannot be used."""
 
 
 class Series(NamedTuple):

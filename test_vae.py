@@ -102,7 +102,6 @@ def run_test(
     batches = data_loader.iter_image_batches(
         list(by_path), detector.image_size, detector.resize, detector.runtime.batch_size(settings.batch_size)
     )
-    out.mkdir(parents=True, exist_ok=True)
     with (
         files.open_table(out / "scores.csv") as file,
         tqdm(total=len(by_path), unit="image", file=sys.stderr) as bar,
@@ -356,20 +355,18 @@ def table(report: dict) -> str:
         ("pixel", ("auroc", "average_precision", "aupro")),
         ("reconstruction", ("psnr", "ssim", "skip_leak")),
     ):
-        lines += [sentence(f"{group} {key}", report[group][key]) for key in keys if key in report.get(group, {})]
+        lines += [
+            f"{group} {key}: {evaluation.figure_text(report[group][key])}"
+            for key in keys
+            if key in report.get(group, {})
+        ]
     drawn = report.get("drawn_defects", {}).get("pixel", {})
     if "average_precision" in drawn:
-        lines.append(sentence("drawn defects, pixel average_precision", drawn["average_precision"]))
+        lines.append(f"drawn defects, pixel average_precision: {evaluation.figure_text(drawn['average_precision'])}")
     if "false_alarm_rate" in report:
-        lines.append(
-            sentence(f"false alarms on good images (asked for: {report['alpha']:.1%})", report["false_alarm_rate"])
-        )
+        false_alarms = evaluation.figure_text(report["false_alarm_rate"])
+        lines.append(f"false alarms on good images (asked for: {report['alpha']:.1%}): {false_alarms}")
     return "\n".join(lines)
-
-
-def sentence(name: str, figure: dict) -> str:
-    interval = f"  (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else ""
-    return f"{name}: {figure['value']:.3f}{interval}"
 
 
 if __name__ == "__main__":

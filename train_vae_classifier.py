@@ -336,7 +336,7 @@ def table(scored: str, main_report: dict, reports: dict[str, dict]) -> str:
         )
     for name, each in {scored: main_report, **reports}.items():
         shown = "  ".join(
-            f"{key.replace('macro_', 'macro ')} {sentence(each[key])}" for key in ("accuracy", "macro_f1")
+            f"{key.replace('macro_', 'macro ')} {evaluation.figure_text(each[key])}" for key in ("accuracy", "macro_f1")
         )
         error = each["expected_calibration_error"]
         lines.append(f"{name.replace('_', ' ')}: {shown}")
@@ -353,12 +353,6 @@ def too_few(calibration: plot_calibration.ClassifierCalibration) -> str:
     return (
         f"{n} validation plots are too few to call a plot none of these at {calibration.alpha:.1%} false alarms, so "
         f"none will be called so; expected {expected} or more (--validation-frac, --target-false-alarms)."
-    )
-
-
-def sentence(figure: dict) -> str:
-    return f"{figure['value']:.3f}" + (
-        f" (95 %: {figure['ci95'][0]:.3f} to {figure['ci95'][1]:.3f})" if "ci95" in figure else ""
     )
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -259,17 +259,22 @@ def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, 
     """
     if not settings.trim_frac:
         return []
-    if settings.weights or settings.resume:
-        resumed = Path(settings.output_dir) / LAST, checkpoints.load_training
-        path, load = (settings.weights, checkpoints.load_checkpoint) if settings.weights else resumed
-        contents = load(path, KIND, ("left_out",))
-        with checkpoints.reading_contents(path):
-            found = list(map(str, contents["left_out"]))
+    if settings.weights:
+        found = left_out_before(settings.weights, checkpoints.load_checkpoint)
+    elif settings.resume:
+        found = left_out_before(Path(settings.output_dir) / LAST, checkpoints.load_training)
     else:
         found = list(map(folder.relative, trimming.suspects(folder.train_good, settings, runtime)))
     why = f"is left out: it is among the {settings.trim_frac:.0%} least like the others"
     warn(*(f"{folder.root / name} {why}." for name in found))
     return found
+
+
+def left_out_before(path: Path | str, load: Callable[..., dict]) -> list[str]:
+    """What the run that wrote a file of training left out."""
+    contents = load(path, KIND, ("left_out",))
+    with checkpoints.reading_contents(path):
+        return list(map(str, contents["left_out"]))
 
 
 def warn(*sentences: str) -> None:
@@ -314,12 +319,15 @@ def train(run: Run) -> list[dict]:
             )
             run.history.append({"epoch": epoch, **engine.prefixed("train", trained)})
             line = f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}"
-            if epoch % validate_every(run) == 0 or epoch == run.epochs:
-                line += check_in(run, epoch, optimizer, scheduler)
+            is_validated = epoch % validate_every(run) == 0 or epoch == run.epochs
+            if is_validated:
+                line += check_in(run, epoch)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth", epoch)
             if epoch % s.picture_every == 0 and not has_ended(run):
                 write_pictures(run, epoch)
+            if is_validated:  # last of all, so that a resumed run makes what an interrupted one did not
+                save_last(run, optimizer, scheduler)
             bar.write(line, file=sys.stderr)
     if not run.best_epoch:
         raise engine.DivergedError(
@@ -357,12 +365,11 @@ def has_ended(run: Run) -> bool:
     return len(run.history) == run.epochs or 0 < run.settings.patience <= in_vain
 
 
-def check_in(run: Run, epoch: int, optimizer: torch.optim.Optimizer, scheduler) -> str:
-    """Validate and keep what is worth keeping; returns the rest of the epoch's line."""
+def check_in(run: Run, epoch: int) -> str:
+    """Validate and keep the model if it is the best so far; returns the rest of the epoch's line."""
     validated = validate(run)
     run.history[-1].update(engine.prefixed("val", validated))
     is_best = keep_if_best(run, epoch, selection_loss(run, validated))
-    save_last(run, optimizer, scheduler)
     shown = "  ".join(
         f"{name} {validated[name]:.4f}" for name in ("l1", "perceptual", "feature", "kl_detail") if name in validated
     )

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 import data_loader
 import engine
 from config import TrainSettings, UsageError
-from defect_maps import decorrelated, deviation_of
+from defect_maps import decorrelated
 from vae_model import N_CANDIDATES, DetailLoss, DetailVAE, rows_of, some_rows
 
 SIDE_PX = 384
@@ -96,7 +96,7 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
     model.fit_deviations([runtime.put(batch).float() for batch in batches])
     with torch.inference_mode():
         told = (model.describe(None, runtime.put(batch).float(), paint=False) for batch in batches)
-        return torch.cat([decorrelated(deviation_of(output), model).half().cpu() for output in told])
+        return torch.cat([decorrelated(output.deviation, model).half().cpu() for output in told])
 
 
 @torch.no_grad()

@@ -92,6 +92,11 @@ class DetailOutput(NamedTuple):
     feature_logvar: Tensor | None  # (B, C, H/8, W/8)
     trunk: Tensor  # (B, 8 * base_channels, H/8, W/8) what both decoder branches start from
 
+    @property
+    def deviation(self) -> Tensor:
+        """Errors of features in units of their predicted standard deviation, (B, C, H/8, W/8)."""
+        return deviations(self.features, self.feature_mu, self.feature_logvar)
+
     def at(self, rows: list[int]) -> DetailOutput:
         """The same of some images of the batch."""
 
@@ -415,7 +420,7 @@ class DetailVAE(nn.Module):
         n_each = math.ceil(N_CANDIDATES / max(1, sum(map(len, batches))))
         for features in batches:
             told = self.describe(None, features, paint=False)
-            deviation = deviations(features, told.feature_mu, told.feature_logvar).cpu()
+            deviation = told.deviation.cpu()
             candidates.append(some_rows(deviation, n_each, generator))
             rows = rows_of(deviation).flatten(0, 1).double()
             total, count = total + rows.T @ rows, count + len(rows)
@@ -503,7 +508,7 @@ class DetailVAE(nn.Module):
         """
         if not self.n_features:
             return output.trunk[:, :0], output.trunk[:, :0]
-        deviation = deviations(output.features, output.feature_mu, output.feature_logvar)
+        deviation = output.deviation
         return tap_roots(deviation, self.tap_channels), torch.cat([output.features, deviation], 1).clamp(-10, 10)
 
     def paint(self, images: Tensor, output: DetailOutput) -> DetailOutput:

@@ -196,6 +196,17 @@ def test_every_preset_is_valid_for_every_stage_that_can_take_it(path):
         assert all(getattr(settings, key) == value for key, value in values.items() if hasattr(settings, key))
 
 
+@pytest.mark.parametrize("cls", LEAVES)
+def test_help_has_every_flag_in_the_group_of_what_it_sets(cls):
+    blocks = config.build_parser(cls, "A stage.", prog="stage.py").format_help().split("\n\n")[2:]
+    groups = {title: text for title, text in (block.split(":\n", 1) for block in blocks) if title != "options"}
+    for field in dataclasses.fields(cls):
+        flag = field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
+        assert sum(f"\n  {flag} " in f"\n{text}" or f"\n  {flag}," in f"\n{text}" for text in groups.values()) == 1
+    own = cls.__doc__.strip(".").lower()
+    assert own in groups and "--output-dir" not in groups[own] and "--output-dir" in list(groups.values())[-1]
+
+
 # ------------------------------------------------------------------------------------------ what is refused
 
 

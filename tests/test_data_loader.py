@@ -476,6 +476,8 @@ def test_defective_images_beside_a_flat_source_are_a_folder_of_their_own(tmp_pat
         with pytest.raises(config.InputError, match="holds the good ones"):
             prepare(flat, tmp_path / "out", bad_dir=str(bad_dir))
     save(flat / "bad" / "0.png")
+    with pytest.raises(config.InputError, match="lies in the folder of defective images"):
+        prepare(flat, flat / "bad" / "out", bad_dir=str(flat / "bad"))
     report = prepare(flat, tmp_path / "out", bad_dir=str(flat / "bad" / ".." / "bad"))
     assert report["counts"]["test/defective"] == 1 and report["warnings"] == []
     assert "1 image(s) in folders below it" in prepare(flat, tmp_path / "out")["warnings"][0]

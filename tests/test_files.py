@@ -68,6 +68,20 @@ def test_names_that_are_no_text_and_as_long_as_can_be_are_written(tmp_path):
         assert (tmp_path / name).read_bytes() == b"x"
 
 
+def test_what_another_run_removes_first_is_gone_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "b.jpg").touch()
+    unlink = Path.unlink
+
+    def later(path, **options):
+        unlink(path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", later)
+    files.remove_written(tmp_path, {"": re.compile(r".*\.jpg")})
+    assert not names(tmp_path)
+
+
 def test_json_is_written_whole_and_says_null_where_a_number_is_not_finite(tmp_path, monkeypatch):
     path = tmp_path / "metrics" / "a.json"
     files.write_json(path, {"loss": [1.5, math.nan, {"x": -math.inf}], "name": "NaN"})

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from conftest import damaged_files, picture, save
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage.transform import downscale_local_mean
 
 import config
@@ -157,6 +158,14 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation, turn):
     expected = turn(picture()).astype(int)
     read = image_files.read_image(path)
     assert read.shape == expected.shape and np.abs(read - expected).mean() < 3
+
+
+def test_the_orientation_that_old_writers_keep_in_a_png_as_text_is_applied(tmp_path):
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x0112] = 3
+    text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8d}\n{exif.tobytes().hex()}\n", zip=True)
+    Image.fromarray(picture()).save(tmp_path / "turned.png", pnginfo=text)
+    assert np.array_equal(image_files.read_image(tmp_path / "turned.png"), picture()[::-1, ::-1])
 
 
 def test_unusable_files_name_file_and_reason(tmp_path, capfd):

@@ -287,6 +287,21 @@ def test_a_mask_of_a_photograph_as_it_is_stored_turns_with_it(tmp_path, orientat
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "orientation", "told"),
+    [((48, 64), 3, True), ((64, 64), 6, True), ((48, 64), 6, False), ((64, 64), 1, False)],
+)
+def test_a_mask_that_may_have_been_drawn_on_a_turned_photograph_is_warned_of(tmp_path, shape, orientation, told):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = save(tmp_path / "0.jpg", np.zeros((*shape, 3), np.uint8), exif=exif)
+    upright = shape[::-1] if orientation == 6 else shape
+    found, warnings = truth_of(image, [save_mask(tmp_path / "0_mask.png", upright)])
+    assert found.any() and [f"EXIF orientation {orientation}" in each for each in warnings] == [True] * told
+    own = save(tmp_path / "1_mask.png", np.eye(*shape, dtype=np.uint8) * 255, exif=exif)
+    assert not truth_of(image, [own])[1]
+
+
 def test_a_mask_that_marks_nothing_is_none(tmp_path):
     make_set(tmp_path / "raw")
     save(tmp_path / "raw" / "ground_truth" / "scratch" / "000_mask.png", np.zeros((48, 64), np.uint8))

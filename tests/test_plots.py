@@ -1,5 +1,6 @@
 """The pictures: what is drawn is what was given, and nothing global is left behind."""
 
+import os
 import warnings
 
 import matplotlib
@@ -260,6 +261,14 @@ def test_confusion_heatmap_annotates_counts_and_colours_shares():
     assert [text.get_text() for text in axis.texts if text.get_text()] == ["3", "1"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("Predicted class", "True class")
     assert [text.get_text() for text in axis.get_xticklabels()] == ["a b", "c"]
+
+
+@pytest.mark.drawn
+def test_names_that_are_no_text_label_tables_too(tmp_path):
+    name = os.fsdecode(b"sp\xfe")
+    plots.save(plots.metrics_heatmap({name: {"auroc": 0.5}}), tmp_path / "metrics.png")
+    plots.save(plots.confusion_heatmap(np.eye(2), [name, "a"]), tmp_path / "confusion.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.png", "confusion.png"}
 
 
 def test_class_panel_marks_the_winner(scene):

@@ -437,6 +437,27 @@ def test_the_longest_file_names_cost_nothing(data, trained, tmp_path):
     assert len(list((tmp_path / "classification_results" / "overlays").iterdir())) == 2
 
 
+def test_an_image_that_goes_before_its_overlay_is_drawn_costs_the_overlay_alone(
+    data, trained, tmp_path, monkeypatch, capsys
+):
+    photos = shutil.copytree(data / "test", tmp_path / "photos")
+    write_overlay = classify_images.write_overlay
+
+    def write_after_all_are_gone(result, detector, path):
+        result.path.unlink()
+        write_overlay(result, detector, path)
+
+    monkeypatch.setattr(classify_images, "write_overlay", write_after_all_are_gone)
+    model = str(trained / "models" / "best_model.pth")
+    classify_images.main(
+        config.ClassifySettings(images=(str(photos),), model=model, output_dir=str(tmp_path), target_false_alarms=0.5)
+    )
+    with (tmp_path / "classification_results" / "results.csv").open() as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert len(labels) == 8 and "defective" in labels and "error" not in labels
+    assert capsys.readouterr().err.count("has no overlay") == labels.count("defective")
+
+
 def test_overlays_of_an_earlier_run_are_no_images(trained, tmp_path):
     cv2.imwrite(str(tmp_path / "white.png"), np.full((64, 64, 3), 255, np.uint8))
     for _ in range(2):
@@ -889,6 +910,23 @@ def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
     assert whole["history"] == parts["history"]
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+
+
+def test_a_resumed_run_makes_what_an_interrupted_one_did_not(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole", epochs=3, checkpoint_every=2)
+
+    def interrupted(run, epoch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage, "write_pictures", interrupted)
+        train(data, tmp_path / "parts", epochs=3, checkpoint_every=2)
+    (tmp_path / "parts" / "models" / "epoch_0002.pth").unlink()
+    train(data, tmp_path / "parts", epochs=3, checkpoint_every=2, resume=True)
+    whole, parts = (
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")} for name in ("whole", "parts")
+    )
+    assert whole == parts and Path("reconstructions/train/epoch_2.png") in whole
 
 
 def test_what_is_learned_last_an_interrupted_run_learns_too(data, tmp_path, monkeypatch):
