@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import Tensor
 
 from checkpoints import finite, load_checkpoint, reading_contents
 from config import DataSettings, MapSettings, from_dict
+from conformal import conformal_threshold, p_value, sober_threshold
+from coresets import nearest_squares, rows_of
 from data_loader import assert_images
 from engine import Runtime, make_runtime
 from evaluation import best_pixel_threshold, count_pixels, ssim_map
@@ -36,9 +37,7 @@ from vae_model import (
     assert_sides,
     detail_vae_from_checkpoint,
     fold_layers,
-    nearest_squares,
     resized,
-    rows_of,
     tap_roots,
 )
 
@@ -55,8 +54,6 @@ RING_QUANTILE = 0.99
 """Quantile of a ring, over that further in, that says by how much."""
 LEAST_INTERIOR = 0.1
 """Share of the pixels that must lie further in than all rings."""
-N_FENCED = 8
-"""Fewest scores for which an outer fence is computed."""
 OUTLINE_FLOOR = 0.02
 """Added to the head's probability of a defect: what is far below it has no shape."""
 SHAPED_ABOVE = 0.25
@@ -240,68 +237,6 @@ def _border_factors(batches: Sequence[np.ndarray], windows: Sequence[tuple[slice
         for each in range(N_RINGS)
     ]
     return tuple(np.maximum.accumulate([1.0, *(each / usual for each in reversed(largest))])[:0:-1].tolist())
-
-
-class ConformalThreshold(NamedTuple):
-    """A threshold with a promised false-alarm rate; ``promised`` is False where too few scores, or one set aside, allow
-    only a higher one.
-    """
-
-    threshold: float
-    promised: bool
-
-
-def conformal_threshold(good_scores: np.ndarray, alpha: float) -> ConformalThreshold:
-    """The score above which an image is called defective: the ceil((n+1)(1-alpha))-th smallest of n good scores.
-
-    For exchangeable good images the chance of a false alarm is then at most alpha (Vovk et al. 2005; Angelopoulos
-    & Bates 2023, eq. 1). With n below 1/alpha - 1 no finite threshold promises that; the largest score is taken.
-
-    Raises:
-        ValueError: there is no score.
-
-    >>> conformal_threshold(np.arange(1.0, 20.0), 0.05)
-    ConformalThreshold(threshold=19.0, promised=True)
-    """
-    ordered = np.sort(np.asarray(good_scores, float))
-    if not len(ordered):
-        raise ValueError("There are no good scores; expected one or more.")
-    rank = math.ceil((len(ordered) + 1) * (1 - alpha) - 1e-9)
-    return ConformalThreshold(float(ordered[min(rank, len(ordered)) - 1]), rank <= len(ordered))
-
-
-def outer_fence(good_scores: Sequence[float]) -> float:
-    """Score above which a good image lies far out: Q3 + 3 (Q3 - Q1) of all (Tukey 1977, "outer fence"), at least 1.5
-    Q3; infinite for fewer than N_FENCED.
-    """
-    if len(good_scores) < N_FENCED:
-        return math.inf
-    low, high = np.quantile(good_scores, (0.25, 0.75))
-    return float(max(high + 3 * (high - low), 1.5 * high))
-
-
-def sober_threshold(good_scores: Sequence[float], alpha: float) -> ConformalThreshold:
-    """As ``conformal_threshold``, but a single outlier beyond the outer fence may not set it; then the next largest
-    score does.
-
-    So one good image like no other does not let most defects pass. The chance of a false alarm is then at most 2 / (n +
-    1), not alpha.
-    """
-    found, ordered = conformal_threshold(np.array(good_scores), alpha), sorted(good_scores)
-    fence = outer_fence(ordered)
-    if found.threshold > fence and ordered[-2] <= fence:
-        return ConformalThreshold(ordered[-2], False)
-    return found
-
-
-def p_value(score: float, good_scores: np.ndarray) -> float:
-    """(1 + number of good scores >= score) / (n + 1): the chance of so high a score if the image were good.
-
-    >>> p_value(2.5, np.array([1.0, 2.0, 3.0]))
-    0.5
-    """
-    good = np.asarray(good_scores, float)
-    return float((1 + np.count_nonzero(good >= score)) / (len(good) + 1))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import checkpoints
 import config
+import conformal
 import data_loader
 import defect_maps
 import engine
@@ -209,7 +210,7 @@ def odd_images(run: Run, detector: defect_maps.Detector) -> list[str]:
     may set the threshold.
     """
     calibration = detector.calibration
-    fence = defect_maps.outer_fence(calibration.good_scores)
+    fence = conformal.outer_fence(calibration.good_scores)
     n, n_odd = len(calibration.good_scores), sum(score > fence for score in calibration.good_scores)
     if not n_odd:
         return []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import finite
-from defect_maps import p_value
+from conformal import p_value
 from plot_strokes import PROFILE_INK, ink_of
 
 TEMPERATURES = np.geomspace(0.1, 10.0, 400)

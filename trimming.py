@@ -22,8 +22,9 @@ from torch.utils.data import TensorDataset
 import data_loader
 import engine
 from config import TrainSettings, UsageError
+from coresets import rows_of, some_rows
 from defect_maps import decorrelated
-from vae_model import N_CANDIDATES, DetailLoss, DetailVAE, rows_of, some_rows
+from vae_model import N_CANDIDATES, DetailLoss, DetailVAE
 
 SIDE_PX = 384
 """Largest side at which images are compared."""

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import LossSettings, ModelSettings, from_dict
+from coresets import farthest_points, rows_of, some_rows
 from data_loader import assert_images
 from engine import resolve_device
 from evaluation import mae, mse
@@ -49,12 +50,6 @@ N_PROTOTYPES = 2048
 """Deviations, and features, that are kept."""
 N_CANDIDATES = 10240
 """Deviations that these are chosen from."""
-N_PROJECTED = 64
-"""Dimensions in which candidates are compared."""
-FARTHEST_FRAC = 1 / 16
-"""Share of the candidates that are compared with each one chosen."""
-ROWS_AT_ONCE = 8192
-"""Candidates that are compared at once where all are."""
 N_BANK_CANDIDATES = 2**19
 """Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are
 chosen; fewer of a wider backbone's.
@@ -561,48 +556,6 @@ def _coordinates(like: Tensor) -> Tensor:
 def deviations(features: Tensor, feature_mu: Tensor, feature_logvar: Tensor) -> Tensor:
     """Errors in units of the predicted standard deviation, (B, C, h, w)."""
     return (features - feature_mu) * torch.exp(-0.5 * feature_logvar)
-
-
-def rows_of(maps: Tensor) -> Tensor:
-    """Every place of maps (B, C, h, w) as a row, (B, h * w, C)."""
-    return maps.flatten(2).transpose(1, 2)
-
-
-def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
-    """At most so many places of each map (B, C, h, w), drawn at random, as rows (N, C)."""
-    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_each]] for rows in rows_of(maps)])
-
-
-def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:
-    """Indices of n rows (N, C), each the farthest from those chosen before it, in a random projection (greedy
-    k-center); repeats where N < n.
-
-    Computed lazily: only the distances of the farthest rows are updated after each choice, those of all rows once
-    another row may be farther.
-    """
-    projected = rows @ torch.randn(rows.shape[1], N_PROJECTED, generator=generator)
-    nearest, chosen, n_compared = torch.full((len(rows),), torch.inf), [0], 0
-    while len(chosen) < n:
-        since = projected[chosen[n_compared:]]
-        n_compared = len(chosen)
-        nearest = torch.minimum(nearest, torch.cat(nearest_squares(projected.split(ROWS_AT_ONCE), since)))
-        distances, indices = nearest.topk(math.ceil(FARTHEST_FRAC * len(rows)))
-        far, at_least = projected[indices], distances[-1].item()
-        for _ in range(n - n_compared):
-            last = int(distances.argmax())
-            chosen.append(int(indices[last]))
-            distances = torch.minimum(distances, nearest_squares([far], far[last, None])[0])
-            if distances.max() < at_least:
-                break
-    return chosen
-
-
-def nearest_squares(parts: Iterable[Tensor], others: Tensor) -> list[Tensor]:
-    """Squared distance of every row of each part (N, C) to its nearest neighbour among others (M, C), (N,) each; may be
-    slightly negative by rounding. A part at a time, so that memory is N * M numbers.
-    """
-    lengths = others.square().sum(1)
-    return [torch.addmm(lengths, rows, others.T, alpha=-2).amin(1) + rows.square().sum(1) for rows in parts]
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor:

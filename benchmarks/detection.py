@@ -37,8 +37,8 @@ import evaluation
 import files
 import image_folders
 import train_with_validation
+from coresets import farthest_points
 from perceptual_loss import Backbone, load_backbone
-from vae_model import farthest_points
 
 MEASURED = (
     ("image", "auroc"),
@@ -82,7 +82,7 @@ def anomalib_model(name: str, backbone: Backbone, images: Tensor, seed: int) -> 
     ``images`` (N, 3, H, W).
 
     Both see the grid of ``backbone`` in place of a network of their own. PatchCore's coreset is a tenth of the places,
-    each the farthest from those chosen before, as in anomalib, but found by ``vae_model.farthest_points`` in a random
+    each the farthest from those chosen before, as in anomalib, but found by ``coresets.farthest_points`` in a random
     projection to 64 dimensions for anomalib's 300.
 
     Returns:

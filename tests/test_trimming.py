@@ -9,7 +9,7 @@ from conftest import picture, save
 import config
 import engine
 import trimming
-from vae_model import rows_of
+from coresets import rows_of
 
 CPU = engine.Runtime(torch.device("cpu"))
 

@@ -13,6 +13,7 @@ import torch
 from torch import distributions
 
 import checkpoints
+import coresets
 import engine
 import vae_model
 from config import InputError, LossSettings, as_dict
@@ -256,9 +257,9 @@ def test_the_bank_holds_features_of_all_training_images(make_model):
     batches = [model.grid_features(each) for each in images]
     model.fit_bank(batches, 8)
     for features in batches:  # the stand-in's few places fit whole: each is in the bank, and nothing else
-        assert torch.cdist(vae_model.rows_of(features).flatten(0, 1), model.bank).amin(1).max() < 2e-3
+        assert torch.cdist(coresets.rows_of(features).flatten(0, 1), model.bank).amin(1).max() < 2e-3
     assert (
-        torch.cdist(model.bank, torch.cat([vae_model.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max()
+        torch.cdist(model.bank, torch.cat([coresets.rows_of(each).flatten(0, 1) for each in batches])).amin(1).max()
         < 2e-3
     )
 
@@ -273,30 +274,6 @@ def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
     model.fit_bank(features.split(3), 8)
     for image, row, column in rare:
         assert (model.bank == features[image, :, row, column]).all(1).any()
-
-
-def test_farthest_points_spread_over_all_clusters_and_repeat_only_when_rows_run_out():
-    generator = torch.Generator().manual_seed(3)
-    centres = 10 * torch.eye(5)
-    rows = torch.cat([centres[:1].expand(200, 5), centres]) + 0.01 * torch.randn(205, 5, generator=generator)
-    chosen = vae_model.farthest_points(rows, 5, generator)
-    assert {int(rows[index].argmax()) for index in chosen} == set(range(5))
-    everything = vae_model.farthest_points(rows[-5:], 8, generator)
-    assert len(everything) == 8 and set(everything[:5]) == set(range(5))
-    rows[7] = torch.nan  # of a model that has diverged
-    assert len(vae_model.farthest_points(rows, 9, generator)) == 9
-
-
-def test_farthest_points_are_those_of_comparing_every_row_with_every_one_chosen(monkeypatch):
-    monkeypatch.setattr(vae_model, "ROWS_AT_ONCE", 64)
-    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor(
-        [9.0, 5.0, 3.0, 1.0, 1.0, 1.0]
-    )
-    projected = rows @ torch.randn(6, vae_model.N_PROJECTED, generator=torch.Generator().manual_seed(2))
-    expected = [0]
-    while len(expected) < 120:
-        expected.append(int(torch.cdist(projected, projected[expected]).amin(1).argmax()))
-    assert vae_model.farthest_points(rows, 120, torch.Generator().manual_seed(2)) == expected
 
 
 def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
