@@ -59,9 +59,8 @@ def ssim_map(reconstruction: torch.Tensor, images: torch.Tensor, data_range: flo
     K1 = 0.01, K2 = 0.03, mirrored borders. H and W must be at least 11.
     """
     _assert_same_shape(reconstruction, images)
-    assert min(images.shape[-2:]) > 2 * SSIM_RADIUS_PX, (
-        f"images are {tuple(images.shape)}; expected sides of 11 px or more"
-    )
+    if min(images.shape[-2:]) <= 2 * SSIM_RADIUS_PX:
+        raise ValueError(f"images are {tuple(images.shape)}; expected sides of 11 px or more")
     with torch.autocast(images.device.type, enabled=False):
         x, y = reconstruction.to(torch.promote_types(reconstruction.dtype, torch.float32)), images
         y = y.to(x.dtype)
@@ -103,9 +102,9 @@ def surviving_share(pairs: Sequence[tuple[float, float]], n_resamples: int, seed
 
 
 def _assert_same_shape(reconstruction: torch.Tensor, images: torch.Tensor) -> None:
-    assert images.ndim == 4 and reconstruction.shape == images.shape, (
-        f"reconstruction is {tuple(reconstruction.shape)}, images are {tuple(images.shape)}; expected one (B, C, H, W)"
-    )
+    if images.ndim != 4 or reconstruction.shape != images.shape:
+        shapes = f"reconstruction is {tuple(reconstruction.shape)}, images are {tuple(images.shape)}"
+        raise ValueError(f"{shapes}; expected one (B, C, H, W)")
 
 
 def _gaussian_blur(planes: torch.Tensor) -> torch.Tensor:
@@ -645,11 +644,11 @@ def confusion_matrix(true: Sequence[int], predicted: Sequence[int], n_classes: i
     [[1, 0], [1, 1]]
     """
     truth, guess = np.asarray(true, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
-    assert truth.shape == guess.shape, f"true is {truth.shape}, predicted is {guess.shape}; expected equal lengths"
+    if truth.shape != guess.shape:
+        raise ValueError(f"true is {truth.shape}, predicted is {guess.shape}; expected equal lengths")
     both = np.concatenate((truth, guess))
-    assert both.size == 0 or (both.min() >= 0 and both.max() < n_classes), (
-        f"class numbers must lie in 0..{n_classes - 1}"
-    )
+    if both.size and (both.min() < 0 or both.max() >= n_classes):
+        raise ValueError(f"class numbers must lie in 0..{n_classes - 1}")
     return np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
@@ -667,7 +666,8 @@ def classification_report_dict(
     """
     confusion = np.asarray(confusion)
     names = [str(i) for i in range(len(confusion))] if class_names is None else list(class_names)
-    assert len(names) == len(confusion), f"{len(names)} class names for {len(confusion)} classes"
+    if len(names) != len(confusion):
+        raise ValueError(f"{len(names)} class names for {len(confusion)} classes")
     if confusion.sum() == 0:
         return {"n_images": 0, "confusion_matrix": confusion.tolist(), "class_names": names}
     values = _class_figures(confusion[None])

@@ -123,9 +123,8 @@ def reconstruction_grid(
     above 0).
     """
     n_images = len(images)
-    assert len(reconstructions) == len(defect_maps) == len(titles) == n_images > 0, (
-        "expected one entry an image in each list"
-    )
+    if not len(reconstructions) == len(defect_maps) == len(titles) == n_images > 0:
+        raise ValueError("expected one entry an image in each list")
     with matplotlib.rc_context(_STYLE):
         figure, grid = _grid(n_images, 3, PANEL_IN, extra_width_in=0.9)
         for axes, image, reconstruction, defect_map, title in zip(
@@ -200,9 +199,8 @@ def overlay_image(
         H x W x 3 uint8; pixels far below the threshold and away from a region, or from the brackets, are the photo's
         own.
     """
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
-        f"image is {image.dtype} {image.shape}; expected H x W x 3 uint8"
-    )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {image.shape}; expected H x W x 3 uint8")
     height, width = image.shape[:2]
     heat = cv2.resize(np.asarray(defect_map, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     mask = cv2.resize(
@@ -276,7 +274,8 @@ def _photo(image: np.ndarray) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
         image = np.moveaxis(image, 0, 2)
-    assert image.ndim == 3 and image.shape[2] == 3, f"image is {image.shape}; expected 3 x H x W or H x W x 3"
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.shape}; expected 3 x H x W or H x W x 3")
     return image if image.dtype == np.uint8 else np.clip(image, 0.0, 1.0)
 
 
@@ -411,7 +410,8 @@ def training_curves(history: Sequence[Mapping[str, float]], best_epoch: int | No
         )
     )
     terms.sort(key=lambda term: term not in ("total", "loss"))
-    assert terms, "expected a history with keys such as 'train/pixel' and 'val/pixel'"
+    if not terms:
+        raise ValueError("expected a history with keys such as 'train/pixel' and 'val/pixel'")
     epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
     best = _best_epoch(history, epochs) if best_epoch is None else best_epoch
     n_columns = min(3, len(terms))
@@ -572,7 +572,8 @@ def class_probability_panel(
 def latent_scatter(points_2d: np.ndarray, labels: Sequence[str]) -> Figure:
     """Latent means projected to two dimensions, (n, 2), with a colour and a shape for each label."""
     points, labels = np.asarray(points_2d, dtype=float), np.asarray(labels, dtype=str)
-    assert points.shape == (len(labels), 2), f"points are {points.shape}; expected ({len(labels)}, 2)"
+    if points.shape != (len(labels), 2):
+        raise ValueError(f"points are {points.shape}; expected ({len(labels)}, 2)")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.5, 6.0), layout="constrained")
         FigureCanvasAgg(figure)
