@@ -1086,16 +1086,27 @@ def build_parser(settings_class: type[Settings], description: str, prog: str | N
     """An argument parser with one flag (or bare argument) for each field of the class, in groups by the classes that
     these come from, plus --config.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
     hints, fields = typing.get_type_hints(settings_class), dataclasses.fields(settings_class)
+    bare = [f" {field.name} ..." for field in fields if field.metadata["positional"]]
+    parser = _Parser(
+        prog=prog,
+        usage=f"%(prog)s [options]{''.join(bare)}",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
     owners = {field.name: _owner(settings_class, field.name) for field in fields}
     for owner in settings_class.__mro__:
-        group = parser.add_argument_group(owner.__doc__.strip(".").lower()) if owner in owners.values() else None
+        group = parser.add_argument_group(_title(owner)) if owner in owners.values() else None
         for field in fields:
             if owners[field.name] is owner:
                 _add_flag(group, field, hints[field.name])
     return parser
+
+
+def _title(owner: type[Settings]) -> str:
+    return (owner.__doc__ or owner.__name__).strip(".").lower()  # python -OO leaves docstrings out
 
 
 def _owner(settings_class: type[Settings], name: str) -> type[Settings]:

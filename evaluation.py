@@ -56,7 +56,10 @@ def ssim_map(reconstruction: torch.Tensor, images: torch.Tensor, data_range: flo
     """Structural similarity at every pixel, mean over channels, (B, C, H, W) twice -> (B, 1, H, W) in [-1, 1].
 
     Wang et al. 2004, "Image quality assessment", eq. 13, with their 11 px Gaussian window (sigma 1.5 px),
-    K1 = 0.01, K2 = 0.03, mirrored borders. H and W must be at least 11.
+    K1 = 0.01, K2 = 0.03, mirrored borders.
+
+    Raises:
+        ValueError: H or W is below 11, or the shapes differ.
     """
     _assert_same_shape(reconstruction, images)
     if min(images.shape[-2:]) <= 2 * SSIM_RADIUS_PX:
@@ -639,6 +642,9 @@ def _without_undefined(report: dict) -> dict:
 
 def confusion_matrix(true: Sequence[int], predicted: Sequence[int], n_classes: int) -> np.ndarray:
     """Counts of (true class, predicted class), (K, K) integers; matrices of batches or ranks simply add up.
+
+    Raises:
+        ValueError: the lists differ in length, or a class number is not among those of K classes.
 
     >>> confusion_matrix([0, 1, 1], [0, 1, 0], 2).tolist()
     [[1, 0], [1, 1]]

@@ -329,7 +329,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
                 "method    ",
                 "seed",
                 "images",
-                *(f"{level} {key}".replace("average_precision", "AP").rjust(22) for level, key in MEASURED),
+                *(f"{level} {key}".replace("average_precision", "AP").rjust(24) for level, key in MEASURED),
                 "training",
                 "images/s",
                 "memory",
