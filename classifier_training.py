@@ -18,6 +18,7 @@ import config
 import data_loader
 import engine
 import image_files
+import latent_space
 import plot_calibration
 import vae_classifier
 from classifier_data import Data, Plots
@@ -169,7 +170,7 @@ def write_pictures(run: Run, epoch: int) -> None:
     rows = np.linspace(0, len(group.labels) - 1, min(N_PICTURED, len(group.labels))).astype(int)
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
     said = run.judged.eval()(images)
-    sheet = vae_classifier.tiled(
+    sheet = latent_space.tiled(
         [list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))]
     )
     image_files.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)

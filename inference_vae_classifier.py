@@ -30,6 +30,7 @@ import data_loader_supervised as plot_loader
 import engine
 import files
 import image_files
+import latent_space
 import plots
 import series_plots
 import vae_classifier
@@ -397,9 +398,9 @@ def write_panel(each: Predicted, model: VAEClassifier, path: Path) -> None:
 
 def write_generated(model: VAEClassifier, settings: config.InferClassifierSettings) -> None:
     """results/latent/generated_<class>.png: plots drawn from the class's latent Gaussian."""
-    drawn = vae_classifier.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
+    drawn = latent_space.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
     path = Path(settings.output_dir) / LATENT / f"generated_{settings.generate}.png"
-    image_files.write_png(path, vae_classifier.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
+    image_files.write_png(path, latent_space.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
     print(f"{len(drawn)} plots of {settings.generate}: {path}")
 
 
@@ -412,13 +413,13 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         write_table(kept, clusters, out / "latent.csv")
         print(f"latent means: {out / 'latent.csv'}")
     if settings.clusters:
-        clusters = vae_classifier.cluster(mu, settings.clusters, settings.seed)
+        clusters = latent_space.cluster(mu, settings.clusters, settings.seed)
         write_table(kept, clusters, out / "latent.csv")
-        found = agreement(labels, clusters)
+        found = latent_space.agreement(labels, clusters)
         files.write_json(out / "clusters.json", {"n_clusters": settings.clusters, **found})
         print(f"{settings.clusters} clusters{AGREEMENT.format(**found) if found else ''}")
     if settings.scatter != "none":
-        points = vae_classifier.project_2d(mu, settings.scatter, settings.seed)
+        points = latent_space.project_2d(mu, settings.scatter, settings.seed)
         groups = {"scatter": [label or each.name for label, each in zip(labels, kept, strict=True)]} | (
             {}
             if clusters is None
@@ -431,8 +432,8 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
     if settings.interpolate:
         if len(kept) != 2:
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
-        drawn, probabilities = vae_classifier.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
-        image_files.write_png(out / "interpolation.png", vae_classifier.tiled([drawn]))
+        drawn, probabilities = latent_space.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
+        image_files.write_png(out / "interpolation.png", latent_space.tiled([drawn]))
         print(
             f"interpolation: {out / 'interpolation.png'} "
             f"({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})"
@@ -442,19 +443,6 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
 def folder_class(each: Predicted, model: VAEClassifier) -> str:
     """The class whose folder the plot lies in, else nothing."""
     return each.path.parent.name if each.path.parent.name in model.class_names else ""
-
-
-def agreement(labels: list[str], clusters: np.ndarray) -> dict:
-    """How far clusters (n,) are the classes in ``labels``, of the plots that have one; nothing where fewer than two
-    occur.
-    """
-    from sklearn.metrics import adjusted_rand_score
-
-    rows = [row for row, label in enumerate(labels) if label]
-    known = [labels[row] for row in rows]
-    if len(set(known)) < 2:
-        return {}
-    return {"adjusted_rand_index": adjusted_rand_score(known, clusters[rows]), "n_plots": len(rows)}
 
 
 def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) -> None:

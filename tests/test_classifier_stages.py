@@ -21,6 +21,7 @@ import config
 import data_loader_supervised as plot_loader
 import engine
 import inference_vae_classifier as inference
+import latent_space
 import train_vae_classifier as training
 import vae_classifier
 from classifier_training import BEST
@@ -762,10 +763,10 @@ def test_clusters_are_compared_with_the_folders_of_plots_alone(model):
         np.array([1, 1, 1, 0, 0, 0]),
         [each._replace(path=Path("unknown") / each.path.name) for each in kept],
     )
-    assert inference.agreement([inference.folder_class(each, model) for each in kept], clusters) == (
+    assert latent_space.agreement([inference.folder_class(each, model) for each in kept], clusters) == (
         {"adjusted_rand_index": 1.0, "n_plots": 6}
     )
-    assert inference.agreement([inference.folder_class(each, model) for each in apart], clusters) == {}
+    assert latent_space.agreement([inference.folder_class(each, model) for each in apart], clusters) == {}
 
 
 @pytest.mark.drawn

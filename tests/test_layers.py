@@ -43,6 +43,7 @@ LEVELS = {
     "trimming": 5,
     "vae_classifier": 5,
     "classifier_training": 6,
+    "latent_space": 6,
     "train_with_validation": 7,
     "test_vae": 7,
     "classify_images": 7,
@@ -57,6 +58,7 @@ SAME_LEVEL = {
     ("defect_maps", "vae_model"),
     ("plot_strokes", "vae_model"),
     ("plot_calibration", "plot_strokes"),
+    ("classifier_training", "latent_space"),
 }
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {

@@ -15,6 +15,7 @@ import checkpoints
 import config
 import data_loader
 import evaluation
+import latent_space
 import plot_calibration as pc
 import vae_classifier as vc
 from plot_strokes import column_profile
@@ -423,12 +424,12 @@ def test_scores_of_a_batch_are_those_it_was_calibrated_on(calibrated):
 
 
 def test_generated_plots_come_from_the_latent_gaussian_of_their_class(calibrated, monkeypatch):
-    drawn = vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=4)
+    drawn = latent_space.generate_class(calibrated, calibrated.class_names[1], 3, seed=4)
     assert drawn.shape == (3, 3, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
-    assert torch.equal(drawn, vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=4))
-    assert not torch.equal(drawn, vc.generate_class(calibrated, calibrated.class_names[1], 3, seed=5))
+    assert torch.equal(drawn, latent_space.generate_class(calibrated, calibrated.class_names[1], 3, seed=4))
+    assert not torch.equal(drawn, latent_space.generate_class(calibrated, calibrated.class_names[1], 3, seed=5))
     monkeypatch.setattr(calibrated, "decode", lambda z: z)
-    z = vc.generate_class(calibrated, calibrated.class_names[1], 20_000).double()
+    z = latent_space.generate_class(calibrated, calibrated.class_names[1], 20_000).double()
     covariance = calibrated.calibration.class_covariances[1]
     torch.testing.assert_close(
         z.mean(0),
@@ -441,12 +442,12 @@ def test_generated_plots_come_from_the_latent_gaussian_of_their_class(calibrated
 
 def test_a_class_that_does_not_exist_is_named(calibrated):
     with pytest.raises(config.InputError, match="no class 'seasonal'; expected one of 0, 1, 2"):
-        vc.generate_class(calibrated, "seasonal", 1)
+        latent_space.generate_class(calibrated, "seasonal", 1)
 
 
 def test_interpolation_starts_and_ends_at_the_two_plots(calibrated):
     images = three_kinds(1)[0]
-    drawn, probabilities = vc.interpolate(calibrated, images[0], images[2], 5)
+    drawn, probabilities = latent_space.interpolate(calibrated, images[0], images[2], 5)
     with torch.inference_mode():
         ends = calibrated(images[[0, 2]]).reconstruction
     torch.testing.assert_close(drawn[[0, -1]], ends, atol=1e-5, rtol=0)
@@ -458,15 +459,15 @@ def test_two_dimensions_keep_groups_apart():
     rng = np.random.default_rng(0)
     mu = np.concatenate([rng.normal(0, 1, (15, 6)), rng.normal(20, 1, (15, 6))])
     for method in ("pca", "tsne"):
-        points = vc.project_2d(mu, method)
+        points = latent_space.project_2d(mu, method)
         centres = points[:15].mean(0), points[15:].mean(0)
         assert np.linalg.norm(centres[0] - centres[1]) > 2 * points[:15].std(0).max()
     centred = mu - mu.mean(0)
     expected = centred @ np.linalg.svd(centred)[2][:2].T
-    np.testing.assert_allclose(np.abs(vc.project_2d(mu, "pca")), np.abs(expected), atol=1e-6)
+    np.testing.assert_allclose(np.abs(latent_space.project_2d(mu, "pca")), np.abs(expected), atol=1e-6)
     for method in ("pca", "tsne"):
         with pytest.raises(config.InputError, match="2 different plots shows nothing; expected at least 3"):
-            vc.project_2d(mu[[0, 1, 1, 1, 1]], method)
+            latent_space.project_2d(mu[[0, 1, 1, 1, 1]], method)
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -474,20 +475,20 @@ def test_one_number_a_plot_cannot_be_laid_out_in_two_dimensions(method):
     with pytest.raises(
         config.InputError, match=r"^A scatter of 1 latent variable shows nothing; expected a model of at least 2\.$"
     ):
-        vc.project_2d(np.arange(20.0)[:, None], method)
+        latent_space.project_2d(np.arange(20.0)[:, None], method)
 
 
 def test_clusters_are_groups_of_neighbours():
     rng = np.random.default_rng(0)
     mu = np.concatenate([rng.normal(centre, 1, (10, 6)) for centre in (0, 20, -20)])
-    found = vc.cluster(mu, 3).reshape(3, 10)
+    found = latent_space.cluster(mu, 3).reshape(3, 10)
     assert (found == found[:, :1]).all() and sorted(found[:, 0]) == [0, 1, 2]
     with pytest.raises(config.InputError, match="2 different plots cannot make 3 clusters"):
-        vc.cluster(mu[[0, 1, 1, 1]], 3)
+        latent_space.cluster(mu[[0, 1, 1, 1]], 3)
 
 
 def test_pictures_are_laid_out_in_rows():
-    sheet = vc.tiled([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)], gap_px=2)
+    sheet = latent_space.tiled([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)], gap_px=2)
     assert sheet.shape == (24, 36, 3) and sheet.dtype == np.uint8
     assert (
         sheet[5, 5].tolist() == [0, 0, 0]
