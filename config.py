@@ -1087,7 +1087,11 @@ def build_parser(settings_class: type[Settings], description: str, prog: str | N
     these come from, plus --config.
     """
     hints, fields = typing.get_type_hints(settings_class), dataclasses.fields(settings_class)
-    bare = [f" {field.name} ..." for field in fields if field.metadata["positional"]]
+    bare = [
+        f" {field.name} ..." if field.metadata["positional"] == "+" else f" [{field.name} ...]"
+        for field in fields
+        if field.metadata["positional"]
+    ]
     parser = _Parser(
         prog=prog,
         usage=f"%(prog)s [options]{''.join(bare)}",
@@ -1098,15 +1102,11 @@ def build_parser(settings_class: type[Settings], description: str, prog: str | N
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
     owners = {field.name: _owner(settings_class, field.name) for field in fields}
     for owner in settings_class.__mro__:
-        group = parser.add_argument_group(_title(owner)) if owner in owners.values() else None
+        group = parser.add_argument_group(owner.__doc__.strip(".").lower()) if owner in owners.values() else None
         for field in fields:
             if owners[field.name] is owner:
                 _add_flag(group, field, hints[field.name])
     return parser
-
-
-def _title(owner: type[Settings]) -> str:
-    return (owner.__doc__ or owner.__name__).strip(".").lower()  # python -OO leaves docstrings out
 
 
 def _owner(settings_class: type[Settings], name: str) -> type[Settings]:

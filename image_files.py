@@ -126,13 +126,20 @@ def _same_aspect(one_hw: tuple[int, int], other_hw: tuple[int, int]) -> bool:
 
 
 def _orientation(path: Path) -> int | None:
-    """The EXIF orientation of an image, 1 to 8; None where it has none, or cannot be read."""
+    """The EXIF orientation that ``read_image`` applies to an image, 1 to 8; None where there is none.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
     from PIL import Image
 
+    data = _read_bytes(path)
+    if _plain_png_size(data) or _plain_jpeg_size(data):
+        return None
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return image.getexif().get(_EXIF_ORIENTATION)
-    except OSError:
+    except Exception:  # the many decoders raise nearly anything
         return None
 
 

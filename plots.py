@@ -551,7 +551,7 @@ def class_probability_panel(
 ) -> Figure:
     """Original, reconstruction and a bar for each class, the most likely on top and coloured."""
     ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    names, values = [name.replace("_", " ") for name, _ in ranked], [value for _, value in ranked]
+    names, values = [_label(name) for name, _ in ranked], [value for _, value in ranked]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(12.5, 3.9), layout="constrained")
         FigureCanvasAgg(figure)
@@ -587,7 +587,7 @@ def latent_scatter(points_2d: np.ndarray, labels: Sequence[str]) -> Figure:
                 alpha=0.75,
                 linewidths=0.4,
                 edgecolors="white",
-                label=name.replace("_", " "),
+                label=_label(name),
                 color=CLASS_COLOURS[number % len(CLASS_COLOURS)],
                 marker=CLASS_MARKERS[(number + number // len(CLASS_COLOURS)) % len(CLASS_MARKERS)],
             )

@@ -191,7 +191,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
 def test_every_preset_is_valid_for_every_stage_that_can_take_it(path):
     values = config.read_yaml(str(path))
     trained = config.TrainClassifierSettings if path.name.startswith("classifier") else config.TrainSettings
-    assert values.keys() <= vars(trained()).keys()
+    assert values and values.keys() <= vars(trained()).keys()
     for cls in LEAVES:
         settings = config.from_dict(cls, values)
         assert all(getattr(settings, key) == value for key, value in values.items() if hasattr(settings, key))

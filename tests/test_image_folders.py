@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import make_set, picture, prepare, save, save_mask
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import config
 import image_files
@@ -300,6 +301,13 @@ def test_a_mask_that_may_have_been_drawn_on_a_turned_photograph_is_warned_of(tmp
     assert found.any() and [f"EXIF orientation {orientation}" in each for each in warnings] == [True] * told
     own = save(tmp_path / "1_mask.png", np.eye(*shape, dtype=np.uint8) * 255, exif=exif)
     assert not truth_of(image, [own])[1]
+
+
+def test_what_pillow_cannot_read_beside_the_pixels_is_no_matter_of_masks(tmp_path):
+    text = PngInfo()
+    text.add_text("comment", "a" * 3_000_000, zip=True)
+    image = save(tmp_path / "0.png", np.zeros((48, 64, 3), np.uint8), pnginfo=text)
+    assert truth_of(image, [save_mask(tmp_path / "0_mask.png")])[0].any()
 
 
 def test_a_mask_that_marks_nothing_is_none(tmp_path):

@@ -268,7 +268,10 @@ def test_names_that_are_no_text_label_tables_too(tmp_path):
     name = os.fsdecode(b"sp\xfe")
     plots.save(plots.metrics_heatmap({name: {"auroc": 0.5}}), tmp_path / "metrics.png")
     plots.save(plots.confusion_heatmap(np.eye(2), [name, "a"]), tmp_path / "confusion.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.png", "confusion.png"}
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    plots.save(plots.class_probability_panel(grey, grey, {name: 0.9, "a": 0.1}, "x.png"), tmp_path / "classes.png")
+    plots.save(plots.latent_scatter(np.eye(2), [name, "a"]), tmp_path / "scatter.png")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_class_panel_marks_the_winner(scene):
