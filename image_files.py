@@ -136,11 +136,8 @@ def _orientation(path: Path) -> int | None:
     data = _read_bytes(path)
     if _plain_png_size(data) or _plain_jpeg_size(data):
         return None
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # the many decoders raise nearly anything
-        return None
+    with Image.open(io.BytesIO(data)) as image:  # as Pillow has read it before
+        return image.getexif().get(_EXIF_ORIENTATION)
 
 
 def _turned_as(orientation: int | None, path: Path, mask: np.ndarray) -> np.ndarray:
