@@ -1100,11 +1100,11 @@ def build_parser(settings_class: type[Settings], description: str, prog: str | N
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; flags beat it.")
-    owners = {field.name: _owner(settings_class, field.name) for field in fields}
     for owner in settings_class.__mro__:
-        group = parser.add_argument_group(owner.__doc__.strip(".").lower()) if owner in owners.values() else None
-        for field in fields:
-            if owners[field.name] is owner:
+        own = [field for field in fields if _owner(settings_class, field.name) is owner]
+        if own:
+            group = parser.add_argument_group(owner.__doc__.strip(".").lower())
+            for field in own:
                 _add_flag(group, field, hints[field.name])
     return parser
 

@@ -186,12 +186,14 @@ def figure(value: float | None, interval: tuple[float, float] | None) -> dict | 
     return entry if interval is None else {**entry, "ci95": [float(interval[0]), float(interval[1])]}
 
 
-def figure_text(figure: dict, label: str = "95 %: ") -> str:
-    """What ``figure`` returned, as text.
+def figure_text(figure: dict | None, label: str = "95 %: ") -> str:
+    """What ``figure`` returned, as text; "-" where it is undefined.
 
     >>> figure_text({"value": 0.5, "ci95": [0.25, 0.75]})
     '0.500 (95 %: 0.250 to 0.750)'
     """
+    if figure is None:
+        return "-"
     low_and_high = figure.get("ci95")
     return f"{figure['value']:.3f}" + (" ({}{:.3f} to {:.3f})".format(label, *low_and_high) if low_and_high else "")
 

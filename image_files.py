@@ -46,7 +46,7 @@ def read_image(path: str | Path) -> np.ndarray:
             beyond MAX_ASPECT.
     """
     data = _read_bytes(path)
-    size = _plain_png_size(data) or _plain_jpeg_size(data)
+    size = _plain_size(data)
     if size:
         _check_size(path, *size)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -134,7 +134,7 @@ def _orientation(path: Path) -> int | None:
     from PIL import Image
 
     data = _read_bytes(path)
-    if _plain_png_size(data) or _plain_jpeg_size(data):
+    if _plain_size(data):
         return None
     with Image.open(io.BytesIO(data)) as image:  # as Pillow has read it before
         return image.getexif().get(_EXIF_ORIENTATION)
@@ -175,6 +175,11 @@ def _check_size(path: str | Path, height: int, width: int) -> None:
             f"is {width} x {height} px; expected sides of {MIN_SIDE_PX} px or more and an aspect ratio of "
             f"{MAX_ASPECT}:1 at most",
         )
+
+
+def _plain_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of what OpenCV reads as it is meant, without transparency or orientation, else None."""
+    return _plain_png_size(data) or _plain_jpeg_size(data)
 
 
 def _plain_png_size(data: bytes) -> tuple[int, int] | None:

@@ -321,7 +321,6 @@ def recorded(
     """The same results, each written to ``out/predictions.csv``, what is wrong with one to ``out/remarks.csv``, and the
     first ones as a picture, on its way.
     """
-    files.make_folder(out)
     with files.open_table(out / "predictions.csv") as file, files.open_table(out / "remarks.csv") as remarks_file:
         writer, remarks = csv.writer(file), csv.writer(remarks_file)
         writer.writerow(["path", "predicted", "confidence", "p_value", *class_names])
@@ -409,7 +408,6 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
     out, kept = Path(settings.output_dir) / LATENT, [each for each in kept if not each.error]
     mu, labels, clusters = np.array([each.mu for each in kept]), [folder_class(each, model) for each in kept], None
     if settings.encode or settings.clusters:
-        out.mkdir(parents=True, exist_ok=True)
         write_table(kept, clusters, out / "latent.csv")
         print(f"latent means: {out / 'latent.csv'}")
     if settings.clusters:

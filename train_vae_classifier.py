@@ -160,9 +160,10 @@ def train(run: Run) -> list[dict]:
                 row |= engine.prefixed("val" if name == "real" else name, validate(run, group))
             run.history.append(row)
             is_best = keep_if_best(run, validation_score(row))
-            save_last(run, optimizer, scheduler)
             if epoch % s.picture_every == 0 or epoch == s.epochs:
                 write_pictures(run, epoch)
+            # last of all, so that a resumed run makes what an interrupted one did not
+            save_last(run, optimizer, scheduler)
             progress.write(epoch_block(row, s.epochs, is_best), file=sys.stderr)
     return run.history
 

@@ -191,7 +191,7 @@ def main(settings: config.ClassifierBenchmarkSettings) -> None:
 def line(row: dict) -> str:
     """A row of the table."""
     figures = [row.get(group, {}).get(measure) for _, group, measure in COLUMNS]
-    shown = [evaluation.figure_text(figure, "") if figure else "-" for figure in figures]
+    shown = [evaluation.figure_text(figure, "") for figure in figures]
     return (
         f"{row['method']:<8s}"
         + "".join(f"{each:>24s}" for each in shown)

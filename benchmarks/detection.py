@@ -377,8 +377,7 @@ def line(row: dict) -> str:
     """A row of the table."""
     shown = [f"{row['method']:<10s}", f"{row['seed']:>4d}", f"{row['train_images']:>6d}"]
     for level, key in MEASURED:
-        figure = row[f"{level} {key}"]
-        shown.append((evaluation.figure_text(figure, "") if figure else "-").rjust(24))
+        shown.append(evaluation.figure_text(row[f"{level} {key}"], "").rjust(24))
     memory = row["peak_memory_mb"]
     return "  ".join(
         [*shown, f"{row['training_s']:>6.0f} s", f"{row['images_per_s']:>8.1f}", f"{memory:>5.0f}M" if memory else "-"]

@@ -224,6 +224,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
     assert confusion[0] == [confusion[1][2], confusion[1][1], confusion[1][0]]
 
 
+def test_a_resumed_run_makes_the_pictures_that_an_interrupted_one_did_not(trained, tmp_path, monkeypatch):
+    data, out = trained
+    settings, name = settings_for(data, tmp_path), "reconstructions"
+
+    def interrupted(run, epoch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "write_pictures", interrupted)
+        training.main(settings)
+    training.main(settings.replace(resume=True))
+    made = {path.name for path in (out / name).iterdir()}
+    assert made and made == {path.name for path in (tmp_path / name).iterdir()}
+
+
 def test_a_run_goes_on_where_the_data_folder_is_spelled_in_another_way(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[1], tmp_path / "out")
     monkeypatch.chdir(trained[0].parent)
