@@ -13,7 +13,7 @@ N_PROJECTED = 64
 FARTHEST_FRAC = 1 / 16
 """Share of the candidates that are compared with each one chosen."""
 ROWS_AT_ONCE = 8192
-"""Candidates that are compared at once where all are."""
+"""Rows that are multiplied at once where all are."""
 
 
 def rows_of(maps: Tensor) -> Tensor:
@@ -24,6 +24,33 @@ def rows_of(maps: Tensor) -> Tensor:
 def some_rows(maps: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
     """At most so many places of each map (B, C, h, w), drawn at random, as rows (N, C)."""
     return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_each]] for rows in rows_of(maps)])
+
+
+def sample_rows(maps: Iterable[Tensor], n_maps: int, n: int, generator: torch.Generator) -> Tensor:
+    """About n places (N, C), all where there are fewer, drawn at random from n maps, as many from each; the maps come
+    in batches (B, C, h, w), of one size, and none is kept.
+    """
+    n_each, found, n_found = math.ceil(n / max(1, n_maps)), torch.empty(0), 0
+    for batch in maps:
+        rows = some_rows(batch, n_each, generator)
+        if not n_found:
+            found = torch.empty(n_maps * (len(rows) // len(batch)), rows.shape[1])
+        found[n_found : n_found + len(rows)] = rows
+        n_found += len(rows)
+    return found[:n_found]
+
+
+def cell_means(rows: Tensor, centres: Tensor) -> Tensor:
+    """The mean of those rows (N, C) that are nearer to each centre (M, C) than to any other, (M, C): a step of Lloyd
+    1982; a centre that no row is nearest to stays where it is.
+    """
+    lengths = centres.square().sum(1)
+    nearest = torch.cat(
+        [torch.addmm(lengths, part, centres.T, alpha=-2).argmin(1) for part in rows.split(ROWS_AT_ONCE)]
+    )
+    sums = torch.zeros_like(centres).index_add_(0, nearest, rows)
+    n_rows = torch.bincount(nearest, minlength=len(centres))[:, None]
+    return torch.where(n_rows > 0, sums / n_rows.clamp_min(1), centres)
 
 
 def farthest_points(rows: Tensor, n: int, generator: torch.Generator) -> list[int]:

@@ -31,6 +31,10 @@ from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers
 BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 N_PICTURED = 4
 """Images in one reconstruction picture."""
+INTERIM_STEP = 4
+"""While training goes on, one of so many of the reference's batches says how features deviate, for a quarter of the
+time.
+"""
 N_DRAWN = 2
 """Times that a defect is drawn on each held-out image, for the pixel threshold."""
 
@@ -48,7 +52,7 @@ class Run:
     # those good images, or their tiles (B, 3, S, S) and their features (B, C, S/8, S/8)
     held_out: list[tuple[Tensor, Tensor | None]]
     held_windows: list[tuple[slice, slice]] | None  # what of each of them is picture and no grey bar; None where all is
-    reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of some training images as they are, on the CPU
+    reference: list[Tensor]  # float16 features (B, C, S/8, S/8) of training images as they are, on the CPU
     model: DetailVAE
     loss: DetailLoss
     features: FeatureCache
@@ -77,7 +81,8 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
     """
     epoch = len(run.history)
     if run.calibrated is None or run.calibrated[0] != epoch:
-        run.model.fit_deviations([run.runtime.put(features).float() for features in run.reference])
+        some = run.reference if run.finished else run.reference[::INTERIM_STEP]
+        run.model.fit_deviations((run.runtime.put(features).float() for features in some), sum(map(len, some)))
         maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
         perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
         detector = defect_maps.Detector(

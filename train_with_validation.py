@@ -73,8 +73,8 @@ N_STATISTICS = 2048
 """Training images (or tiles), at most, from which the statistics and the bank of features come."""
 N_HELD_TILES = 256
 """Held-out tiles, at most, in the validation loss."""
-N_REFERENCE = 64
-"""Training images from which is learned how features deviate from their prediction."""
+N_REFERENCE = 256
+"""Training images (or tiles), at most, from which is learned how features deviate from their prediction."""
 
 
 def main(settings: config.TrainSettings) -> None:

@@ -24,7 +24,7 @@ import engine
 from config import TrainSettings, UsageError
 from coresets import rows_of, some_rows
 from defect_maps import decorrelated
-from vae_model import N_CANDIDATES, DetailLoss, DetailVAE
+from vae_model import DetailLoss, DetailVAE
 
 SIDE_PX = 384
 """Largest side at which images are compared."""
@@ -32,6 +32,8 @@ BASE_CHANNELS = 8
 """Width of the model that learns their features."""
 N_SHOWN = 1600
 """Images that it is shown, with repeats."""
+N_SAMPLED = 10240
+"""Places of all images that those of each are compared with."""
 STRANGEST_FRAC = 0.05
 """Share of the places of an image, its most unusual ones, that make its outlier score."""
 N_COMPARISONS = 2
@@ -94,7 +96,7 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
         runtime,
     )
     batches = features.split(settings.batch_size)
-    model.fit_deviations([runtime.put(batch).float() for batch in batches])
+    model.fit_deviations((runtime.put(batch).float() for batch in batches), len(features))
     with torch.inference_mode():
         told = (model.describe(None, runtime.put(batch).float(), paint=False) for batch in batches)
         return torch.cat([decorrelated(output.deviation, model).half().cpu() for output in told])
@@ -109,7 +111,7 @@ def unlikeness(maps: Tensor, among: Sequence[int]) -> Tensor:
         among: indices of the maps that all are compared with, two or more.
     """
     generator = torch.Generator().manual_seed(0)
-    n_each = math.ceil(N_CANDIDATES / len(among))
+    n_each = math.ceil(N_SAMPLED / len(among))
     samples = torch.cat([some_rows(maps[index][None].float(), n_each, generator) for index in among])
     found = []
     for index, each in enumerate(maps):

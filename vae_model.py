@@ -12,7 +12,6 @@ that no other part learns from outlines defects, from all that the model sees an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import LossSettings, ModelSettings, from_dict
-from coresets import farthest_points, rows_of, some_rows
+from coresets import ROWS_AT_ONCE, cell_means, farthest_points, sample_rows
 from data_loader import assert_images
 from engine import resolve_device
 from evaluation import mae, mse
@@ -48,14 +47,12 @@ SHRINKAGE = 0.02
 """Share of the identity in the correlation of features."""
 N_PROTOTYPES = 2048
 """Deviations, and features, that are kept."""
-N_CANDIDATES = 10240
-"""Deviations that these are chosen from."""
-N_BANK_CANDIDATES = 2**19
-"""Features that those of the bank are chosen from: all places of 227 images of 384 px, 370 MB of Lite0's while they are
+N_CANDIDATES = 2**19
+"""Places that either are chosen from: all those of 227 images of 384 px, 370 MB of Lite0's features while they are
 chosen; fewer of a wider backbone's.
 """
 MOST_CANDIDATE_NUMBERS = 2**27
-"""Numbers that those features hold at most."""
+"""Numbers that those hold at most."""
 
 
 class VAEOutput(NamedTuple):
@@ -381,25 +378,17 @@ class DetailVAE(nn.Module):
     def fit_bank(self, features: Iterable[Tensor], n_images: int) -> None:
         """Keep features that represent those of all n good training images, from batches of them (B, C, h, w).
 
-        A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: ``bank`` is a greedy coreset of a sample of
-        places.
+        A memory bank as in Roth et al. 2022 (algorithm 1), of fixed size: a greedy coreset of a sample of places, then
+        each moved into the middle of those that are nearest to it, for a greedy choice takes what is extreme.
         """
         generator = torch.Generator().manual_seed(0)
-        n_each = math.ceil(min(N_BANK_CANDIDATES, MOST_CANDIDATE_NUMBERS // self.n_features) / max(1, n_images))
-        candidates, n = torch.empty(0, self.n_features), 0
-        for batch in features:
-            rows = some_rows(batch.cpu(), n_each, generator)
-            if not n:
-                candidates = torch.empty(n_images * (len(rows) // len(batch)), self.n_features)
-            candidates[n : n + len(rows)] = rows
-            n += len(rows)
-        candidates = candidates[:n]
-        self.bank.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
+        candidates = sample_rows((batch.cpu() for batch in features), n_images, self._n_candidates, generator)
+        self.bank.copy_(cell_means(candidates, candidates[farthest_points(candidates, N_PROTOTYPES, generator)]))
 
     @torch.no_grad()
-    def fit_deviations(self, batches: Sequence[Tensor]) -> None:
-        """Learn how features deviate from their prediction on good training images, from batches of their features (B,
-        C, h, w).
+    def fit_deviations(self, features: Iterable[Tensor], n_images: int) -> None:
+        """Learn how features deviate from their prediction on n good training images, from batches of their features
+        (B, C, h, w).
 
         The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
         place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of
@@ -410,22 +399,23 @@ class DetailVAE(nn.Module):
         if self.backbone is None:
             return
         self.eval()
-        total, count = torch.zeros(self.n_features, self.n_features, dtype=torch.float64), 0
-        candidates, generator = [], torch.Generator().manual_seed(0)
-        n_each = math.ceil(N_CANDIDATES / max(1, sum(map(len, batches))))
-        for features in batches:
-            told = self.describe(None, features, paint=False)
-            deviation = told.deviation.cpu()
-            candidates.append(some_rows(deviation, n_each, generator))
-            rows = rows_of(deviation).flatten(0, 1).double()
-            total, count = total + rows.T @ rows, count + len(rows)
-        moments = (1 - SHRINKAGE) * total / count + SHRINKAGE * (total / count).diagonal().mean() * torch.eye(
+        deviations_of = (self.describe(None, batch, paint=False).deviation.cpu() for batch in features)
+        generator = torch.Generator().manual_seed(0)
+        candidates = sample_rows(deviations_of, n_images, self._n_candidates, generator)
+        parts = candidates.split(ROWS_AT_ONCE)
+        moments = sum(part.double().T @ part.double() for part in parts) / len(candidates)
+        moments = (1 - SHRINKAGE) * moments + SHRINKAGE * moments.diagonal().mean() * torch.eye(
             self.n_features, dtype=torch.float64
         )
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
         self.whitening.copy_(_inverse_factor(moments * same_tap).float())
-        decorrelated = torch.cat(candidates) @ self.whitening.T.cpu()
-        self.prototypes.copy_(decorrelated[farthest_points(decorrelated, N_PROTOTYPES, generator)])
+        for part in parts:
+            part.copy_(part @ self.whitening.T.cpu())
+        self.prototypes.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
+
+    @property
+    def _n_candidates(self) -> int:
+        return min(N_CANDIDATES, MOST_CANDIDATE_NUMBERS // self.n_features)
 
     # ---------------------------------------------------------------------------------------- forward
 

@@ -590,7 +590,7 @@ def test_the_image_score_comes_from_the_map_that_is_named(make_model):
     maps = PIXELS.replace(map_likelihood=1.0)
     model, images = make_model("efficientnet_lite0"), good_images(3, seed=4)
     model.fit_feature_scale([images])
-    model.fit_deviations([model.grid_features(good_images(8, seed=6))])
+    model.fit_deviations([model.grid_features(good_images(8, seed=6))], 8)
     model.fit_bank([model.grid_features(good_images(8, seed=6))], 8)
     of_fused = detector_of(model, maps.replace(**FUSED_SCORE))
     of_one = [

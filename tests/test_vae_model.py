@@ -233,7 +233,7 @@ def test_whitened_deviations_of_the_images_they_were_fitted_on_are_uncorrelated_
     model = shake(make_model("efficientnet_lite0")).eval()
     model.fit_feature_scale([smooth_images(8)])
     batches = [model.grid_features(each) for each in smooth_images(24).split(8)]
-    model.fit_deviations(batches)
+    model.fit_deviations(batches, 24)
     features = torch.cat(batches)
     mu, _, detail_mu, _ = model.encode(None, features)
     plain = (
@@ -264,16 +264,44 @@ def test_the_bank_holds_features_of_all_training_images(make_model):
     )
 
 
+RARE = [(image, 7 * image, 60 - 7 * image) for image in range(8)]
+
+
+def features_with_rare_places(model):
+    """(8, C, 64, 64), so 32,768 places, of which those of RARE are like no other."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(8, model.n_features, 64, 64, generator=generator)
+    for image, row, column in RARE:
+        features[image, :, row, column] = 4 * torch.randn(model.n_features, generator=generator)
+    return features
+
+
 def test_rare_places_are_in_the_bank_however_many_there_are(make_model):
     model = make_model("efficientnet_lite0").eval()
-    generator = torch.Generator().manual_seed(3)
-    features = torch.randn(8, model.n_features, 64, 64, generator=generator)  # 32,768 places
-    rare = [(image, 7 * image, 60 - 7 * image) for image in range(8)]
-    for image, row, column in rare:
-        features[image, :, row, column] = 4 * torch.randn(model.n_features, generator=generator)
+    features = features_with_rare_places(model)
     model.fit_bank(features.split(3), 8)
-    for image, row, column in rare:
+    for image, row, column in RARE:
         assert (model.bank == features[image, :, row, column]).all(1).any()
+
+
+def test_the_bank_lies_amid_what_it_stands_for(make_model):
+    model = make_model("efficientnet_lite0").eval()
+    features = features_with_rare_places(model)
+    model.fit_bank(features.split(3), 8)
+    places = coresets.rows_of(features).flatten(0, 1)
+    chosen = places[coresets.farthest_points(places, len(model.bank), torch.Generator().manual_seed(0))]
+    distance = {name: torch.cdist(places, rows).amin(1).mean() for name, rows in (("bank", model.bank), ("", chosen))}
+    assert distance["bank"] < 0.95 * distance[""]
+
+
+def test_rare_deviations_are_kept_however_many_places_there_are(make_model):
+    model = shake(make_model("efficientnet_lite0")).eval()
+    features = features_with_rare_places(model)
+    model.fit_deviations(features.split(3), 8)
+    deviation = model.describe(None, features, paint=False).deviation
+    for image, row, column in RARE:
+        rare = model.whitening @ deviation[image, :, row, column]
+        assert (model.prototypes - rare).norm(dim=1).min() < 1e-3 * rare.norm()
 
 
 def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
@@ -315,7 +343,7 @@ def test_the_surprise_is_the_logarithm_of_one_and_the_mean_squared_deviation():
 
 def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
     model = make_model("none")
-    model.fit_deviations([])
+    model.fit_deviations([], 0)
     assert model.whitening.shape == (0, 0)
 
 
