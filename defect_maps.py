@@ -130,7 +130,7 @@ def feature_error(output: DetailOutput) -> Tensor:
 
 
 def decorrelated(deviation: Tensor, model: DetailVAE) -> Tensor:
-    """Deviations (B, C, h, w) decorrelated, of the same shape; see ``DetailVAE.fit_deviations``."""
+    """Deviations (B, C, h, w) decorrelated, of the same shape; see ``DetailVAE.fit_whitening``."""
     return F.conv2d(deviation, model.whitening[:, :, None, None]).float()
 
 

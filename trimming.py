@@ -96,7 +96,9 @@ def learned_deviations(model: DetailVAE, features: Tensor, settings: TrainSettin
         runtime,
     )
     batches = features.split(settings.batch_size)
-    model.fit_deviations((runtime.put(batch).float() for batch in batches), len(features))
+    model.fit_whitening(
+        (runtime.put(batch).float() for batch in batches), len(features), torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         told = (model.describe(None, runtime.put(batch).float(), paint=False) for batch in batches)
         return torch.cat([decorrelated(output.deviation, model).half().cpu() for output in told])

@@ -388,30 +388,39 @@ class DetailVAE(nn.Module):
     @torch.no_grad()
     def fit_deviations(self, features: Iterable[Tensor], n_images: int) -> None:
         """Learn how features deviate from their prediction on n good training images, from batches of their features
-        (B, C, h, w).
+        (B, C, h, w): ``whitening``, and ``prototypes``.
 
-        The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
-        place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of
-        the identity), is of the data set. ``whitening`` W has W R W' = 1. ``prototypes`` are deviations so decorrelated
-        that represent all others: a greedy coreset (as in Roth et al. 2022, algorithm 1), each the farthest from those
-        before it.
+        The latter are deviations, decorrelated, that represent all others: a greedy coreset (as in Roth et al. 2022,
+        algorithm 1), each the farthest from those before it.
         """
         if self.backbone is None:
             return
-        self.eval()
-        deviations_of = (self.describe(None, batch, paint=False).deviation.cpu() for batch in features)
         generator = torch.Generator().manual_seed(0)
-        candidates = sample_rows(deviations_of, n_images, self._n_candidates, generator)
-        parts = candidates.split(ROWS_AT_ONCE)
-        moments = sum(part.double().T @ part.double() for part in parts) / len(candidates)
+        candidates = self.fit_whitening(features, n_images, generator)
+        self.prototypes.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
+
+    @torch.no_grad()
+    def fit_whitening(self, features: Iterable[Tensor], n_images: int, generator: torch.Generator) -> Tensor:
+        """Learn how the channels' deviations go together, likewise; returns a sample of them decorrelated, (N, C).
+
+        The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
+        place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of
+        the identity), is of the data set. ``whitening`` W has W R W' = 1.
+        """
+        self.eval()
+        told = (self.describe(None, batch, paint=False).deviation.cpu() for batch in features)
+        sample = sample_rows(told, n_images, self._n_candidates, generator)
+        parts = sample.split(ROWS_AT_ONCE)
+        moments = sum(part.double().T @ part.double() for part in parts) / len(sample)
         moments = (1 - SHRINKAGE) * moments + SHRINKAGE * moments.diagonal().mean() * torch.eye(
             self.n_features, dtype=torch.float64
         )
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
-        self.whitening.copy_(_inverse_factor(moments * same_tap).float())
+        whitening = _inverse_factor(moments * same_tap).float()
+        self.whitening.copy_(whitening)
         for part in parts:
-            part.copy_(part @ self.whitening.T.cpu())
-        self.prototypes.copy_(candidates[farthest_points(candidates, N_PROTOTYPES, generator)])
+            part.copy_(part @ whitening.T)
+        return sample
 
     @property
     def _n_candidates(self) -> int:
