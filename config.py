@@ -547,7 +547,11 @@ class TrainSettings(
         0, "Epochs between validations; 0 validates after about every 500 training images.", unit="epochs", minimum=0
     )
     picture_every: int = setting(
-        20, "Write reconstruction pictures every so many epochs, and after the last.", unit="epochs", minimum=1
+        0,
+        "Epochs between reconstruction pictures, which the last one gets, too; 0 makes them after about every 1800 "
+        "training images.",
+        unit="epochs",
+        minimum=0,
     )
 
 

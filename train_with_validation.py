@@ -69,6 +69,10 @@ MAY_DIFFER = PLACES | {
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
 """With --weights, taken from this run, as the settings of maps are; all others come from the checkpoint."""
+VALIDATED_AFTER, PICTURED_AFTER = 500, 1800
+"""Training images, about, that lie between two validations, and between two rounds of pictures, where no number of
+epochs is set.
+"""
 N_STATISTICS = 2048
 """Training images (or tiles), at most, from which the statistics and the bank of features come."""
 N_HELD_TILES = 256
@@ -319,12 +323,12 @@ def train(run: Run) -> list[dict]:
             )
             run.history.append({"epoch": epoch, **engine.prefixed("train", trained)})
             line = f"epoch {epoch}/{run.epochs}  train {trained['total']:.4f}"
-            is_validated = epoch % validate_every(run) == 0 or epoch == run.epochs
+            is_validated = is_due(run, epoch, s.validate_every, VALIDATED_AFTER) or epoch == run.epochs
             if is_validated:
                 line += check_in(run, epoch)
             if epoch % s.checkpoint_every == 0:
                 save_model(run, f"epoch_{epoch:04d}.pth", epoch)
-            if epoch % s.picture_every == 0 and not has_ended(run):
+            if is_due(run, epoch, s.picture_every, PICTURED_AFTER) and not has_ended(run):
                 write_pictures(run, epoch)
             if is_validated:  # last of all, so that a resumed run makes what an interrupted one did not
                 save_last(run, optimizer, scheduler)
@@ -354,9 +358,11 @@ def finish(run: Run) -> None:
     write_pictures(run, len(run.history))
 
 
-def validate_every(run: Run) -> int:
-    """Epochs between validations: as set, or so many that about 500 training images lie between two."""
-    return run.settings.validate_every or max(1, round(500 / len(run.training)))
+def is_due(run: Run, epoch: int, every: int, n_images: int) -> bool:
+    """Whether after this epoch comes what is due every so many epochs, or, where that is 0, after about every
+    ``n_images`` training images.
+    """
+    return epoch % (every or max(1, round(n_images / len(run.training)))) == 0
 
 
 def has_ended(run: Run) -> bool:

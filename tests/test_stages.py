@@ -969,6 +969,16 @@ def test_patience_counts_validations(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics" / "training_history.json").read_text())["best_epoch"] == 10
 
 
+def test_pictures_and_validations_lie_so_many_images_apart_and_not_epochs(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stage, "VALIDATED_AFTER", 17)  # of 8 images: two epochs
+    monkeypatch.setattr(train_stage, "PICTURED_AFTER", 31)  # four
+    train(data, tmp_path, epochs=9, picture_every=0, validate_every=0)
+    pictured = {path.name for path in (tmp_path / "reconstructions" / "train").iterdir()}
+    assert pictured == {"epoch_4.png", "epoch_8.png", "epoch_9.png"}
+    epochs = json.loads((tmp_path / "metrics" / "training_history.json").read_text())["epochs"]
+    assert [row["epoch"] for row in epochs if "val/total" in row] == [2, 4, 6, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("changes", "best"),
     [({"backbone": "efficientnet_lite0"}, 2), ({"backbone": "efficientnet_lite0", "drawn_defects": 0.0}, 1), ({}, 1)],
