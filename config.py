@@ -475,7 +475,10 @@ class OptimiserSettings(Settings):
     """Optimisation."""
 
     epochs: int = setting(
-        0, "Passes over the training images; 0 takes as many as show train_samples of them.", unit="epochs", minimum=0
+        0,
+        "Passes over the training images; 0 takes as many as show train_samples of them, 150 at most.",
+        unit="epochs",
+        minimum=0,
     )
     batch_size: int = setting(4, "Images in one optimizer step.", unit="images", minimum=1)
     learning_rate: float = setting(

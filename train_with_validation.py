@@ -69,6 +69,10 @@ MAY_DIFFER = PLACES | {
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
 """With --weights, taken from this run, as the settings of maps are; all others come from the checkpoint."""
+MOST_EPOCHS = 150
+"""Passes over the training images, at most, where their number is not set: from 27 images on ``train_samples`` decide,
+fewer would be learned by heart.
+"""
 VALIDATED_AFTER, PICTURED_AFTER = 500, 1800
 """Training images, about, that lie between two validations, and between two rounds of pictures, where no number of
 epochs is set.
@@ -195,7 +199,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         model=model,
         loss=DetailLoss(settings, perceptual),
         features=FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0),
-        epochs=settings.epochs or max(1, round(settings.train_samples / len(training))),
+        epochs=settings.epochs or min(MOST_EPOCHS, max(1, round(settings.train_samples / len(training)))),
     )
 
 

@@ -979,6 +979,14 @@ def test_pictures_and_validations_lie_so_many_images_apart_and_not_epochs(data, 
     assert [row["epoch"] for row in epochs if "val/total" in row] == [2, 4, 6, 8, 9]
 
 
+@pytest.mark.parametrize(("changes", "n_epochs"), [({"train_samples": 16}, 2), ({}, 3), ({"epochs": 4}, 4)])
+def test_few_images_are_not_shown_as_often_as_many_are(data, tmp_path, monkeypatch, changes, n_epochs):
+    monkeypatch.setattr(train_stage, "MOST_EPOCHS", 3)
+    train(data, tmp_path, drawn_defects=0.0, **{"epochs": 0, **changes})
+    history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
+    assert len(history["epochs"]) == n_epochs
+
+
 @pytest.mark.parametrize(
     ("changes", "best"),
     [({"backbone": "efficientnet_lite0"}, 2), ({"backbone": "efficientnet_lite0", "drawn_defects": 0.0}, 1), ({}, 1)],
