@@ -538,8 +538,8 @@ class TrainSettings(
     crop_images: int = setting(
         0,
         "Good images, with several drawn defects each, on crops of which the pixel branch goes on learning after the "
-        "last epoch, and the head that outlines defects learns; 0 takes a quarter of the images shown before, 800 at "
-        "most.",
+        "last epoch, and the head that outlines defects learns; 0 takes a quarter of train_samples, or, where epochs "
+        "is set, of the images shown before, 800 at most.",
         unit="images",
         minimum=0,
     )

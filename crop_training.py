@@ -44,7 +44,7 @@ STRANGE_FRAC = 0.01
 CROP_PX = 64
 """Side of a crop."""
 MOST_IMAGES = 800
-"""Images where the settings name no number: a quarter of those shown in training, so many at most."""
+"""Images where the settings name no number: a quarter of those training was to show, so many at most."""
 PIXEL_BATCH = 16
 """Crops in a step of the pixel branch."""
 PIXEL_STEPS_AN_IMAGE = 0.6
@@ -76,7 +76,7 @@ class Crops(NamedTuple):
 
 
 def n_images(settings: TrainSettings, n_shown: int) -> int:
-    """How many images are drawn on, where the model was shown so many in training."""
+    """How many images are drawn on, where training was to show the model so many."""
     return settings.crop_images or max(1, min(MOST_IMAGES, n_shown // 4))
 
 

@@ -353,7 +353,8 @@ def finish(run: Run) -> None:
     checkpoints.load_weights(run.model, contents["model"], run.out / BEST)
     run.calibrated = None
     if run.settings.drawn_defects:
-        n = crop_training.n_images(run.settings, len(run.history) * len(run.training))
+        n_shown = len(run.history) * len(run.training) if run.settings.epochs else run.settings.train_samples
+        n = crop_training.n_images(run.settings, n_shown)
         losses = crop_training.learn_last(run.model, run.training, n, run.loss, run.settings, run.runtime)
         told = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         print(f"crops of {n} images with drawn defects, mean loss: {told}", file=sys.stderr)

@@ -979,12 +979,19 @@ def test_pictures_and_validations_lie_so_many_images_apart_and_not_epochs(data, 
     assert [row["epoch"] for row in epochs if "val/total" in row] == [2, 4, 6, 8, 9]
 
 
-@pytest.mark.parametrize(("changes", "n_epochs"), [({"train_samples": 16}, 2), ({}, 3), ({"epochs": 4}, 4)])
-def test_few_images_are_not_shown_as_often_as_many_are(data, tmp_path, monkeypatch, changes, n_epochs):
+@pytest.mark.parametrize(
+    ("changes", "n_epochs", "n_crops"),
+    [({"train_samples": 16}, 2, 4), ({"train_samples": 80}, 3, 20), ({"epochs": 4}, 4, 8)],
+)
+def test_few_images_are_not_shown_as_often_as_many_are(data, tmp_path, monkeypatch, changes, n_epochs, n_crops):
     monkeypatch.setattr(train_stage, "MOST_EPOCHS", 3)
-    train(data, tmp_path, drawn_defects=0.0, **{"epochs": 0, **changes})
+    drawn_on = []
+    monkeypatch.setattr(
+        crop_training, "learn_last", lambda model, training, n, *rest: drawn_on.append(n) or {"pixels": 0.0}
+    )
+    train(data, tmp_path, crop_images=0, segmentation=False, **{"epochs": 0, **changes})
     history = json.loads((tmp_path / "metrics" / "training_history.json").read_text())
-    assert len(history["epochs"]) == n_epochs
+    assert len(history["epochs"]) == n_epochs and drawn_on == [n_crops]
 
 
 @pytest.mark.parametrize(
