@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import struct
 import sys
 import zlib
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of tests a core; its own processes likewise
 
 import numpy as np
 import pytest
