@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import importlib
 import math
@@ -1062,7 +1063,7 @@ def read_yaml(path: str) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(_text_of(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         # ValueError: not UTF-8, or a date that does not exist; RecursionError: thousands of open brackets
         raise UsageError(f"The configuration file {path} cannot be read: {' '.join(str(error).split())}.") from None
@@ -1075,6 +1076,16 @@ def read_yaml(path: str) -> dict:
         if key not in known:
             raise UsageError(f"Unknown setting '{key}' in {path}{_nearest(key, known)}")
     return values
+
+
+def _text_of(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else _text_of_pipe(path)
+
+
+@functools.cache
+def _text_of_pipe(path: str) -> str:
+    """What a pipe holds, which can be read once, and a command line is parsed twice."""
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -1145,7 +1156,14 @@ def parse(
         UsageError: an unknown flag or key, a value outside its bounds, or a required argument is given nowhere.
     """
     parser = build_parser(settings_class, description, prog)
-    found, unknown = parser.parse_known_intermixed_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    found, unknown = parser.parse_known_intermixed_args(argv[:end])
+    bare = [field.name for field in dataclasses.fields(settings_class) if field.metadata["positional"]]
+    if bare and argv[end + 1 :]:  # behind -- a name may begin with a dash
+        setattr(found, bare[-1], [*getattr(found, bare[-1], ()), *argv[end + 1 :]])
+    elif not bare:
+        unknown += argv[end + 1 :]
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)} See {parser.prog} --help.")

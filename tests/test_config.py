@@ -169,6 +169,24 @@ def test_bare_arguments_become_a_tuple_and_one_is_needed():
     assert "required" in refused(config.ClassifySettings)
 
 
+def test_a_file_may_be_a_pipe_which_can_be_read_once():
+    read, write = os.pipe()
+    os.write(write, b"epochs: 7")
+    os.close(write)
+    path = f"/dev/fd/{read}"
+    if not Path(path).exists():
+        pytest.skip("no /dev/fd here")
+    assert [parse(config.TrainSettings, "--config", path).epochs for _ in range(2)] == [7, 7]
+    os.close(read)
+
+
+def test_behind_two_dashes_a_name_may_begin_with_one():
+    found = parse(config.ClassifySettings, "a.png", "--batch-size", "3", "--", "-b.png", "--seed")
+    assert found.images == ("a.png", "-b.png", "--seed") and (found.batch_size, found.seed) == (3, 0)
+    assert parse(config.ClassifySettings, "--", "-b.png").images == ("-b.png",)
+    assert "'-b.png'" in refused(config.TrainSettings, "--", "-b.png")
+
+
 def test_yaml_keys_may_have_dashes_and_numbers_may_be_written_1e_3(tmp_path):
     settings = parse(
         config.TrainSettings, "--config", write_yaml(tmp_path, "learning-rate: 1e-3\nkl_weight: 2\nbatch-size: 4")
