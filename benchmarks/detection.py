@@ -196,7 +196,7 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
     n_bad = max(1, round(settings.contamination * n_images)) if settings.contamination else 0
     for n, there, kind in (
         (n_images - n_bad, len(source.train_good), "good training images"),
-        (n_bad, len(defective), "defective test images"),
+        (n_bad, max(len(defective) - 1, 0), "defective test images beside one that must stay"),
     ):
         if n > there:
             raise config.InputError(f"{settings.data_dir} has {there} {kind}; {n} were asked for.")
@@ -207,8 +207,11 @@ def training_set(settings: config.DetectionBenchmarkSettings, n_images: int, fol
         link(path, folder / "train" / "good" / source.relative(path))
     for path in [*good, *source.validation_good]:
         link(path, folder / source.relative(path))
-    if (source.root / image_folders.REPORT_NAME).is_file():  # says where its images have grey bars
-        link(source.root / image_folders.REPORT_NAME, folder / image_folders.REPORT_NAME)
+    report = files.read_json(source.root / image_folders.REPORT_NAME)  # says where its images have grey bars
+    if report:
+        moved = {source.relative(path): f"train/good/{source.relative(path)}" for path in hidden}
+        kept = [{**row, "output": moved.get(row["output"], row["output"])} for row in image_folders.kept_rows(report)]
+        files.write_json(folder / image_folders.REPORT_NAME, {**report, "kept": kept})
     for item in source.test:
         if item.path not in hidden:
             for path in (item.path, *item.mask_paths):

@@ -299,6 +299,21 @@ def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_fo
     assert detection.training_set(settings.replace(contamination=0.0), 0, tmp_path / "all") == str(parts)
     with pytest.raises(config.InputError, match="good training images; 900 were asked for"):
         detection.training_set(settings, 1000, tmp_path / "many")
+    n_bad = sum(item.category != "good" for item in before.test)
+    with pytest.raises(config.InputError, match=f"{n_bad - 1} defective test images beside one that must stay"):
+        detection.training_set(settings.replace(contamination=0.5), 2 * n_bad, tmp_path / "all")
+
+
+def test_where_grey_bars_are_is_known_of_hidden_images_too(tmp_path):
+    data_loader.preprocess(
+        config.PreprocessSettings(
+            source=(str(make_parts(tmp_path / "parts")),), out=str(tmp_path / "set"), image_size=64, resize="letterbox"
+        )
+    )
+    settings = config.DetectionBenchmarkSettings(data_dir=str(tmp_path / "set"), contamination=0.1)
+    found = image_folders.MVTecFolder(detection.training_set(settings, 0, tmp_path / "linked"))
+    assert any("scratch" in path.parts for path in found.train_good)
+    assert found.letterboxed.keys() >= {*found.train_good, *(item.path for item in found.test)}
 
 
 @pytest.fixture(scope="module")
