@@ -155,8 +155,8 @@ def keep_if_best(run: Run, epoch: int, loss: float) -> bool:
     """Write models/best_model.pth when this loss is the lowest so far."""
     if not loss < run.best:  # also where it is not a number
         return False
-    run.best, run.best_epoch = loss, epoch
     save_model(run, BEST.name, epoch)
+    run.best, run.best_epoch = loss, epoch  # only of what is saved is it said that it is kept
     return True
 
 

@@ -497,7 +497,7 @@ def weights_here(settings: dict) -> str:
     another machine.
     """
     path = settings.get("vgg16_weights", "")
-    return path if Path(path).is_file() else ""
+    return path if Path(path).expanduser().is_file() else ""
 
 
 def load_backbone(name: str, weights_path: str = "") -> Backbone:

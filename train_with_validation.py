@@ -9,9 +9,11 @@ import config
 if __name__ == "__main__":
     config.answer_early(config.TrainSettings, __doc__)
 
+import contextlib
 import dataclasses
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ from detail_training import (
     selection_loss,
     write_pictures,
 )
-from perceptual_loss import PerceptualLoss
+from perceptual_loss import PerceptualLoss, weights_here
 from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
 
 WRITTEN = {
@@ -77,6 +79,8 @@ VALIDATED_AFTER, PICTURED_AFTER = 500, 1800
 """Training images, about, that lie between two validations, and between two rounds of pictures, where no number of
 epochs is set.
 """
+MADE_ANEW = {"bank", "whitening", "prototypes"}
+"""Of a model, what a calibration makes anew; all else is trained."""
 N_STATISTICS = 2048
 """Training images (or tiles), at most, from which the statistics and the bank of features come."""
 N_HELD_TILES = 256
@@ -153,6 +157,9 @@ def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     """Read the data, hold out good images, build the model; with ``weights``, not to be trained but calibrated."""
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
+    asked = settings.vgg16_weights if weights is None and settings.map_perceptual else ""
+    if asked and not weights_here(config.as_dict(settings)):
+        raise config.InputError(f"There is no file {asked}; expected VGG16's weights.")
     runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
     folder = image_folders.MVTecFolder(settings.data_dir)
@@ -232,8 +239,8 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     they were.
 
     Raises:
-        InputError: the checkpoint cannot be used, its data are not those of then, or what is no matter of maps was
-            given and is otherwise there.
+        InputError: the checkpoint cannot be used, its data are not those of then, what is no matter of maps was given
+            and is otherwise there, or the output folder holds another model.
     """
     contents = checkpoints.load_checkpoint(settings.weights, KIND, ("settings", "model", "epoch", "finished"))
     with checkpoints.reading_contents(settings.weights):
@@ -243,6 +250,7 @@ def recalibrate(settings: config.TrainSettings) -> Run:
         settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights."
     )
     ours = HERE_FIELDS | (MAP_FIELDS & settings.given) | {key for key in PLACES if getattr(settings, key)}
+    spare_another_model(Path(settings.output_dir) / BEST, settings.weights, contents["model"])
     run = prepare(trained.replace(**{key: getattr(settings, key) for key in ours}), contents["model"])
     with checkpoints.reading_contents(settings.weights):
         checkpoints.require_same_files(settings.weights, run, contents, "with --weights")
@@ -250,6 +258,21 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     config.save(run.settings, run.out / "models" / "config.yaml")
     save_model(run, BEST.name, contents["epoch"])
     return run
+
+
+def spare_another_model(path: Path, weights: str, model: dict) -> None:
+    """Raise InputError where what was trained of a checkpoint that is about to be written over is not this model."""
+    if not path.exists() or path.samefile(weights):
+        return
+    with (
+        contextlib.suppress(config.InputError),
+        checkpoints.reading_contents(path),
+    ):  # one of another version is another
+        there = checkpoints.load_checkpoint(path, KIND, ("model",))["model"]
+        trained = model.keys() - MADE_ANEW
+        if there.keys() - MADE_ANEW == trained and all(torch.equal(there[name], model[name]) for name in trained):
+            return
+    raise config.InputError(f"{path} holds another model than {weights}; expected another --output-dir.")
 
 
 def split_good(
@@ -304,6 +327,8 @@ def train(run: Run) -> list[dict]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
     if s.resume:
         checkpoints.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
+        if not has_ended(run):
+            keep_finished(run)
     else:
         save_last(run, optimizer, scheduler)
         files.remove_written(run.out, WRITTEN)
@@ -345,9 +370,29 @@ def train(run: Run) -> list[dict]:
     return run.history
 
 
+def keep_finished(run: Run) -> None:
+    """Keep a copy of a finished model where a run goes on that may replace it by a better one, not finished yet."""
+    best = run.out / BEST
+    contents = checkpoints.load_checkpoint(best, KIND, ("epoch", "finished")) if best.exists() else {"finished": False}
+    if contents["finished"]:
+        kept = best.with_name(f"finished_epoch_{contents['epoch']:04d}.pth")
+        with files.whole_file(kept) as copy, best.open("rb") as there:
+            shutil.copyfileobj(there, copy)
+        print(f"The finished model of epoch {contents['epoch']} is kept as {kept}.", file=sys.stderr)
+
+
 def finish(run: Run) -> None:
-    """Let the best model learn from crops what it learns last, where it has not yet, and picture it."""
-    contents = checkpoints.load_checkpoint(run.out / BEST, KIND, ("model", "finished"))
+    """Let the best model learn from crops what it learns last, where it has not yet, and picture it.
+
+    Raises:
+        InputError: the best model's file cannot be used, or holds that of another epoch.
+    """
+    contents = checkpoints.load_checkpoint(run.out / BEST, KIND, ("model", "epoch", "finished"))
+    if contents["epoch"] != run.best_epoch:
+        raise config.InputError(
+            f"{run.out / BEST} holds the model of epoch {contents['epoch']}; expected that of epoch {run.best_epoch}, "
+            "the best of this run."
+        )
     if contents["finished"]:
         return
     checkpoints.load_weights(run.model, contents["model"], run.out / BEST)

@@ -26,7 +26,7 @@ from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import LossSettings, ModelSettings, from_dict
 from coresets import ROWS_AT_ONCE, cell_means, farthest_points, sample_rows
 from data_loader import assert_images
-from engine import resolve_device
+from engine import DivergedError, resolve_device
 from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
 
@@ -406,6 +406,9 @@ class DetailVAE(nn.Module):
         The likelihood of features is a Gaussian with covariance D R D: D, the predicted standard deviations, is of the
         place; R, the second moments of deviations over D within each tap of the backbone (drawn by 2 % to a multiple of
         the identity), is of the data set. ``whitening`` W has W R W' = 1.
+
+        Raises:
+            DivergedError: a deviation is not finite.
         """
         self.eval()
         told = (self.describe(None, batch, paint=False).deviation.cpu() for batch in features)
@@ -415,6 +418,10 @@ class DetailVAE(nn.Module):
         moments = (1 - SHRINKAGE) * moments + SHRINKAGE * moments.diagonal().mean() * torch.eye(
             self.n_features, dtype=torch.float64
         )
+        if not moments.isfinite().all():
+            raise DivergedError(
+                "The model's predictions became infinite; training stops (try a lower --learning-rate)."
+            )
         same_tap = torch.block_diag(*(torch.ones(n, n) for n in self.tap_channels))
         whitening = _inverse_factor(moments * same_tap).float()
         self.whitening.copy_(whitening)

@@ -953,6 +953,43 @@ def test_what_is_learned_last_an_interrupted_run_learns_too(data, tmp_path, monk
     assert load("parts", "best_model")["calibration"] == best["calibration"]
 
 
+def test_a_finished_model_is_kept_where_training_on_is_interrupted(data, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
+    finished = train(data, tmp_path).read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage, "finish", lambda run: signal.raise_signal(signal.SIGINT))
+        train(data, tmp_path, epochs=3, resume=True)
+    load = lambda name: torch.load(tmp_path / "models" / name, weights_only=True)  # noqa: E731
+    assert load("best_model.pth")["epoch"] == 3 and not load("best_model.pth")["finished"]
+    kept = tmp_path / "models" / "finished_epoch_0002.pth"
+    assert kept.read_bytes() == finished and str(kept) in capsys.readouterr().err
+    train(data, tmp_path, epochs=3, resume=True)  # has ended: nothing more to keep
+    assert load("best_model.pth")["finished"] and not (tmp_path / "models" / "finished_epoch_0003.pth").exists()
+
+
+def test_another_model_is_neither_written_over_nor_taken_for_the_best(data, tmp_path, capsys):
+    best = train(data, tmp_path, checkpoint_every=1)
+    finished, early = best.read_bytes(), tmp_path / "models" / "epoch_0001.pth"
+
+    def recalibrated(weights, out):
+        return config.run_script(
+            config.TrainSettings, "", train_stage.main, ["--weights", str(weights), "--output-dir", str(out)]
+        )
+
+    assert recalibrated(early, tmp_path) == 1
+    assert f"{best} holds another model than {early}; expected another --output-dir." in capsys.readouterr().err
+    assert best.read_bytes() == finished
+    assert recalibrated(best, tmp_path) == 0
+    assert [recalibrated(early, tmp_path / "early") for _ in range(2)] == [0, 0]  # over its own
+    assert recalibrated(best, tmp_path / "early") == 1
+    shutil.copy(early, best)
+    with pytest.raises(
+        config.InputError, match=r"best_model\.pth holds the model of epoch 1; expected that of epoch 2"
+    ):
+        train(data, tmp_path, resume=True)
+
+
 def test_patience_counts_validations(data, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 4.0, 5.0, 1.0, 6.0])
     monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
@@ -1095,10 +1132,11 @@ def test_a_fresh_run_leaves_no_picture_of_an_earlier_one_but_its_models(data, tr
     monkeypatch.setattr(train_stage, "validate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path, epochs=3, resume=True)
-    assert found() == before
+    assert found() == before | {"models/finished_epoch_0002.pth"}
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path)
-    models = {path for path in before if path.endswith(".pth")}  # never lost before there is a better one
+    models = {path for path in found() if path.endswith(".pth")}  # never lost before there is a better one
+    assert models == {path for path in before if path.endswith(".pth")} | {"models/finished_epoch_0002.pth"}
     assert found() == mine | models | {"models/config.yaml", "metrics/training_history.json"}
 
 
@@ -1195,6 +1233,20 @@ def test_diverging_loss_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypat
 
 
 # ------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_epoch_that_cannot_be_kept_is_not_called_kept(data, tmp_path, monkeypatch):
+    def diverged(*arguments):
+        raise engine.DivergedError("The model's predictions became infinite; training stops.")
+
+    monkeypatch.setattr(vae_model.DetailVAE, "fit_deviations", diverged)
+    with pytest.raises(engine.DivergedError, match=r"training stops\.$"):
+        train(data, tmp_path)
+
+
+def test_weights_of_vgg16_that_are_not_there(data, tmp_path):
+    with pytest.raises(config.InputError, match=r"There is no file .*none\.pth; expected VGG16's weights\."):
+        train(data, tmp_path, map_perceptual=1.0, vgg16_weights=str(tmp_path / "none.pth"))
 
 
 def test_no_data_folder_is_one_sentence(tmp_path):

@@ -341,6 +341,14 @@ def test_the_surprise_is_the_logarithm_of_one_and_the_mean_squared_deviation():
     assert torch.equal(vae_model.feature_surprise(features[:, :0], ()), torch.zeros(2, 1, 4, 6))
 
 
+def test_deviations_that_are_no_numbers_are_not_learned_from(make_model):
+    model = make_model("efficientnet_lite0").eval()
+    batches = [model.grid_features(smooth_images(8))]
+    torch.nn.init.constant_(model.feature_head[-1].bias, float("inf"))
+    with pytest.raises(engine.DivergedError, match=r"predictions became infinite; training stops \(try a lower"):
+        model.fit_deviations(batches, 8)
+
+
 def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
     model = make_model("none")
     model.fit_deviations([], 0)
