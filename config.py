@@ -157,8 +157,8 @@ class RunSettings(Settings):
     )
     num_workers: int = setting(
         -1,
-        "Loader processes beside the main one; -1 takes none on CPU (the cores compute) and one a core, eight at "
-        "most, with CUDA.",
+        "Loader processes of a training, beside the main one; -1 takes none on CPU (the cores compute) and one a core, "
+        "eight at most, with CUDA.",
         minimum=-1,
     )
 
