@@ -414,6 +414,7 @@ class _Job:
     sources: tuple[Path, ...]  # an image, or all masks of one
     output: str  # below the destination, forward slashes
     image: Path | None = None  # for masks: the image that they belong to
+    size: tuple[int, int] | None = None  # height and width before an earlier preprocessing drew grey bars
 
     def signature(self) -> list:
         """What must be unchanged for the output to be still right."""
@@ -442,10 +443,13 @@ def preprocess(
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
     before = files.read_json(out / REPORT_NAME)
     written = {row["output"]: row for row in kept_rows(before)}
-    valid = written if before.get("made_with") == made_with else {}
+    if before.get("made_with") != made_with:  # none is right any more, but all stay known until they are made anew
+        written = {output: {**row, "signature": None} for output, row in written.items()}
     files.make_folder(out)
-    for output in written.keys() - {job.output for job in jobs}:
+    planned = {job.output for job in jobs}
+    for output in written.keys() - planned:
         (out / output).unlink(missing_ok=True)
+    valid = {output: row for output, row in written.items() if output in planned}
     report = {
         "source": str(source),
         "made_with": made_with,
@@ -454,6 +458,7 @@ def preprocess(
         "skipped": [],
         "warnings": warnings,
     }
+    _save_report(out, report, valid)  # before anything is written over
     try:
         done = ahead(lambda job: _run_job(job, out, settings, valid), jobs, 32)
         for n_done, (_, result) in enumerate(progress(done, len(jobs)), 1):
@@ -463,7 +468,7 @@ def preprocess(
                 _save_report(out, report, valid)
     finally:
         _save_report(out, report, valid)
-    _remove_outputs_of_skipped(out, report)
+    _remove_outputs_of_skipped(out, report, valid)
     report["counts"] = _count(report)
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
@@ -500,11 +505,12 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
         _check_bad_dir(Path(settings.bad_dir), folder)
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
     outputs = _unique_outputs(placed)
-    jobs = [_Job((path,), output) for path, output in outputs.items()]
+    jobs = [_Job((path,), output, size=folder.letterboxed.get(path)) for path, output in outputs.items()]
     for item in folder.test:
         if item.mask_paths:
             below = outputs[item.path].removeprefix("test/").removesuffix(".png")
-            jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path))
+            size = folder.letterboxed.get(item.path)
+            jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path, size))
     return jobs, folder.warnings
 
 
@@ -581,10 +587,11 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
     except OSError as error:
         return {**row, "reason": f"cannot be read ({error.strerror or error})"}
     write_png(out / job.output, pixels)
+    height, width = job.size or whole.shape[:2]
     return {
         **row,
-        "height": whole.shape[0],
-        "width": whole.shape[1],
+        "height": height,
+        "width": width,
         "signature": signature,
         **({"warnings": warnings} if warnings else {}),
     }
@@ -597,10 +604,11 @@ def _save_report(out: Path, report: dict, valid: dict) -> None:
     files.write_json(out / REPORT_NAME, {**report, "kept": report["kept"] + later})
 
 
-def _remove_outputs_of_skipped(out: Path, report: dict) -> None:
-    """A source that has become unreadable leaves no old output behind."""
+def _remove_outputs_of_skipped(out: Path, report: dict, written: dict) -> None:
+    """A source that has become unreadable leaves no output of an earlier run behind; other files stay."""
     for row in report["skipped"]:
-        (out / row["output"]).unlink(missing_ok=True)
+        if row["output"] in written:
+            (out / row["output"]).unlink(missing_ok=True)
 
 
 def _count(report: dict) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -398,6 +399,36 @@ def test_preprocess_goes_on_after_an_interruption(tmp_path):
     assert report["counts"]["train/good"] == 60
 
 
+@pytest.mark.parametrize("power_cut", [False, True])
+def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cut):
+    raw, out, left = tmp_path / "raw", tmp_path / "out", tmp_path / "left"
+    for index in range(40):
+        save(raw / f"{index:02d}.png", picture(48, 64, seed=index))
+    dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64))
+
+    def stop_after_ten(items, total):
+        for i, item in enumerate(items):
+            if i == 10:
+                shutil.copytree(out, left)
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=96), stop_after_ten)
+    side, where = (64, left) if power_cut else (96, out)
+    dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(where), image_size=side, seed=1))
+    names = [path.name for path in where.glob("*/good/*.png")]
+    assert len(names) == len(set(names)) == 40
+    assert {image_files.read_image(path).shape for path in where.glob("*/good/*.png")} == {(side, side, 3)}
+
+
+def test_an_unreadable_image_costs_no_file_of_the_users(tmp_path):
+    raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
+    own = save(out / "train" / "good" / "own.png", picture())
+    (raw / "train" / "good" / "own.png").write_bytes(b"")
+    assert any("own.png" in row["source"] for row in prepare(raw, out)["skipped"]) and own.exists()
+
+
 def test_same_stems_lose_nothing(tmp_path):
     raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
     save(raw / "train" / "good" / "000.bmp", picture(seed=9))
@@ -444,6 +475,11 @@ def test_bars_that_preprocessing_drew_are_known(tmp_path):
         batch.windows("letterbox") == batch.windows("stretch", folder.letterboxed) == [(slice(0, 64), slice(0, 64))] * 2
     )
     assert stretched.letterboxed == image_folders.MVTecFolder(raw).letterboxed == {}
+    prepare(tmp_path / "letterbox", tmp_path / "again", resize="letterbox")  # square ones, with bars
+    again = image_folders.MVTecFolder(tmp_path / "again")
+    assert {again.relative(path): size for path, size in again.letterboxed.items()} == {
+        folder.relative(path): size for path, size in folder.letterboxed.items()
+    }
     rows = json.loads((tmp_path / "letterbox" / image_folders.REPORT_NAME).read_text())
     rows["kept"] = [
         {key: value for key, value in row.items() if key not in ("height", "width")} for row in rows["kept"]
