@@ -505,22 +505,25 @@ def render_folder(
     before = files.read_json(out / RENDER_REPORT)
     dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
     outputs = _without_stale(outputs, marks, out)
+    elsewhere = _drawn_of_others(jobs, marks, outputs)
     todo = [
         job
         for job, (name, mark) in zip(jobs, marks.items(), strict=True)
-        if outputs.get(name) != mark or not job[1].exists()
+        if job[0] not in elsewhere and (outputs.get(name) != mark or not job[1].exists())
     ]
-    kept = {path.relative_to(source).as_posix() for path in set(found).difference(path for path, _ in todo)}
+    done = set(found).difference(elsewhere, (path for path, _ in todo))
+    kept = {path.relative_to(source).as_posix() for path in done}
     dropped = {name: n for name, n in dropped.items() if name in kept}
-    report: dict = {"rendered": 0, "kept": len(kept), "skipped": [], "dropped_rows": dropped, "classes": {}}
-    report["outputs"] = outputs
+    report: dict = {"rendered": 0, "kept": len(kept), "dropped_rows": dropped, "classes": {}}
+    skipped = [{"source": path.relative_to(source).as_posix(), "reason": why} for path, why in elsewhere.items()]
+    report |= {"skipped": skipped, "outputs": outputs}
     drawn = progress(in_processes(_render_one, todo, num_workers), len(todo))
     try:
         for (path, target), (reason, n_dropped) in zip(todo, drawn, strict=True):
             name, output = path.relative_to(source).as_posix(), target.relative_to(out).as_posix()
             if reason:
-                target.unlink(missing_ok=True)
-                outputs.pop(output, None)
+                if outputs.pop(output, None):  # what an earlier run drew; other files stay
+                    target.unlink(missing_ok=True)
                 report["skipped"].append({"source": name, "reason": reason})
             else:
                 outputs[output] = marks[output]
@@ -539,6 +542,20 @@ def _source_mark(path: Path) -> dict:
     """What must be unchanged for a plot to be still right."""
     size, mtime_ns = _mark(path)
     return {"source": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns}  # noqa: PTH100 (links stay)
+
+
+def _drawn_of_others(
+    jobs: list[tuple[Path, Path]], marks: dict[str, dict], outputs: dict[str, dict]
+) -> dict[Path, str]:
+    """Series that are not to be drawn, since their plot is that of another file, still there and not drawn elsewhere
+    now, and the reason.
+    """
+    sources, reasons = {mark["source"] for mark in marks.values()}, {}
+    for (path, _), name in zip(jobs, marks, strict=True):
+        other = Path(outputs.get(name, marks[name])["source"])
+        if str(other) not in sources and other.exists() and not (path.exists() and other.samefile(path)):
+            reasons[path] = f"is not drawn over the plot of {other}"
+    return reasons
 
 
 def _without_stale(outputs: dict[str, dict], marks: dict[str, dict], out: Path) -> dict[str, dict]:

@@ -252,11 +252,14 @@ def _kind(field: str) -> str:
 
 
 def _splits_numbers(body: list[list[str]]) -> bool:
-    """Whether all rows of several fields are numbers cut at their commas."""
+    """Whether all rows of several fields are numbers cut at their commas: decimal marks, or, where other rows have one
+    field, marks of thousands.
+    """
     several = [row for row in body if len(row) > 1]
-    return all(
-        re.fullmatch(r"\s*[+-]?\d*(,\d+)+(e[+-]?\d+)?\s*", _plain(",".join(row)), re.IGNORECASE) for row in several
-    )
+    kinds = [r"\d*(,\d+)+", r"[1-9]\d{0,2}(\.\d{3})+,\d+"]
+    kinds += [r"[1-9]\d{0,2}(,\d{3})+\.\d*"] if len(several) < len(body) else []
+    number = re.compile(rf"\s*[+-]?({'|'.join(kinds)})(e[+-]?\d+)?\s*", re.IGNORECASE)
+    return all(number.fullmatch(_plain(",".join(row))) for row in several)
 
 
 def _thousands(text: str, shapes: set[str]) -> str:
@@ -303,6 +306,8 @@ def _separator(lines: list[str]) -> str:
 
 
 def _is_number(field: str, decimal: str = ".") -> bool:
+    if "_" in field:  # which Python takes
+        return False
     try:
         float(_plain(field).replace(",", ".") if decimal == "," else _plain(field))
     except ValueError:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -239,6 +240,14 @@ NOT_GROUPED = {
     "three decimals beside an index": ("time;x\n0;1,007\n1;2,992\n2;1,038\n", [1.007, 2.992, 1.038]),
     "three decimals after a point": ("value\n1.007\n992\n1.038\n", [1.007, 992, 1.038]),
     "addresses beside": ("host,value\n192.168.100.200,1.5\n192.168.100.201,2.5\n", [1.5, 2.5]),
+    "points of thousands, decimal commas": (
+        "value\n1.300,5\n950,25\n1.412,75\n1.380,1\n",
+        [1300.5, 950.25, 1412.75, 1380.1],
+    ),
+    "millions, too": ("temp\n1.234.500,5\n2.250.100,25\n950,75\n", [1234500.5, 2250100.25, 950.75]),
+    "commas of thousands, decimal points": ("temp\n1,500.5\n2,250.25\n950.75\n", [1500.5, 2250.25, 950.75]),
+    "numbers of rows without a name": ("value\n1,500.5\n2,600.25\n3,550.75\n", [500.5, 600.25, 550.75]),
+    "years and months joined": ("t,2020_01\n1,3.5\n2,4.5\n3,2.5\n", [3.5, 4.5, 2.5]),
     "decimal commas and a gap": ("value\n1007,54\nNA\n992,07\n1038,5\n", [1007.54, 992.07, 1038.5]),
     "decimal commas, a whole number and a gap": ("value\n1007\nNA\n992,07\n1038,5\n", [1007, 992.07, 1038.5]),
 }
@@ -664,6 +673,11 @@ def test_a_plot_is_of_the_source_there_is_now(tmp_path):
             < np.abs(first.astype(int) - plot).mean()
         )
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
+    write(source, text[0], "a/x.csv")  # takes the plot's name from x.tsv, which gets another
+    report = loader.render_folder(source, out, num_workers=0)
+    assert (report["rendered"], report["kept"], report["skipped"]) == (2, 1, [])
+    (source / "a" / "x.csv").unlink()
+    assert loader.render_folder(source, out, num_workers=0)["rendered"] == 1
     loader.render_folder(write(tmp_path / "more", text[0], "b/z.csv").parent.parent, out, num_workers=0)
     # of sources that are still there
     assert sorted(path.name for path in out.glob("*/*.png")) == [
@@ -672,6 +686,31 @@ def test_a_plot_is_of_the_source_there_is_now(tmp_path):
         "z.png",
     ]
     assert loader.render_folder(source, out, num_workers=0)["kept"] == 2
+
+
+def test_plots_of_other_series_are_neither_drawn_over_nor_removed(tmp_path):
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "plots"
+    for name in ("a/x.csv", "a/y.csv"):
+        write(first, "data\n" + LINES, name)
+    loader.render_folder(first, out, num_workers=0)
+    image_files.write_png(out / "a" / "own.png", np.zeros((8, 8, 3), np.uint8))
+    before = {path.name: path.read_bytes() for path in (out / "a").iterdir()}
+    for name, text in (
+        ("a/x.csv", ""),
+        ("a/y.csv", "data\n9\n1\n5\n"),
+        ("a/own.csv", ""),
+        ("a/z.csv", "data\n" + LINES),
+    ):
+        write(second, text, name)
+    report = loader.render_folder(second, out, num_workers=0)
+    assert {path.name: path.read_bytes() for path in (out / "a").iterdir() if path.name != "z.png"} == before
+    assert (report["rendered"], report["kept"]) == (1, 0)
+    reasons = {row["source"]: row["reason"] for row in report["skipped"]}
+    assert reasons.keys() == {"a/x.csv", "a/y.csv", "a/own.csv"}
+    assert reasons["a/y.csv"] == f"is not drawn over the plot of {first / 'a' / 'y.csv'}"
+    shutil.rmtree(first)
+    report = loader.render_folder(second, out, num_workers=0)
+    assert (report["rendered"], report["kept"]) == (1, 1) and not (out / "a" / "x.png").exists()
 
 
 def test_what_an_interrupted_rendering_has_drawn_is_kept(tmp_path, monkeypatch):
