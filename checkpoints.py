@@ -167,6 +167,15 @@ def require_same_files(path: Path | str, run: TrainingRun, contents: dict, how: 
     require_same(path, run.sources, {**run.sources, **contents.get("sources", {})}, f"expected the data of then {how}.")
 
 
+def require_epoch(path: Path | str, contents: dict, run: TrainingRun) -> None:
+    """Raise InputError where what should be the best model of a run is that of another epoch."""
+    if contents["epoch"] != run.best_epoch:
+        raise InputError(
+            f"{path} holds the model of epoch {contents['epoch']}; expected that of epoch {run.best_epoch}, the best "
+            "of this run."
+        )
+
+
 STATE_OF_TRAINING = (
     "settings",
     "model",

@@ -377,7 +377,7 @@ def summary(tally: Tally, n_files: int, seconds: float, model: VAEClassifier) ->
     alpha = model.calibration.alpha
     note = "" if model.calibration.promised else "; too few validation plots to call anything so"
     lines.append(
-        f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {alpha:.0%} false "
+        f"{n_files} files, {tally.n_unreadable} unreadable, {tally.n_unknown} none of these (at {100 * alpha:g}% false "
         f"alarms{note}); {n_files / max(seconds, 1e-9):.1f} plots/s"
     )
     return "\n".join(lines)

@@ -50,7 +50,7 @@ from classifier_training import (
 from vae_classifier import ClassifierLoss, VAEClassifier
 
 WRITTEN = {
-    "results": re.compile(r"vae_classifier_((history|results)\.json|(curves|confusion)\.png)"),
+    "results": re.compile(r"vae_classifier_(results\.json|(curves|confusion)\.png)"),
     "reconstructions": re.compile(r"vae_classifier_epoch_\d+\.png"),
 }
 """Names, in each folder, of the reports and pictures that a run makes in its course; one from the start removes those
@@ -138,6 +138,7 @@ def train(run: Run) -> list[dict]:
     if s.resume:
         resume(run, optimizer, scheduler)
     else:
+        save_last(run, optimizer, scheduler)  # so that none goes on from an earlier run's with this one's model
         files.remove_written(run.out, WRITTEN)
     config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
     with tqdm(
@@ -260,6 +261,9 @@ def epoch_block(row: dict, epochs: int, is_best: bool) -> str:
 
 def finish(run: Run) -> None:
     """Calibrate the best model on all training plots, score it once on the test set, write and print the results."""
+    checkpoints.require_epoch(
+        run.out / BEST, checkpoints.load_checkpoint(run.out / BEST, vae_classifier.KIND, ("epoch",)), run
+    )
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device, fuse=False)
     save_best(run, model, FULL_PER_CLASS, run.best_epoch)
     model, _ = vae_classifier.load_vae_classifier(run.out / BEST, run.runtime.device)

@@ -388,11 +388,7 @@ def finish(run: Run) -> None:
         InputError: the best model's file cannot be used, or holds that of another epoch.
     """
     contents = checkpoints.load_checkpoint(run.out / BEST, KIND, ("model", "epoch", "finished"))
-    if contents["epoch"] != run.best_epoch:
-        raise config.InputError(
-            f"{run.out / BEST} holds the model of epoch {contents['epoch']}; expected that of epoch {run.best_epoch}, "
-            "the best of this run."
-        )
+    checkpoints.require_epoch(run.out / BEST, contents, run)
     if contents["finished"]:
         return
     checkpoints.load_weights(run.model, contents["model"], run.out / BEST)

@@ -200,7 +200,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
 
     def stop_after_one(run, *rest):
         save_last(run, *rest)
-        raise KeyboardInterrupt
+        if run.history:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "save_last", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
@@ -354,7 +355,27 @@ def test_a_fresh_run_leaves_no_report_of_an_earlier_one_but_its_models(trained, 
         "vae_models/config.yaml",
         "vae_models/best_vae_classifier.pth",
         "vae_models/last_vae_classifier.pth",
+        "results/vae_classifier_history.json",
     }
+    assert json.loads((tmp_path / "results" / "vae_classifier_history.json").read_text())["epochs"] == []
+
+
+def test_no_run_goes_on_with_the_model_of_another(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+
+    def interrupted(run, epoch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "write_pictures", interrupted)
+        training.main(settings_for(trained[0], tmp_path, learning_rate=0.5))
+    with pytest.raises(config.InputError, match=r"was trained with learning_rate 0\.5"):
+        training.main(settings_for(trained[0], tmp_path, resume=True))
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+    contents = torch.load(tmp_path / BEST, weights_only=True)
+    torch.save({**contents, "epoch": 7}, tmp_path / BEST)
+    with pytest.raises(config.InputError, match=r"holds the model of epoch 7; expected that of epoch \d, the best of"):
+        training.main(settings_for(trained[0], tmp_path, resume=True))
 
 
 def test_the_average_forgets_its_start_and_follows_statistics():
