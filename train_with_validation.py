@@ -264,10 +264,8 @@ def spare_another_model(path: Path, weights: str, model: dict) -> None:
     """Raise InputError where what was trained of a checkpoint that is about to be written over is not this model."""
     if not path.exists() or path.samefile(weights):
         return
-    with (
-        contextlib.suppress(config.InputError),
-        checkpoints.reading_contents(path),
-    ):  # one of another version is another
+    # one that cannot be read is another, too: of an earlier version, perhaps
+    with contextlib.suppress(config.InputError), checkpoints.reading_contents(path):
         there = checkpoints.load_checkpoint(path, KIND, ("model",))["model"]
         trained = model.keys() - MADE_ANEW
         if there.keys() - MADE_ANEW == trained and all(torch.equal(there[name], model[name]) for name in trained):

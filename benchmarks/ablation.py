@@ -165,6 +165,7 @@ def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
         config.save(base, here / "base.yaml")
         call(train_with_validation.main, config.TrainSettings, "--config", here / "base.yaml", *common, *TRAINED[name])
     else:
+        (here / BEST).unlink(missing_ok=True)  # an earlier run's, of other weights
         call(
             train_with_validation.main,
             config.TrainSettings,

@@ -320,6 +320,9 @@ def test_where_grey_bars_are_is_known_of_hidden_images_too(tmp_path):
 def ablated(tmp_path_factory):
     """The folder of the ablation of tiny parts: the whole model, one part of training and one of the score left out."""
     root = tmp_path_factory.mktemp("ablated")
+    earlier = root / "benchmark_results" / "ablation" / "score_of_the_bank_alone_3" / "models" / "best_model.pth"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("an earlier run's, of other weights")
     with pytest.MonkeyPatch.context() as patched:
         draw_nothing(patched)
         take_tiny_backbone(patched)
