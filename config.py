@@ -1079,11 +1079,15 @@ def read_yaml(path: str) -> dict:
 
 
 def _text_of(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else _text_of_pipe(path)
+    return (
+        Path(path).read_text(encoding="utf-8")
+        if Path(path).is_file()
+        else _text_of_pipe(path, Path(path).stat().st_ino)
+    )
 
 
 @functools.cache
-def _text_of_pipe(path: str) -> str:
+def _text_of_pipe(path: str, inode: int) -> str:
     """What a pipe holds, which can be read once, and a command line is parsed twice."""
     return Path(path).read_text(encoding="utf-8")
 

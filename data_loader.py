@@ -449,7 +449,10 @@ def preprocess(
     planned = {job.output for job in jobs}
     for output in written.keys() - planned:
         (out / output).unlink(missing_ok=True)
-    valid = {output: row for output, row in written.items() if output in planned}
+    # what is made, too, before a report lists it as made: a file that is there already is the user's own
+    made_soon = [output for output in planned - written.keys() if not (out / output).exists()]
+    valid = {output: {"output": output, "signature": None} for output in sorted(made_soon)}
+    valid |= {output: row for output, row in written.items() if output in planned}
     report = {
         "source": str(source),
         "made_with": made_with,

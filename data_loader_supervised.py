@@ -504,6 +504,9 @@ def render_folder(
     marks = {target.relative_to(out).as_posix(): _source_mark(path) for path, target in jobs}
     before = files.read_json(out / RENDER_REPORT)
     dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
+    outputs = {
+        name: mark for name, mark in outputs.items() if isinstance(mark, dict) and isinstance(mark.get("source"), str)
+    }
     outputs = _without_stale(outputs, marks, out)
     elsewhere = _drawn_of_others(jobs, marks, outputs)
     todo = [
@@ -551,10 +554,11 @@ def _drawn_of_others(
     now, and the reason.
     """
     sources, reasons = {mark["source"] for mark in marks.values()}, {}
-    for (path, _), name in zip(jobs, marks, strict=True):
+    for (path, target), name in zip(jobs, marks, strict=True):
         other = Path(outputs.get(name, marks[name])["source"])
-        if str(other) not in sources and other.exists() and not (path.exists() and other.samefile(path)):
-            reasons[path] = f"is not drawn over the plot of {other}"
+        is_there = target.exists() and other.exists() and str(other) not in sources
+        if is_there and not (path.exists() and other.samefile(path)):
+            reasons[path] = f"is not drawn over the plot of {other}; expected another --out"
     return reasons
 
 

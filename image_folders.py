@@ -350,7 +350,8 @@ def _letterboxed(root: Path) -> dict[Path, tuple[int, int]]:
     report = files.read_json(root / REPORT_NAME)
     if _made_with(report)[0] != "letterbox":
         return {}
-    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in kept_rows(report))
+    made = (row for row in kept_rows(report) if row.get("signature", "") is not None)  # others are made anew yet
+    sizes = ((root / row["output"], (row.get("height"), row.get("width"))) for row in made)
     return {path: size for path, size in sizes if all(isinstance(side, int) and side > 0 for side in size)}
 
 

@@ -11,6 +11,7 @@ import http.client
 import importlib.util
 import io
 import logging
+import os
 import pickle
 import socket
 import subprocess
@@ -497,7 +498,7 @@ def weights_here(settings: dict) -> str:
     another machine.
     """
     path = settings.get("vgg16_weights", "")
-    return path if Path(path).expanduser().is_file() else ""
+    return path if Path(os.path.expanduser(path)).is_file() else ""  # noqa: PTH111 (takes any path)
 
 
 def load_backbone(name: str, weights_path: str = "") -> Backbone:

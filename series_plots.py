@@ -255,11 +255,12 @@ def _splits_numbers(body: list[list[str]]) -> bool:
     """Whether all rows of several fields are numbers cut at their commas: decimal marks, or, where other rows have one
     field, marks of thousands.
     """
-    several = [row for row in body if len(row) > 1]
-    kinds = [r"\d*(,\d+)+", r"[1-9]\d{0,2}(\.\d{3})+,\d+"]
-    kinds += [r"[1-9]\d{0,2}(,\d{3})+\.\d*"] if len(several) < len(body) else []
-    number = re.compile(rf"\s*[+-]?({'|'.join(kinds)})(e[+-]?\d+)?\s*", re.IGNORECASE)
-    return all(number.fullmatch(_plain(",".join(row))) for row in several)
+    several = [_plain(",".join(row)) for row in body if len(row) > 1]
+    kinds = [r"\d*(,\d+)+|[1-9]\d{0,2}(\.\d{3})+,\d+"]
+    kinds += [r"[1-9]\d{0,2}(,\d{3})+(\.\d*)?"] if len(several) < len(body) else []
+    return any(
+        all(re.fullmatch(rf"\s*[+-]?({kind})(e[+-]?\d+)?\s*", row, re.IGNORECASE) for row in several) for kind in kinds
+    )
 
 
 def _thousands(text: str, shapes: set[str]) -> str:

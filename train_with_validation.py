@@ -371,19 +371,23 @@ def train(run: Run) -> list[dict]:
 def keep_finished(run: Run) -> None:
     """Keep a copy of a finished model where a run goes on that may replace it by a better one, not finished yet."""
     best = run.out / BEST
-    contents = checkpoints.load_checkpoint(best, KIND, ("epoch", "finished")) if best.exists() else {"finished": False}
-    if contents["finished"]:
-        kept = best.with_name(f"finished_epoch_{contents['epoch']:04d}.pth")
-        with files.whole_file(kept) as copy, best.open("rb") as there:
-            shutil.copyfileobj(there, copy)
-        print(f"The finished model of epoch {contents['epoch']} is kept as {kept}.", file=sys.stderr)
+    if not best.exists():
+        return
+    # one that cannot be read, of an earlier version perhaps, is none of this run's
+    with contextlib.suppress(config.InputError), checkpoints.reading_contents(best):
+        contents = checkpoints.load_checkpoint(best, KIND, ("epoch", "finished"))
+        if contents["finished"]:
+            kept = best.with_name(f"finished_epoch_{contents['epoch']:04d}.pth")
+            with files.whole_file(kept, sync=True) as copy, best.open("rb") as there:
+                shutil.copyfileobj(there, copy)
+            print(f"The finished model of epoch {contents['epoch']} is kept as {kept}.", file=sys.stderr)
 
 
 def finish(run: Run) -> None:
     """Let the best model learn from crops what it learns last, where it has not yet, and picture it.
 
     Raises:
-        InputError: the best model's file cannot be used, or holds that of another epoch.
+        InputError: the best model's file cannot be used, or holds that of an earlier epoch.
     """
     contents = checkpoints.load_checkpoint(run.out / BEST, KIND, ("model", "epoch", "finished"))
     checkpoints.require_epoch(run.out / BEST, contents, run)

@@ -373,8 +373,8 @@ def test_no_run_goes_on_with_the_model_of_another(trained, tmp_path, monkeypatch
         training.main(settings_for(trained[0], tmp_path, resume=True))
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
     contents = torch.load(tmp_path / BEST, weights_only=True)
-    torch.save({**contents, "epoch": 7}, tmp_path / BEST)
-    with pytest.raises(config.InputError, match=r"holds the model of epoch 7; expected that of epoch \d, the best of"):
+    torch.save({**contents, "epoch": 0}, tmp_path / BEST)
+    with pytest.raises(config.InputError, match=r"holds the model of epoch 0; expected that of epoch \d, the best of"):
         training.main(settings_for(trained[0], tmp_path, resume=True))
 
 

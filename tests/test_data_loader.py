@@ -392,7 +392,7 @@ def test_preprocess_goes_on_after_an_interruption(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64), stop_after_ten)
-    done = json.loads((out / image_folders.REPORT_NAME).read_text())["kept"]
+    done = [row for row in json.loads((out / image_folders.REPORT_NAME).read_text())["kept"] if row["signature"]]
     before = stamps(out)
     report = prepare(raw, out)
     assert len(done) == 10 and all(stamps(out)[row["output"]] == before[row["output"]] for row in done)
@@ -400,11 +400,13 @@ def test_preprocess_goes_on_after_an_interruption(tmp_path):
 
 
 @pytest.mark.parametrize("power_cut", [False, True])
-def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cut):
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cut, is_first):
     raw, out, left = tmp_path / "raw", tmp_path / "out", tmp_path / "left"
-    for index in range(40):
+    for index in range(60):
         save(raw / f"{index:02d}.png", picture(48, 64, seed=index))
-    dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64))
+    if not is_first:
+        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64))
 
     def stop_after_ten(items, total):
         for i, item in enumerate(items):
@@ -416,10 +418,27 @@ def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cu
     with pytest.raises(KeyboardInterrupt):
         dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=96), stop_after_ten)
     side, where = (64, left) if power_cut else (96, out)
+    assert not image_folders.MVTecFolder(where).letterboxed
     dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(where), image_size=side, seed=1))
     names = [path.name for path in where.glob("*/good/*.png")]
-    assert len(names) == len(set(names)) == 40
+    assert len(names) == len(set(names)) == 60
     assert {image_files.read_image(path).shape for path in where.glob("*/good/*.png")} == {(side, side, 3)}
+
+
+def test_bars_are_known_of_those_images_alone_that_have_them_yet(tmp_path):
+    raw, out = make_set(tmp_path / "raw", n_good=60), tmp_path / "out"
+    prepare(raw, out, resize="stretch")
+
+    def stop_after_three(items, total):
+        for i, item in enumerate(items):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    settings = config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64, resize="letterbox")
+    with pytest.raises(KeyboardInterrupt):
+        dl.preprocess(settings, stop_after_three)
+    assert len(image_folders.MVTecFolder(out).letterboxed) == 3
 
 
 def test_an_unreadable_image_costs_no_file_of_the_users(tmp_path):

@@ -247,7 +247,7 @@ NOT_GROUPED = {
     "millions, too": ("temp\n1.234.500,5\n2.250.100,25\n950,75\n", [1234500.5, 2250100.25, 950.75]),
     "commas of thousands, decimal points": ("temp\n1,500.5\n2,250.25\n950.75\n", [1500.5, 2250.25, 950.75]),
     "numbers of rows without a name": ("value\n1,500.5\n2,600.25\n3,550.75\n", [500.5, 600.25, 550.75]),
-    "years and months joined": ("t,2020_01\n1,3.5\n2,4.5\n3,2.5\n", [3.5, 4.5, 2.5]),
+    "thousands of two kinds": ("value\n1,500\n2,250.5\n950.75\n", [1500, 2250.5, 950.75]),
     "decimal commas and a gap": ("value\n1007,54\nNA\n992,07\n1038,5\n", [1007.54, 992.07, 1038.5]),
     "decimal commas, a whole number and a gap": ("value\n1007\nNA\n992,07\n1038,5\n", [1007, 992.07, 1038.5]),
 }
@@ -257,6 +257,11 @@ NOT_GROUPED = {
 def test_a_decimal_mark_is_not_taken_for_one_of_thousands(tmp_path, kind):
     text, expected = NOT_GROUPED[kind]
     np.testing.assert_allclose(series_plots.read_series(write(tmp_path, text)).values, expected)
+
+
+def test_digits_joined_by_underscores_are_a_name(tmp_path):
+    series = series_plots.read_series(write(tmp_path, "1_2,3_4\n1,3\n2,5\n3,4\n"))
+    assert (series.column, series.n_dropped) == ("3_4", 0)
 
 
 def test_a_row_of_units_is_counted_as_dropped(tmp_path):
@@ -707,10 +712,24 @@ def test_plots_of_other_series_are_neither_drawn_over_nor_removed(tmp_path):
     assert (report["rendered"], report["kept"]) == (1, 0)
     reasons = {row["source"]: row["reason"] for row in report["skipped"]}
     assert reasons.keys() == {"a/x.csv", "a/y.csv", "a/own.csv"}
-    assert reasons["a/y.csv"] == f"is not drawn over the plot of {first / 'a' / 'y.csv'}"
+    assert reasons["a/y.csv"] == f"is not drawn over the plot of {first / 'a' / 'y.csv'}; expected another --out"
+    linked = tmp_path / "linked"
+    linked.symlink_to(first, target_is_directory=True)
+    assert loader.render_folder(linked, out, num_workers=0)["rendered"] == 2  # the same series
+    (out / "a" / "y.png").unlink()
+    assert loader.render_folder(second, out, num_workers=0)["rendered"] == 1  # y, which has no plot any more
     shutil.rmtree(first)
     report = loader.render_folder(second, out, num_workers=0)
-    assert (report["rendered"], report["kept"]) == (1, 1) and not (out / "a" / "x.png").exists()
+    assert (report["rendered"], report["kept"]) == (0, 2) and not (out / "a" / "x.png").exists()
+
+
+@pytest.mark.parametrize("row", [None, {}, {"source": 3}])
+def test_a_damaged_report_of_rendering_is_no_report(tmp_path, row):
+    write(tmp_path / "csv", "data\n" + LINES, "a/x.csv")
+    report = tmp_path / "plots" / "render_report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"outputs": {"a/x.png": row}}))
+    assert loader.render_folder(tmp_path / "csv", tmp_path / "plots", num_workers=0)["rendered"] == 1
 
 
 def test_what_an_interrupted_rendering_has_drawn_is_kept(tmp_path, monkeypatch):

@@ -968,6 +968,30 @@ def test_a_finished_model_is_kept_where_training_on_is_interrupted(data, tmp_pat
     assert load("best_model.pth")["finished"] and not (tmp_path / "models" / "finished_epoch_0003.pth").exists()
 
 
+def test_a_run_interrupted_after_its_best_epoch_can_be_wound_up(data, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
+
+    def interrupted(run, epoch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage, "write_pictures", interrupted)
+        train(data, tmp_path, epochs=4)
+    best = train(data, tmp_path, epochs=1, resume=True)  # the model of epoch 2 is there already
+    assert torch.load(best, weights_only=True)["finished"]
+
+
+def test_a_best_model_of_another_version_hinders_no_resumed_run(data, tmp_path, monkeypatch):
+    best = train(data, tmp_path, epochs=1)
+    contents = torch.load(best, weights_only=True)
+    torch.save({**contents, "format": 1}, best)
+    validate = train_stage.validate
+    monkeypatch.setattr(train_stage, "validate", lambda run: {**validate(run), "total": 0.0})
+    train(data, tmp_path, epochs=2, resume=True)
+    assert torch.load(best, weights_only=True)["epoch"] == 2
+
+
 def test_another_model_is_neither_written_over_nor_taken_for_the_best(data, tmp_path, capsys):
     best = train(data, tmp_path, checkpoint_every=1)
     finished, early = best.read_bytes(), tmp_path / "models" / "epoch_0001.pth"
