@@ -411,7 +411,7 @@ def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cu
     def stop_after_ten(items, total):
         for i, item in enumerate(items):
             if i == 10:
-                shutil.copytree(out, left)
+                shutil.copytree(out, left, ignore=shutil.ignore_patterns(".*"))  # but what is half written
                 raise KeyboardInterrupt
             yield item
 

@@ -957,8 +957,12 @@ def test_a_finished_model_is_kept_where_training_on_is_interrupted(data, tmp_pat
     losses = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
     finished = train(data, tmp_path).read_bytes()
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_stage, "finish", lambda run: signal.raise_signal(signal.SIGINT))
+        patch.setattr(train_stage, "finish", interrupted)
         train(data, tmp_path, epochs=3, resume=True)
     load = lambda name: torch.load(tmp_path / "models" / name, weights_only=True)  # noqa: E731
     assert load("best_model.pth")["epoch"] == 3 and not load("best_model.pth")["finished"]
