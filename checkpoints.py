@@ -171,7 +171,9 @@ def require_epoch(path: Path | str, contents: dict, run: TrainingRun) -> None:
     """Raise InputError where what should be the best model of a run is that of an earlier epoch; a later one is the
     run's own, interrupted before it wrote so.
     """
-    if contents["epoch"] < run.best_epoch:
+    with reading_contents(path):
+        is_earlier = contents["epoch"] < run.best_epoch
+    if is_earlier:
         raise InputError(
             f"{path} holds the model of epoch {contents['epoch']}; expected that of epoch {run.best_epoch}, the best "
             "of this run."

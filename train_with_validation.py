@@ -373,14 +373,16 @@ def keep_finished(run: Run) -> None:
     best = run.out / BEST
     if not best.exists():
         return
+    finished = 0
     # one that cannot be read, of an earlier version perhaps, is none of this run's
     with contextlib.suppress(config.InputError), checkpoints.reading_contents(best):
         contents = checkpoints.load_checkpoint(best, KIND, ("epoch", "finished"))
-        if contents["finished"]:
-            kept = best.with_name(f"finished_epoch_{contents['epoch']:04d}.pth")
-            with files.whole_file(kept, sync=True) as copy, best.open("rb") as there:
-                shutil.copyfileobj(there, copy)
-            print(f"The finished model of epoch {contents['epoch']} is kept as {kept}.", file=sys.stderr)
+        finished = int(contents["epoch"]) if contents["finished"] else 0
+    if finished:
+        kept = best.with_name(f"finished_epoch_{finished:04d}.pth")
+        with files.whole_file(kept, sync=True) as copy, best.open("rb") as there:
+            shutil.copyfileobj(there, copy)
+        print(f"The finished model of epoch {finished} is kept as {kept}.", file=sys.stderr)
 
 
 def finish(run: Run) -> None:

@@ -972,6 +972,21 @@ def test_a_finished_model_is_kept_where_training_on_is_interrupted(data, tmp_pat
     assert load("best_model.pth")["finished"] and not (tmp_path / "models" / "finished_epoch_0003.pth").exists()
 
 
+def test_training_does_not_go_on_where_a_finished_model_cannot_be_kept(data, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+    whole_file = train_stage.files.whole_file
+
+    def full(path, *how, **more):
+        if "finished" in path.name:
+            raise config.InputError("The disk is full.")
+        return whole_file(path, *how, **more)
+
+    monkeypatch.setattr(train_stage.files, "whole_file", full)
+    with pytest.raises(config.InputError, match=r"The disk is full\."):
+        train(data, tmp_path, epochs=3, resume=True)
+
+
 def test_a_run_interrupted_after_its_best_epoch_can_be_wound_up(data, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(train_stage, "validate", lambda run: {"total": next(losses)})
