@@ -1164,10 +1164,11 @@ def parse(
     end = argv.index("--") if "--" in argv else len(argv)
     found, unknown = parser.parse_known_intermixed_args(argv[:end])
     bare = [field.name for field in dataclasses.fields(settings_class) if field.metadata["positional"]]
-    if bare and argv[end + 1 :]:  # behind -- a name may begin with a dash
-        setattr(found, bare[-1], [*getattr(found, bare[-1], ()), *argv[end + 1 :]])
-    elif not bare:
-        unknown += argv[end + 1 :]
+    names = argv[end + 1 :]  # which may begin with a dash
+    if bare and names:
+        setattr(found, bare[-1], [*getattr(found, bare[-1], ()), *names])
+    else:
+        unknown += names
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"Unknown argument '{unknown[0]}'{_nearest(unknown[0], flags)} See {parser.prog} --help.")

@@ -502,11 +502,7 @@ def render_folder(
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(found, source, out))
     marks = {target.relative_to(out).as_posix(): _source_mark(path) for path, target in jobs}
-    before = files.read_json(out / RENDER_REPORT)
-    dropped, outputs = (before[key] if isinstance(before.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
-    outputs = {
-        name: mark for name, mark in outputs.items() if isinstance(mark, dict) and isinstance(mark.get("source"), str)
-    }
+    dropped, outputs = _rendered_before(out)
     outputs = _without_stale(outputs, marks, out)
     elsewhere = _drawn_of_others(jobs, marks, outputs)
     todo = [
@@ -539,6 +535,14 @@ def render_folder(
         )
         files.write_json(out / RENDER_REPORT, report)
     return report
+
+
+def _rendered_before(out: Path) -> tuple[dict, dict[str, dict]]:
+    """``dropped_rows`` and ``outputs`` of the report there is, without what is damaged."""
+    report = files.read_json(out / RENDER_REPORT)
+    dropped, outputs = (report[key] if isinstance(report.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
+    is_mark = lambda mark: isinstance(mark, dict) and isinstance(mark.get("source"), str)  # noqa: E731
+    return dropped, {name: mark for name, mark in outputs.items() if is_mark(mark)}
 
 
 def _source_mark(path: Path) -> dict:

@@ -381,17 +381,24 @@ def test_preprocess_again_redoes_only_what_changed(tmp_path):
     assert all(stamps(out)[name] != second[name] for name in second), "other settings, other files"
 
 
-def test_preprocess_goes_on_after_an_interruption(tmp_path):
-    raw, out = make_set(tmp_path / "raw", n_good=60), tmp_path / "out"
+def stopping_after(n, first=lambda: None):
+    """Progress that interrupts after n files, and before that does what is asked for first."""
 
-    def stop_after_ten(items, total):
+    def progress(items, total):
         for i, item in enumerate(items):
-            if i == 10:
+            if i == n:
+                first()
                 raise KeyboardInterrupt
             yield item
 
+    return progress
+
+
+def test_preprocess_goes_on_after_an_interruption(tmp_path):
+    raw, out = make_set(tmp_path / "raw", n_good=60), tmp_path / "out"
+
     with pytest.raises(KeyboardInterrupt):
-        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64), stop_after_ten)
+        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64), stopping_after(10))
     done = [row for row in json.loads((out / image_folders.REPORT_NAME).read_text())["kept"] if row["signature"]]
     before = stamps(out)
     report = prepare(raw, out)
@@ -408,15 +415,14 @@ def test_an_interrupted_change_of_size_leaves_no_image_behind(tmp_path, power_cu
     if not is_first:
         dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64))
 
-    def stop_after_ten(items, total):
-        for i, item in enumerate(items):
-            if i == 10:
-                shutil.copytree(out, left, ignore=shutil.ignore_patterns(".*"))  # but what is half written
-                raise KeyboardInterrupt
-            yield item
+    def power_cut_now():
+        shutil.copytree(out, left, ignore=shutil.ignore_patterns(".*"))  # but what is half written
 
     with pytest.raises(KeyboardInterrupt):
-        dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=96), stop_after_ten)
+        dl.preprocess(
+            config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=96),
+            stopping_after(10, power_cut_now),
+        )
     side, where = (64, left) if power_cut else (96, out)
     assert not image_folders.MVTecFolder(where).letterboxed
     dl.preprocess(config.PreprocessSettings(source=(str(raw),), out=str(where), image_size=side, seed=1))
@@ -429,15 +435,9 @@ def test_bars_are_known_of_those_images_alone_that_have_them_yet(tmp_path):
     raw, out = make_set(tmp_path / "raw", n_good=60), tmp_path / "out"
     prepare(raw, out, resize="stretch")
 
-    def stop_after_three(items, total):
-        for i, item in enumerate(items):
-            if i == 3:
-                raise KeyboardInterrupt
-            yield item
-
     settings = config.PreprocessSettings(source=(str(raw),), out=str(out), image_size=64, resize="letterbox")
     with pytest.raises(KeyboardInterrupt):
-        dl.preprocess(settings, stop_after_three)
+        dl.preprocess(settings, stopping_after(3))
     assert len(image_folders.MVTecFolder(out).letterboxed) == 3
 
 
