@@ -340,16 +340,12 @@ def rows_of(report: dict) -> dict[str, dict[str, float | None]]:
 def table(report: dict) -> str:
     """The report as text for the terminal."""
     rows = rows_of(report)
-    names = list(next(iter(rows.values())))
+    named = {name: name.replace("average precision", "AP") for name in next(iter(rows.values()))}
     width = max(len(name) for name in rows) + 2
-    lines = [
-        " " * width + "  ".join(f"{name:>10.10s}" for name in (n.replace("average precision", "AP") for n in names))
-    ]
+    lines = [" " * width + "  ".join(named.values())]
     for row, values in rows.items():
-        lines.append(
-            f"{row:<{width}s}"
-            + "  ".join(f"{'-' if value is None else format(value, '.3f'):>10s}" for value in values.values())
-        )
+        cells = {name: "-" if value is None else f"{value:.3f}" for name, value in values.items()}
+        lines.append(f"{row:<{width}s}" + "  ".join(f"{cell:>{len(named[name])}s}" for name, cell in cells.items()))
     for group, keys in (
         ("image", ("auroc",)),
         ("pixel", ("auroc", "average_precision", "aupro")),

@@ -1359,6 +1359,14 @@ def test_a_category_called_all_does_not_hide_the_whole_test():
     assert list(test_stage.rows_of(report)) == ["dent", "all"]
 
 
+def test_the_table_names_every_figure_in_full_over_its_column():
+    report = {"categories": {"dent": {}}, "pixel": {"aupro": {"value": 0.25}, "pointing": {"value": 0.75}}}
+    header, dent, whole = test_stage.table(report).splitlines()[:3]
+    for name, value in (("pixel aupro", "0.250"), ("pixel pointing", "0.750")):
+        assert whole.index(value) + len(value) == header.index(name) + len(name)
+        assert dent[: header.index(name) + len(name)].endswith(" -")
+
+
 @pytest.mark.parametrize(
     "content", [b"image\x00\n", b'image,category\n"test/good', b"\xff\xfe" * 40, b"image\n" + b"a" * 2**18]
 )
