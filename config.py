@@ -177,20 +177,28 @@ class PrecisionSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DataSettings(Settings):
-    """Images."""
+class SquareSettings(Settings):
+    """Squares that images are made into."""
 
-    data_dir: str = setting(
-        "", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo."
-    )
     image_size: int = setting(
         384, "Side of the square the network sees.", unit="px", minimum=64, maximum=1024, multiple_of=32
     )
     resize: str = setting(
         "stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox")
     )
+
+
+@dataclass(frozen=True)
+class DataSettings(SquareSettings):
+    """Images."""
+
+    data_dir: str = setting(
+        "", "Data set in the MVTec layout or a flat folder of good images; empty means the built-in demo."
+    )
     tile: bool = setting(
-        False, "Cut every image at its own resolution into overlapping tiles of image_size; resize then has no effect."
+        False,
+        "Cut every image at its own resolution into overlapping tiles of image_size; of resize only trim_frac then "
+        "makes use.",
     )
 
     @property
@@ -203,17 +211,11 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True)
-class PreprocessSettings(RunSettings):
+class PreprocessSettings(SquareSettings, RunSettings):
     """Preprocessing."""
 
     source: tuple[str, ...] = setting((), "Raw folder: MVTec layout, or a flat folder of good images.", positional="+")
     out: str = setting("data/preprocessed", "Folder that receives the MVTec layout.")
-    image_size: int = setting(
-        384, "Side of the square images written.", unit="px", minimum=64, maximum=1024, multiple_of=32
-    )
-    resize: str = setting(
-        "stretch", "How an image becomes square: stretched, or fitted with grey bars.", choices=("stretch", "letterbox")
-    )
     bad_dir: str = setting("", "For a flat source: a folder of defective images, kept as test/defective.")
     test_frac: float = setting(
         0.2, "For a flat source: share of the good images kept as test/good.", unit="fraction", minimum=0.0, maximum=0.9
@@ -339,51 +341,51 @@ class LossSettings(Settings):
 class MapSettings(Settings):
     """Maps, score and thresholds."""
 
-    map_pixel: float = setting(1.0, "Share of the residual map |x - x_hat| in the fused map.", minimum=0.0)
+    map_pixel: float = setting(1.0, "Weight of the residual map |x - x_hat| in the fused map.", minimum=0.0)
     residual_ceiling: float = setting(
         0.25,
         "Where the residual counts no further in a map fused with maps of features, on the scale of good pixels (0 "
         "their median, 1 their 99.9 % quantile); 0 sets no ceiling.",
         minimum=0.0,
     )
-    map_ssim: float = setting(0.0, "Share of the 1 - SSIM map.", minimum=0.0)
+    map_ssim: float = setting(0.0, "Weight of the 1 - SSIM map.", minimum=0.0)
     map_perceptual: float = setting(
-        0.0, "Share of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0
+        0.0, "Weight of the VGG16 distance between x and x_hat (slow: about 1 s an image on CPU).", minimum=0.0
     )
-    map_feature: float = setting(0.0, "Share of the plain feature error.", minimum=0.0)
+    map_feature: float = setting(0.0, "Weight of the plain feature error.", minimum=0.0)
     map_deviation: float = setting(
         0.0,
-        "Share of the features' error over its predicted standard deviation, every channel for itself.",
+        "Weight of the features' error over its predicted standard deviation, every channel for itself.",
         minimum=0.0,
     )
     map_likelihood: float = setting(
         1.0,
-        "Share of the features' likelihood: their error over its predicted standard deviation, decorrelated within "
+        "Weight of the features' likelihood: their error over its predicted standard deviation, decorrelated within "
         "each tap of the backbone.",
         minimum=0.0,
     )
     map_nearest: float = setting(
         0.0,
-        "Share of the distance of the features' deviations to the nearest ones seen on training images.",
+        "Weight of the distance of the features' deviations to the nearest ones seen on training images.",
         minimum=0.0,
     )
     map_bank: float = setting(
-        2.0, "Share of the distance of the features themselves to the nearest ones of training images.", minimum=0.0
+        2.0, "Weight of the distance of the features themselves to the nearest ones of training images.", minimum=0.0
     )
     score_deviation: float = setting(
-        0.0, "Share of the plain deviation in the map that the image score is taken from.", minimum=0.0
+        0.0, "Weight of the plain deviation in the map that the image score is taken from.", minimum=0.0
     )
     score_likelihood: float = setting(
         0.0,
-        "Share of the likelihood in the map that the image score is taken from; where all four shares are 0, or "
+        "Weight of the likelihood in the map that the image score is taken from; where all four weights are 0, or "
         "without a backbone, that is the fused map.",
         minimum=0.0,
     )
     score_nearest: float = setting(
-        1.0, "Share of the deviations' distance in the map that the image score is taken from.", minimum=0.0
+        1.0, "Weight of the deviations' distance in the map that the image score is taken from.", minimum=0.0
     )
     score_bank: float = setting(
-        1.0, "Share of the features' distance in the map that the image score is taken from.", minimum=0.0
+        1.0, "Weight of the features' distance in the map that the image score is taken from.", minimum=0.0
     )
     segmentation_gate: float = setting(
         1.0,
@@ -432,9 +434,9 @@ class MapSettings(Settings):
     )
     own_level: float = setting(
         0.0,
-        "The fused map is taken relative to how much stands out all over the image (in log(1 + z), see "
-        "defect_maps.own_level), up to so much: for small defects, as a large one stands out all over it too; 0 "
-        "leaves it as it is.",
+        "Subtract what stands out all over the image (in log(1 + z), see defect_maps.own_level) from the fused map, "
+        "this much of it at most: helps small defects, harms large ones, which stand out all over; 0 subtracts "
+        "nothing.",
         minimum=0.0,
     )
     map_flips: bool = setting(
@@ -507,8 +509,8 @@ class TrainSettings(
 
     weights: str = setting(
         "",
-        "Checkpoint whose weights are kept: nothing is trained, banks, maps and thresholds are made anew, with those "
-        "settings of maps and thresholds that are given.",
+        "Checkpoint to calibrate anew without training: banks, maps and thresholds are made again, with the settings "
+        "of maps and thresholds that are given.",
     )
     holdout_frac: float = setting(
         0.2,
@@ -520,9 +522,8 @@ class TrainSettings(
     )
     trim_frac: float = setting(
         0.0,
-        "Share of the good images to leave out, those that deviate the least like the others from what a small model "
-        "learns of all (some minutes): for good images among which some are defective; the rate of false alarms is "
-        "then no longer promised.",
+        "Share of the good images to leave out, where some of them are defective: those least like the others by what "
+        "a small model learns of all (some minutes). The rate of false alarms is then no longer promised.",
         unit="fraction",
         minimum=0.0,
         maximum=0.5,
@@ -612,29 +613,31 @@ class DrawnSetsSettings(RunSettings):
 
 
 @dataclass(frozen=True)
-class DetailTestSettings(PrecisionSettings, RunSettings):
-    """Testing."""
+class DetectorSettings(PrecisionSettings):
+    """The trained model."""
 
-    data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
     batch_size: int = setting(
         0, "Images in one forward pass; 0 takes 2 on a CPU and 16 with CUDA.", unit="images", minimum=0
     )
+
+
+@dataclass(frozen=True)
+class DetailTestSettings(DetectorSettings, RunSettings):
+    """Testing."""
+
+    data_dir: str = setting("", "Data set in the MVTec layout; empty means the one the model was trained on.")
     save_maps: bool = setting(False, "Also write every raw map as test_results/maps/<category>/<stem>.npy.")
     pictures: bool = setting(True, "Write a picture of every test image.")
     bootstrap: int = setting(1000, "Resamples behind each 95 % interval.", minimum=0)
 
 
 @dataclass(frozen=True)
-class ClassifySettings(PrecisionSettings, RunSettings):
+class ClassifySettings(DetectorSettings, RunSettings):
     """Classifying."""
 
     images: tuple[str, ...] = setting(
         (), "Image files, folders (searched recursively) or quoted globs.", positional="+"
-    )
-    model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
-    batch_size: int = setting(
-        0, "Images in one forward pass; 0 takes 2 on a CPU and 16 with CUDA.", unit="images", minimum=0
     )
     target_false_alarms: float = setting(
         0.0,
@@ -1143,12 +1146,13 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint) ->
         group.add_argument(field.name, nargs="*", help=text)
         return
     text += f" (default: {field.default if field.default != '' else 'none'})"
+    values = "{" + ",".join(about["choices"]) + "}" if about["choices"] else None
     if hint is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif typing.get_origin(hint) is tuple:
-        group.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], help=text)
+        group.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], metavar=values, help=text)
     else:
-        group.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
+        group.add_argument(flag, type=hint, metavar=values or hint.__name__.upper(), help=text)
 
 
 def parse(

@@ -441,7 +441,8 @@ def test_help_shows_every_flag_with_its_meaning_in_the_group_of_what_it_sets(cls
     groups = {title: " ".join(text.split()) for title, text in (block.split(":\n", 1) for block in blocks)}
     for field in dataclasses.fields(cls):
         about, flag = field.metadata, "--" + field.name.replace("_", "-")
-        flag = rf"{field.name} " if about["positional"] else rf"{flag}( [A-Z]+| \[.+?\]|, --no-\S+) "
+        given = re.escape("{" + ",".join(about["choices"]) + "}") if about["choices"] else "[A-Z]+"
+        flag = rf"{field.name} " if about["positional"] else rf"{flag}( {given}| \[({given}|\w+) .+?\]|, --no-\S+) "
         wanted = flag + re.escape(" ".join(about["meaning"].split()) + (f" [{about['unit']}]" if about["unit"] else ""))
         assert [bool(re.search(wanted, text)) for text in groups.values()].count(True) == 1, wanted
     own = cls.__doc__.strip(".").lower()
