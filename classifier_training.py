@@ -18,8 +18,8 @@ import config
 import data_loader
 import engine
 import image_files
-import latent_space
 import plot_calibration
+import plots
 import vae_classifier
 from classifier_data import Data, Plots
 from vae_classifier import KIND, ClassifierLoss, VAEClassifier
@@ -170,7 +170,6 @@ def write_pictures(run: Run, epoch: int) -> None:
     rows = np.linspace(0, len(group.labels) - 1, min(N_PICTURED, len(group.labels))).astype(int)
     images = run.runtime.put(data_loader.to_tensor(group.images[rows]))
     said = run.judged.eval()(images)
-    sheet = latent_space.tiled(
-        [list(run.judged.target(images)), list(said.reconstruction), list(run.judged.decode(said.mu))]
-    )
+    shown = (run.judged.target(images), said.reconstruction, run.judged.decode(said.mu))
+    sheet = plots.picture_sheet([pictures.float().cpu().numpy() for pictures in shown])
     image_files.write_png(run.out / "reconstructions" / f"vae_classifier_epoch_{epoch}.png", sheet)

@@ -96,7 +96,7 @@ def classify(
     Only with ``thorough`` have good images a defect map and a reconstruction too; that takes them twice the time.
     """
     batches = data_loader.iter_image_batches(
-        paths, detector.image_size, detector.resize, detector.runtime.batch_size(batch_size)
+        paths, detector.image_size, detector.fitting, detector.runtime.batch_size(batch_size)
     )
 
     def detected(batch: data_loader.ImageBatch) -> list[Classified]:
@@ -110,7 +110,7 @@ def classify(
 
 
 def classify_folder(
-    folder: str | Path, detector: Detector, batch_size: int = 0, thorough: bool = True
+    folder: str | Path | Sequence[str | Path], detector: Detector, batch_size: int = 0, thorough: bool = True
 ) -> list[Classified]:
     """Results for every image below a folder (or in a list of files), for notebooks; about 16 bytes a pixel of the
     images as the network sees them.
@@ -143,7 +143,7 @@ def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
     if max(image.shape[:2]) > JPEG_SIDE_PX:
         scale = JPEG_SIDE_PX / max(image.shape[:2])
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    defect_map = image_files.unfit_map(result.detection.defect_map, image.shape[:2], detector.resize)
+    defect_map = image_files.unfit_map(result.detection.defect_map, image.shape[:2], detector.fitting)
     threshold = detector.calibration.pixel_threshold
     overlay = plots.overlay_image(image, defect_map, defect_map > threshold, threshold)
     in_bgr = cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)

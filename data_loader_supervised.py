@@ -204,7 +204,7 @@ def iter_plots(
 # ------------------------------------------------------------------------------------------ class folders
 
 
-TAKEN_NAMES = {"path", "predicted", "confidence", "p_value", "reason", "error"}
+TAKEN_NAMES = {"path", "predicted", "confidence", "p_value", "error"}
 """What tables of predictions call their other columns, and a file that cannot be read."""
 
 
@@ -468,12 +468,6 @@ class LabelledImages:
         if self.settings is not None:
             image = augment_plot(image, self.settings, np.random.default_rng((self.seed, epoch, index)))
         return LabelledSample(data_loader.to_tensor(image)[0], torch.tensor(self.labels[index]))
-
-
-def four_flips(images: torch.Tensor) -> list[torch.Tensor]:
-    """N x 3 x S x S as it is, backwards in time, upside down, and both:
-    four views of the same kinds to average over."""
-    return [images, images.flip(3), images.flip(2), images.flip((2, 3))]
 
 
 # ------------------------------------------------------------------------------- render: CSV files -> plots

@@ -370,7 +370,7 @@ class Detector:
         return self.settings["image_size"]
 
     @property
-    def resize(self) -> str:
+    def fitting(self) -> str:
         """How images come to the network: "stretch", "letterbox" or "tile"."""
         return "tile" if self.settings.get("tile") else self.settings["resize"]
 
@@ -486,7 +486,7 @@ class Detector:
             ValueError: the images are of another type, shape, size or value range, or there are none.
         """
         assert_images(images)
-        if self.resize == "tile":
+        if self.fitting == "tile":
             return [self._detect_whole(image, thorough) for image in images]
         output = self.describe(assert_sides(images), self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
@@ -508,7 +508,7 @@ class Detector:
 
     def all_maps(self, images: Tensor, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Refined maps by name, each (B, H, W), of images (B, 3, H, W)."""
-        if self.resize != "tile":
+        if self.fitting != "tile":
             return self.refined_maps(images, self.describe(images, names), names)
         blended = [self._blended(image, names, paint=False)[0] for image in images]
         return {name: np.stack([maps[name] for maps in blended]) for name in names}

@@ -399,7 +399,8 @@ def write_generated(model: VAEClassifier, settings: config.InferClassifierSettin
     """results/latent/generated_<class>.png: plots drawn from the class's latent Gaussian."""
     drawn = latent_space.generate_class(model, settings.generate, settings.n_pictured, settings.seed)
     path = Path(settings.output_dir) / LATENT / f"generated_{settings.generate}.png"
-    image_files.write_png(path, latent_space.tiled(drawn.split(4) if len(drawn) % 4 == 0 else [drawn]))
+    n_rows = len(drawn) // 4 if len(drawn) % 4 == 0 else 1
+    image_files.write_png(path, plots.picture_sheet(np.split(drawn.numpy(), n_rows)))
     print(f"{len(drawn)} plots of {settings.generate}: {path}")
 
 
@@ -431,7 +432,7 @@ def write_latent(kept: list[Predicted], model: VAEClassifier, settings: config.I
         if len(kept) != 2:
             raise config.InputError("One of the two plots cannot be read, so there is no way between them.")
         drawn, probabilities = latent_space.interpolate(model, kept[0].image, kept[1].image, settings.n_pictured)
-        image_files.write_png(out / "interpolation.png", latent_space.tiled([drawn]))
+        image_files.write_png(out / "interpolation.png", plots.picture_sheet([drawn.numpy()]))
         print(
             f"interpolation: {out / 'interpolation.png'} "
             f"({' -> '.join(model.class_names[k] for k in probabilities.argmax(1))})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -93,10 +91,3 @@ def agreement(labels: list[str], clusters: np.ndarray) -> dict:
     if len(set(known)) < 2:
         return {}
     return {"adjusted_rand_index": adjusted_rand_score(known, clusters[rows]), "n_plots": len(rows)}
-
-
-def tiled(rows: Sequence[Tensor], gap_px: int = 4) -> np.ndarray:
-    """Rows of pictures, each (n, 3, H, W) in [0, 1], as one uint8 picture with grey gaps."""
-    cells = [[F.pad(picture.float().cpu(), [gap_px] * 4, value=0.6) for picture in row] for row in rows]
-    sheet = torch.cat([torch.cat(row, 2) for row in cells], 1)
-    return (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

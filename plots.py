@@ -221,6 +221,14 @@ def overlay_image(
     return blended
 
 
+def picture_sheet(rows: Sequence[Sequence[np.ndarray]], gap_px: int = 4) -> np.ndarray:
+    """Rows of pictures, each (3, H, W) in [0, 1], as one uint8 picture with grey gaps."""
+    gaps = [(0, 0), (gap_px, gap_px), (gap_px, gap_px)]
+    cells = [[np.pad(picture, gaps, constant_values=0.6) for picture in row] for row in rows]
+    sheet = np.concatenate([np.concatenate(row, 2) for row in cells], 1)
+    return np.rint(255 * sheet.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
+
+
 def _peak_brackets(heat: np.ndarray) -> list[np.ndarray]:
     """The four corners of a square around the largest value of a map (H, W), each as points (3, 1, 2) in x, y."""
     row, column = np.unravel_index(np.argmax(heat), heat.shape)

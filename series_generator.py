@@ -19,17 +19,7 @@ import numpy as np
 
 import config
 
-KINDS = (
-    "collective_anomaly",
-    "contextual_anomaly",
-    "deterministic_trend",
-    "mean_shift",
-    "point_anomaly",
-    "stochastic_trend",
-    "trend_shift",
-    "variance_shift",
-    "volatility",
-)
+KINDS = config.CLASSES
 STYLES = ("present", "home")
 LENGTHS = ((50, 100), (300, 500), (1000, 2000))
 LONG_LENGTHS = ((50, 100), (300, 500), (1000, 10_000))

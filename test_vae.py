@@ -49,17 +49,17 @@ found.
 
 @dataclass
 class Results:
-    """The first three lists are parallel, one entry an image in the order tested; the others hold good images only."""
+    """The first three lists are parallel, one entry an image in the order tested."""
 
     items: list[image_folders.MVTecItem] = field(default_factory=list)
     detections: list[defect_maps.Detection] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
-    # good images only
+    skipped: list[dict[str, str]] = field(default_factory=list)  # "image" and "reason" of those that cannot be read
+    # the rest is of good images only
     quality: dict[str, list[float]] = field(default_factory=lambda: {"mse": [], "psnr": [], "ssim": []})
     skip_leak: list[tuple[float, float]] = field(default_factory=list)
     # "good" or "drawn", and its mask: each good image that is drawn on, and what is drawn
     drawn: list[tuple[str, defect_maps.Detection, np.ndarray]] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # "image" and "reason" of those that cannot be read
 
 
 def main(settings: config.DetailTestSettings) -> None:
@@ -100,7 +100,7 @@ def run_test(
     by_path = {item.path: item for item in folder.test}
     names, results, rng = output_names(folder), Results(), np.random.default_rng(settings.seed)
     batches = data_loader.iter_image_batches(
-        list(by_path), detector.image_size, detector.resize, detector.runtime.batch_size(settings.batch_size)
+        list(by_path), detector.image_size, detector.fitting, detector.runtime.batch_size(settings.batch_size)
     )
     with (
         files.open_table(out / "scores.csv") as file,
@@ -116,13 +116,13 @@ def run_test(
             for path, reason in batch.errors:
                 warn(f"{path} is skipped: {reason}")
                 results.skipped.append({"image": folder.relative(path), "reason": reason})
-            images, windows = detector.runtime.put(batch.images), batch.windows(detector.resize, folder.letterboxed)
+            images, windows = detector.runtime.put(batch.images), batch.windows(detector.fitting, folder.letterboxed)
             detections = detector.detect(images) if len(images) else []
             judged = zip(batch.paths, batch.original_sizes, windows, detections, strict=True)
             for index, (path, original_hw, inside, detection) in enumerate(judged):
                 item, image = by_path[path], batch.images[index].numpy()
                 mask = image_folders.read_truth(
-                    item, detector.image_size, detector.resize, detection.defect_map.shape, warn, original_hw
+                    item, detector.image_size, detector.fitting, detection.defect_map.shape, warn, original_hw
                 )
                 results.items.append(item)
                 results.masks.append(None if mask is None else mask[inside])

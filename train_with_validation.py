@@ -76,8 +76,8 @@ MOST_EPOCHS = 150
 fewer would be learned by heart.
 """
 VALIDATED_AFTER, PICTURED_AFTER = 500, 1800
-"""Training images, about, that lie between two validations, and between two rounds of pictures, where no number of
-epochs is set.
+"""Training images, about, that lie between two validations, and between two rounds of pictures, where validate_every
+and picture_every are 0.
 """
 MADE_ANEW = {"bank", "whitening", "prototypes"}
 """Of a model, what a calibration makes anew; all else is trained."""
@@ -293,6 +293,10 @@ def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, 
     elif settings.resume:
         found = left_out_before(Path(settings.output_dir) / LAST, checkpoints.load_training)
     else:
+        if settings.tile:
+            warn(
+                "--trim-frac compares whole photographs, made small: what only shows in tiles leaves none of them out."
+            )
         found = list(map(folder.relative, trimming.suspects(folder.train_good, settings, runtime)))
     why = f"is left out: it is among the {settings.trim_frac:.0%} least like the others"
     warn(*(f"{folder.root / name} {why}." for name in found))

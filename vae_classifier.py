@@ -30,12 +30,11 @@ from config import (
     from_dict,
 )
 from data_loader import assert_images
-from data_loader_supervised import four_flips
 from engine import resolve_device
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
 from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
-from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence
+from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence, reparameterise
 
 KIND = "vae_classifier"
 PICTURE_ROWS = 32
@@ -177,10 +176,6 @@ class VAEClassifier(nn.Module):
         """Plots (B, 3, R, R) from the means of both latents of images (B, 3, S, S)."""
         return self.decode(mu, self.encode_detail(images, profile).mean)
 
-    def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
-
     def forward(self, images: Tensor) -> ClassifierOutput:
         """What the model says of plots (B, 3, H, W).
 
@@ -189,8 +184,9 @@ class VAEClassifier(nn.Module):
         """
         profile = column_profile(assert_images(images))
         mu, logvar = self.encode(images, profile)
-        detail = self.sample(*self.encode_detail(images, profile))
-        return ClassifierOutput(self.decode(self.sample(mu, logvar), detail), mu, logvar, self.head(mu))
+        detail = reparameterise(*self.encode_detail(images, profile), self.training)
+        z = reparameterise(mu, logvar, self.training)
+        return ClassifierOutput(self.decode(z, detail), mu, logvar, self.head(mu))
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -256,9 +252,9 @@ class ClassifierLoss:
         n_drawn = max(1, math.ceil(s.reconstruction_share * len(images))) if model.training else len(images)
         seen = images[:n_drawn]
         drawn, detail = model.target(seen), model.encode_detail(seen, profile[:n_drawn])
-        columns = model.decoder.columns(model.sample(mu[:n_drawn], logvar[:n_drawn]))
+        columns = model.decoder.columns(reparameterise(mu[:n_drawn], logvar[:n_drawn], model.training))
         expected = model.decoder.prior_of(columns)
-        known = model.sample(*detail)
+        known = reparameterise(*detail, model.training)
         if model.training:
             known = torch.where(torch.rand(n_drawn, 1, 1, device=known.device) < s.detail_dropout, expected.mean, known)
         reconstruction = model.decoder.draw(columns, known)
@@ -284,12 +280,14 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
 
 
 def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor) -> Tensor:
-    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips, (4, B, K).
+    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips (backwards in time, upside down,
+    both), which keep their kind, (4, B, K).
 
     Args:
         logits: (B, K) of the images as they are, which come first.
     """
-    flipped = model.head(model.encode(torch.cat(four_flips(images)[1:]))[0])
+    flips = torch.cat([images.flip(axes) for axes in ((3,), (2,), (2, 3))])
+    flipped = model.head(model.encode(flips)[0])
     return F.log_softmax(torch.cat([logits, flipped]).float(), 1).view(4, len(images), -1)
 
 

@@ -448,6 +448,12 @@ class DetailVAE(nn.Module):
             detail_logvar.float().clamp(*LOGVAR_RANGE),
         )
 
+    def latents(self, mu: Tensor, logvar: Tensor, detail_mu: Tensor, detail_logvar: Tensor) -> tuple[Tensor, Tensor]:
+        """Both latents of what ``encode`` says, z (B, D) and z_detail (B, d, H/32, W/32): samples in training, else the
+        means.
+        """
+        return reparameterise(mu, logvar, self.training), reparameterise(detail_mu, detail_logvar, self.training)
+
     def decode_trunk(self, z: Tensor, z_detail: Tensor) -> Tensor:
         """(B, 8 * base_channels, H/8, W/8) from both latents: z (B, D) and z_detail (B, d, H/32, W/32)."""
         x = self.from_detail(torch.cat([z_detail, _coordinates(z_detail)], 1))
@@ -489,7 +495,7 @@ class DetailVAE(nn.Module):
         """
         features = self.grid_features(images) if features is None else features
         mu, logvar, detail_mu, detail_logvar = self.encode(images, features)
-        trunk = self.decode_trunk(self.sample(mu, logvar), self.sample(detail_mu, detail_logvar))
+        trunk = self.decode_trunk(*self.latents(mu, logvar, detail_mu, detail_logvar))
         feature_mu, feature_logvar = self.decode_features(trunk)
         output = DetailOutput(
             vae=VAEOutput(None, mu, logvar, detail_mu, detail_logvar),
@@ -532,10 +538,6 @@ class DetailVAE(nn.Module):
         """
         return self.describe(assert_sides(assert_images(images))).vae
 
-    def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """The reparameterised sample in training (Kingma & Welling 2014, section 2.4), the mean otherwise."""
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if self.training else mu
-
 
 def assert_sides(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) as they are.
@@ -549,6 +551,13 @@ def assert_sides(images: Tensor) -> Tensor:
             "(see image_files.fit_image)."
         )
     return images
+
+
+def reparameterise(mu: Tensor, logvar: Tensor, training: bool) -> Tensor:
+    """A sample of N(mu, exp(logvar)) in training (Kingma & Welling 2014, section 2.4), the mean otherwise; the shape of
+    both.
+    """
+    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if training else mu
 
 
 def _coordinates(like: Tensor) -> Tensor:
@@ -720,7 +729,7 @@ class DetailLoss:
         if model.training and actual is not None:
             seen, pasted = corrupt_features(actual, self.settings.feature_noise, self.settings.feature_paste)
         mu, logvar, detail_mu, detail_logvar = model.encode(corrupted, seen)
-        trunk = model.decode_trunk(model.sample(mu, logvar), model.sample(detail_mu, detail_logvar))
+        trunk = model.decode_trunk(*model.latents(mu, logvar, detail_mu, detail_logvar))
         feature_mu, feature_logvar = model.decode_features(trunk)
         terms = {"kl": kl_divergence(mu, logvar), "kl_detail": kl_divergence(detail_mu, detail_logvar)}
         if clean is not None:

@@ -587,14 +587,6 @@ def test_training_batches_smaller_than_a_batch():
     assert batch.images.shape == (3, 3, 32, 32) and sorted(batch.labels.tolist()) == [0, 1, 1]
 
 
-def test_four_flips_undo_themselves():
-    images = torch.rand(2, 3, 5, 5)
-    views = loader.four_flips(images)
-    for i, view in enumerate(views):
-        assert torch.equal(loader.four_flips(view)[i], images)
-    assert len({tuple(view.flatten().tolist()) for view in views}) == 4
-
-
 # ---------------------------------------------------------------------------------------------- streaming
 
 

@@ -748,7 +748,7 @@ def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_p
     detector = detector_of(make_model("efficientnet_lite0"))
     checkpoints.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents_of(detector))
     loaded = defect_maps.load_detector(tmp_path / "a.pth")
-    assert (loaded.image_size, loaded.resize, loaded.maps) == (64, "letterbox", PIXELS)
+    assert (loaded.image_size, loaded.fitting, loaded.maps) == (64, "letterbox", PIXELS)
     assert loaded.calibration == detector.calibration
     images = good_images(2, seed=4)
     for a, b in zip(loaded.detect(images), detector.detect(images), strict=True):

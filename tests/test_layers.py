@@ -58,7 +58,6 @@ SAME_LEVEL = {
     ("defect_maps", "vae_model"),
     ("plot_strokes", "vae_model"),
     ("plot_calibration", "plot_strokes"),
-    ("classifier_training", "latent_space"),
 }
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {

@@ -378,3 +378,13 @@ def test_a_map_that_is_nowhere_above_its_threshold_is_drawn_too(map_max):
         assert plots.pixels(figure).any()
         scales = {(drawn.norm.vmin, drawn.norm.vmax) for axis in figure.axes[2:3] for drawn in axis.images}
         assert scales == {(0.0, 1.0)}
+
+
+def test_pictures_are_laid_out_in_rows():
+    sheet = plots.picture_sheet([np.zeros((3, 3, 8, 8)), np.ones((3, 3, 8, 8))], gap_px=2)
+    assert sheet.shape == (24, 36, 3) and sheet.dtype == np.uint8
+    assert (
+        sheet[5, 5].tolist() == [0, 0, 0]
+        and sheet[17, 5].tolist() == [255, 255, 255]
+        and sheet[0, 0].tolist() == [153, 153, 153]
+    )

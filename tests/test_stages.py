@@ -1113,7 +1113,7 @@ def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tm
     assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "letterbox" in line]
     assert len(said) == 1 and said[0].startswith("warning: ") == bool(given)
-    assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").resize == (
+    assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").fitting == (
         "stretch" if given else "letterbox"
     )
     assert config.read_yaml(tmp_path / "models" / "config.yaml")["resize"] == ("stretch" if given else "letterbox")
