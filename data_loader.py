@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -191,14 +192,22 @@ def draw_on(
     drawn = []
     for image, inside in zip(images, windows, strict=True):
         pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-        mask = np.zeros(pixels.shape[:2], bool)
-        if min(mask[inside].shape) >= drawn_defects.SMALLEST_SIDE_PX:
-            pixels[inside], mask[inside] = drawn_defects.draw_defect(
-                pixels[inside], rng, area_frac=tuple(area_share * frac for frac in drawn_defects.AREA_FRAC)
-            )
-        drawn.append((pixels, mask))
+        areas = tuple(area_share * frac for frac in drawn_defects.AREA_FRAC)
+        drawn.append(drawn_within(pixels, inside, partial(drawn_defects.draw_defect, rng=rng, area_frac=areas)))
     pixels, masks = zip(*drawn, strict=True)
     return to_tensor(pixels), np.stack(masks)
+
+
+def drawn_within(
+    image: np.ndarray, inside: tuple[slice, slice], draw: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of an image, uint8 H x W x 3, with what ``draw`` makes of the window of it, but of a mere strip, and where
+    that is, bool H x W.
+    """
+    pixels, mask = image.copy(), np.zeros(image.shape[:2], bool)
+    if min(mask[inside].shape) >= drawn_defects.SMALLEST_SIDE_PX:
+        pixels[inside], mask[inside] = draw(pixels[inside])
+    return pixels, mask
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -250,6 +259,7 @@ class GoodImages:
         augment: ranges of the random changes (``config.TrainSettings`` is one).
         defect_share: share of samples that get a drawn defect, 0..1.
         seed: seed of all random choices.
+        letterboxed: as ``ImageBatch.windows`` takes it: nothing is drawn on grey bars.
         n_variants: every image has so many variants, which come round again; 0 for a new one in every epoch. The first
             is the image as it is: what is interpolated and re-lit is a little softer than what is judged later.
 
@@ -270,6 +280,7 @@ class GoodImages:
         defect_share: float,
         seed: int,
         n_variants: int = 0,
+        letterboxed: Mapping[Path, tuple[int, int]] = MappingProxyType({}),
     ):
         self.n_variants = n_variants
         self.image_size, self.resize, self.augment = image_size, resize, augment
@@ -278,6 +289,7 @@ class GoodImages:
         self.skipped: list[tuple[Path, str]] = []
         # number of the image, top and left within it; one an image without "tile"
         self.tiles: list[tuple[int, int, int]] = []
+        self._windows: list[tuple[slice, slice]] = []  # of each image, all but grey bars
         images, n_bytes = [], 0
         for path, result in _read_all(paths, image_size, resize):
             if isinstance(result, ImageError):
@@ -285,6 +297,7 @@ class GoodImages:
                 continue
             self.tiles += [(len(self.paths), *corner) for corner in tile_corners(*result[0].shape[:2], image_size)]
             self.paths.append(path)
+            self._windows.append(picture_window(letterboxed.get(path, result[1]), image_size, resize))
             n_bytes += result[0].nbytes
             if n_bytes <= KEEP_IN_MEMORY_BYTES:
                 images.append(result[0])
@@ -308,6 +321,9 @@ class GoodImages:
         whole = self._last[1] if self.images is None else self.images[number]
         return whole[window(top, left, self.image_size)]
 
+    def _window(self, index: int) -> tuple[slice, slice]:
+        return self._windows[self.tiles[index][0]]
+
     def plain_batches(self, batch_size: int, n_images: int = 0) -> Iterator[torch.Tensor]:
         """Every image once, or ``n_images`` at most, evenly over all, without augmentation, float32 B x 3 x S x S in
         [0, 1].
@@ -325,9 +341,11 @@ class GoodImages:
         import torch
 
         rng = np.random.default_rng((self.seed, len(self), number, n))
-        image = self._image(int(rng.integers(len(self))))
+        index = int(rng.integers(len(self)))
+        image = self._image(index)
         clean = image if number % 4 == 0 else augment_image(image, self.augment, rng)
-        damaged, mask = drawn_defects.draw_defects(clean, rng, self.images or (), n)
+        draw = partial(drawn_defects.draw_defects, rng=rng, donors=self.images or (), n=n)
+        damaged, mask = drawn_within(clean, self._window(index), draw)
         pair = to_tensor([clean, damaged])
         return pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None])
 
@@ -341,8 +359,8 @@ class GoodImages:
         clean = augment_image(self._image(index), self.augment, rng) if variant else self._image(index)
         corrupted, mask = clean, np.zeros(clean.shape[:2], bool)
         if rng.random() < self.defect_share:
-            donors = self.images if self.images is not None else ()
-            corrupted, mask = drawn_defects.draw_defect(clean, rng, donors)
+            draw = partial(drawn_defects.draw_defect, rng=rng, donors=self.images or ())
+            corrupted, mask = drawn_within(clean, self._window(index), draw)
         pair = to_tensor([clean, corrupted])
         return TrainSample(
             pair[0], pair[1], torch.from_numpy(mask.astype(np.float32)[None]), variant * len(self) + index

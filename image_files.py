@@ -336,7 +336,8 @@ def _resample_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     solid = covered >= 0.5
     near_solid = cv2.dilate(solid.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     kept = solid | ((covered > 1e-6) & ~near_solid)
-    return _resample(kept.astype(np.uint8), height, width, cv2.INTER_NEAREST) > 0
+    # centres on centres as images are enlarged, which INTER_NEAREST would leave up to half a pixel behind
+    return _resample(kept.astype(np.uint8), height, width, cv2.INTER_NEAREST_EXACT) > 0
 
 
 def fit_mask(mask: np.ndarray, image_size: int, resize: str) -> np.ndarray:

@@ -98,7 +98,9 @@ def run_test(
     judged.
     """
     by_path = {item.path: item for item in folder.test}
-    names, results, rng = output_names(folder), Results(), np.random.default_rng(settings.seed)
+    names, results = output_names(folder), Results()
+    # other defects than those that training, of the same seed by default, sets the pixel threshold with
+    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
     batches = data_loader.iter_image_batches(
         list(by_path), detector.image_size, detector.fitting, detector.runtime.batch_size(settings.batch_size)
     )

@@ -174,6 +174,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         defect_share=settings.drawn_defects,
         seed=settings.seed,
         n_variants=settings.variants,
+        letterboxed=folder.letterboxed,
     )
     held = data_loader.load_batch(
         held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths))

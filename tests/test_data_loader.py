@@ -126,6 +126,19 @@ def good_images(tmp_path):
     )
 
 
+def test_defects_are_drawn_on_the_picture_and_not_on_grey_bars(good_images, tmp_path):
+    paths = [save(tmp_path / f"wide{i}.png", np.full((60, 200, 3), 90 + i, np.uint8)) for i in range(2)]
+    squares = [save(tmp_path / f"square{i}.png", picture(seed=i)) for i in range(2)]
+    given = {"defect_share": 1.0, "resize": "letterbox", "image_size": 96, "augment": PLAIN}
+    for dataset in (
+        good_images(paths=paths, **given),
+        good_images(paths=squares, letterboxed=dict.fromkeys(squares, (60, 200)), **given),
+    ):
+        masks = [dataset[key].defect_mask for key in range(12)] + [dataset.with_defects(i, 3)[2] for i in range(6)]
+        assert min(mask[0, 33:63].sum() for mask in masks) > 0  # 96 * 60 / 200 = 29 rows in the middle
+        assert not any(mask[0, :33].any() or mask[0, 63:].any() for mask in masks)
+
+
 def same(a, b):
     return all(torch.equal(torch.as_tensor(left), torch.as_tensor(right)) for left, right in zip(a, b, strict=True))
 

@@ -292,6 +292,19 @@ def test_mask_stays_binary_and_thin_defects_survive():
     assert image_files.fit_mask(mask, 1024, "stretch").sum() == 4 * mask.sum()
 
 
+@pytest.mark.parametrize(("side", "wanted"), [(300, 448), (200, 384), (256, 448)])
+def test_an_enlarged_mask_lies_where_its_image_does(side, wanted):
+    rng = np.random.default_rng(0)
+    shifts = []
+    for _ in range(20):
+        mask = np.zeros((side, side), np.uint8)
+        cv2.circle(mask, rng.integers(20, side - 20, 2).tolist(), int(rng.integers(1, 5)), 1, -1)
+        enlarged = image_files.fit_image(np.repeat(255 * mask[..., None], 3, 2), wanted, "stretch")[..., 0] > 127
+        found = image_files.fit_mask(mask > 0, wanted, "stretch")
+        shifts.append([np.argwhere(each).mean(0) for each in (found, enlarged)])
+    assert np.abs(np.mean([found - expected for found, expected in shifts], 0)).max() < 0.15
+
+
 @pytest.mark.parametrize("resize", ["stretch", "letterbox"])
 @pytest.mark.parametrize("shape", [(100, 300), (300, 100), (40, 50)])
 def test_a_map_goes_back_to_where_it_came_from(shape, resize):

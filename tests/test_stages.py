@@ -1520,6 +1520,30 @@ def test_readmes_notebook_lines_run(data, trained, tmp_path, run_readme_code, ca
 
 
 @pytest.mark.drawn
+def test_defects_drawn_in_the_test_are_others_than_those_that_set_the_pixel_threshold(
+    data, trained, tmp_path, monkeypatch
+):
+    found, draw_on = [], data_loader.draw_on
+
+    def drawing(images, windows, area_share, rng):
+        drawn, masks = draw_on(images, windows, area_share, rng)
+        found.append(masks[0])
+        return drawn, masks
+
+    monkeypatch.setattr(data_loader, "draw_on", drawing)
+    model = str(trained / "models" / "best_model.pth")
+    train_stage.main(config.TrainSettings(weights=model, output_dir=str(tmp_path)))
+    n_calibrated = len(found)
+    test_stage.main(
+        config.DetailTestSettings(
+            model=model, data_dir=str(data), output_dir=str(tmp_path), bootstrap=0, pictures=False
+        )
+    )
+    calibrated, tested = found[:n_calibrated], found[n_calibrated:]
+    assert calibrated and tested and not any(np.array_equal(a, b) for a in calibrated for b in tested)
+
+
+@pytest.mark.drawn
 def test_the_notebook_of_detail_vae_runs(data, trained, tmp_path, run_notebook, capsys):
     shutil.copytree(trained / "models", tmp_path / "models")
     shutil.copytree(data / "test", tmp_path / "data" / "demo_textures" / "test")
