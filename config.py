@@ -18,9 +18,11 @@ import importlib
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1222,16 +1224,64 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):  # a file name may be no text
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
+    with (
+        contextlib.redirect_stdout(_WhileRead(sys.stdout)),
+        contextlib.redirect_stderr(_WhileRead(sys.stderr)),
+        _terminated_as_interrupted(),
+    ):
+        return _run(lambda: main(parse(settings_class, description, argv, prog)))
+
+
+class _WhileRead:
+    """A text stream whose reader may go away (``| head``): the work goes on, and what it would say goes nowhere."""
+
+    def __init__(self, stream: typing.TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._unless_broken(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_broken(self._stream.flush)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def _unless_broken(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except BrokenPipeError:  # nor must the flush at exit fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM (``timeout``, ``docker stop``) end the work as Ctrl-C does, its processes and half-written files
+    with it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals come to the main thread alone
+        return
+
+    def interrupted(number: int, frame) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupted)
     try:
-        main(parse(settings_class, description, argv, prog))
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(work: Callable[[], None]) -> int:
+    try:
+        work()
         sys.stdout.flush()
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader has seen enough; the flush at exit must not fail once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}.", file=sys.stderr)

@@ -17,6 +17,8 @@ import files
 MIN_SIDE_PX = 8
 MAX_ASPECT = 50
 MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a decompression bomb
+FAINTEST_LABEL = 32
+"""Of masks of several levels, of 255: what is darker may be noise."""
 LETTERBOX_GREY = 128
 _TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284
 """Tags: bits of each sample, 1 for no compression, 0 where 0 is white, 2 where colours lie apart."""
@@ -57,7 +59,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_mask(path: str | Path) -> np.ndarray:
     """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is
-    above 0.
+    above 0; of labels beside bright ones (60, 180 ...), too, what touches no brighter one.
 
     Of a mask in one colour alone the alpha channel counts; what is fully transparent beside what is not, is not marked.
 
@@ -66,7 +68,21 @@ def read_mask(path: str | Path) -> np.ndarray:
     """
     values = _decode(path, _read_bytes(path), _mask_values, _check_bomb)
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp")
-    return values > (127 if lossy or values.max() > 127 else 0)
+    bright = values > (127 if lossy or values.max() > 127 else 0)
+    return bright if lossy else bright | _faint_labels(values, bright)
+
+
+def _faint_labels(values: np.ndarray, bright: np.ndarray) -> np.ndarray:
+    """Regions of a mask (H, W) of FAINTEST_LABEL and more, none of it bright, as the soft rim of a bright one would
+    be.
+    """
+    marked = values >= FAINTEST_LABEL
+    if not (marked & ~bright).any():
+        return np.zeros_like(bright)
+    n, regions = cv2.connectedComponents(marked.astype(np.uint8), connectivity=8)
+    is_faint = np.ones(n, bool)
+    is_faint[[0, *np.unique(regions[bright])]] = False
+    return is_faint[regions]
 
 
 def _mask_values(image) -> np.ndarray:

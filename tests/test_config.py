@@ -389,7 +389,8 @@ def test_a_reader_that_leaves_early_is_no_failure(tmp_path, unbuffered):
     script = tmp_path / "stage.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport config\n"
-        "def main(settings):\n    sys.stdin.readline()\n    print('late')\n"
+        "def main(settings):\n    sys.stdin.readline()\n    print('late')\n    print('later', file=sys.stderr)\n"
+        f"    open({str(tmp_path / 'result')!r}, 'w').close()\n    print('done')\n"
         "sys.exit(config.run_script(config.RunSettings, 'A stage.', main))\n"
     )
     process = subprocess.Popen(
@@ -404,8 +405,28 @@ def test_a_reader_that_leaves_early_is_no_failure(tmp_path, unbuffered):
     process.stdin.write("go\n")
     process.stdin.close()
     assert process.wait(30) == 0
-    assert process.stderr.read() == ""
+    assert process.stderr.read() == "later\n"
     process.stderr.close()
+    assert (tmp_path / "result").exists(), "the work stopped with its reader"
+
+
+def test_being_terminated_cleans_up_as_ctrl_c_does(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport config, files\nfrom pathlib import Path\n"
+        "def main(settings):\n"
+        f"    with files.whole_file(Path({str(tmp_path / 'result')!r})) as file:\n"
+        "        print('begun', flush=True)\n        time.sleep(60)\n"
+        "sys.exit(config.run_script(config.RunSettings, 'A stage.', main))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "interrupted: what was already written is kept.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["stage.py"]
 
 
 def test_importing_config_imports_nothing_heavy():

@@ -210,6 +210,19 @@ def test_masks_of_any_coding(tmp_path, values, suffix, expected):
     assert read.dtype == bool and np.array_equal(read, mask == expected)
 
 
+@pytest.mark.parametrize("levels", [(100, 200), (127, 255), (60, 180, 255)])
+def test_every_label_of_a_mask_counts_beside_brighter_ones_but_no_soft_rim_of_these(tmp_path, levels):
+    labelled, rim = np.zeros((48, 48), np.uint8), np.zeros((48, 48), bool)
+    for number, level in enumerate(levels):
+        labelled[2 + 16 * number : 8 + 16 * number, 8:24] = level
+    expected = labelled > 0
+    labelled[-9, 30:40], rim[-8, 29:41] = 255, True
+    expected |= labelled == 255
+    labelled[rim] = 90
+    labelled[40, 4] = 9  # noise
+    assert np.array_equal(image_files.read_mask(save(tmp_path / "mask.png", labelled)), expected)
+
+
 def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
     marked = np.zeros((32, 32), bool)
     marked[8:16, 8:24] = True

@@ -61,7 +61,7 @@ SAME_LEVEL = {
 }
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {
-    "config": {"run_script", "_without_traceback_when_interrupted"},
+    "config": {"_run", "_without_traceback_when_interrupted"},
     "data_loader": {"main"},
     "data_loader_supervised": {"render_main", "generate_main", "run"},
     "perceptual_loss": {"fetch_weights"},
