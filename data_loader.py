@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -454,30 +454,20 @@ def preprocess(
         progress: wraps the iterable of finished files, for a progress bar.
 
     Raises:
-        InputError: unusable source or destination, or fewer than 3 good images could be read.
+        InputError: unusable source or destination, which holds a file of the user's where one is to be written, or
+            fewer than 3 good images could be read.
     """
     source, out = _source_and_out(settings)
     jobs, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
-    before = files.read_json(out / REPORT_NAME)
-    written = {row["output"]: row for row in kept_rows(before)}
-    if before.get("made_with") != made_with:  # none is right any more, but all stay known until they are made anew
-        written = {output: {**row, "signature": None} for output, row in written.items()}
-    files.make_folder(out)
-    planned = {job.output for job in jobs}
-    for output in written.keys() - planned:
-        (out / output).unlink(missing_ok=True)
-    # what is made, too, before a report lists it as made: a file that is there already is the user's own
-    made_soon = [output for output in planned - written.keys() if not (out / output).exists()]
-    valid = {output: {"output": output, "signature": None} for output in sorted(made_soon)}
-    valid |= {output: row for output, row in written.items() if output in planned}
+    valid, warnings_of_others = _made_before(out, str(source), made_with, {job.output for job in jobs})
     report = {
         "source": str(source),
         "made_with": made_with,
         "settings": config.as_dict(settings),
         "kept": [],
         "skipped": [],
-        "warnings": warnings,
+        "warnings": warnings + warnings_of_others,
     }
     _save_report(out, report, valid)  # before anything is written over
     try:
@@ -489,7 +479,8 @@ def preprocess(
                 _save_report(out, report, valid)
     finally:
         _save_report(out, report, valid)
-    _remove_outputs_of_skipped(out, report, valid)
+    for row in report["skipped"]:  # of a source that has become unreadable
+        (out / row["output"]).unlink(missing_ok=True)
     report["counts"] = _count(report)
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
@@ -499,6 +490,37 @@ def preprocess(
             f"{out / REPORT_NAME})."
         )
     return report
+
+
+def _made_before(out: Path, source: str, made_with: dict, planned: Set[str]) -> tuple[dict[str, dict], list[str]]:
+    """The row of each planned output in the report of an earlier run, its signature None where it is to be made anew;
+    and sentences on what the destination holds besides. What an earlier run made that no longer belongs is removed.
+
+    Raises:
+        InputError: a planned output is there and in no report.
+    """
+    before = files.read_json(out / REPORT_NAME)
+    written = {row["output"]: row for row in kept_rows(before)}
+    made_soon = sorted(planned - written.keys())
+    if own := [output for output in made_soon if (out / output).exists()]:
+        raise config.InputError(
+            f"{out / own[0]} is there and was not made by preprocessing; expected another --out, or one without images."
+        )
+    if before.get("made_with") != made_with:  # none is right any more, but all stay known until they are made anew
+        written = {output: {**row, "signature": None} for output, row in written.items()}
+    warnings, removed = [], sorted(written.keys() - planned)
+    if removed and (source_before := before.get("source", source)) != source:
+        warnings.append(f"{len(removed)} files in {out}, made from {source_before}, are removed.")
+    there = {path.relative_to(out).as_posix() for part in PARTS[:3] for path in files_under(out / part)}
+    if others := sorted(there - written.keys() - planned):
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        warnings.append(f"{out / others[0]}{more}: not made by preprocessing, left there, and so part of the data set.")
+    files.make_folder(out)
+    for output in removed:
+        (out / output).unlink(missing_ok=True)
+    # what is made is listed before it is made, so that an interrupted run knows its own again
+    valid = {output: {"output": output, "signature": None} for output in made_soon}
+    return valid | {output: row for output, row in written.items() if output in planned}, warnings
 
 
 def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
@@ -623,13 +645,6 @@ def _save_report(out: Path, report: dict, valid: dict) -> None:
     reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
     files.write_json(out / REPORT_NAME, {**report, "kept": report["kept"] + later})
-
-
-def _remove_outputs_of_skipped(out: Path, report: dict, written: dict) -> None:
-    """A source that has become unreadable leaves no output of an earlier run behind; other files stay."""
-    for row in report["skipped"]:
-        if row["output"] in written:
-            (out / row["output"]).unlink(missing_ok=True)
 
 
 def _count(report: dict) -> dict[str, int]:

@@ -145,9 +145,10 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of a statistic of image indices (Efron and Tibshirani 1993, ch. 13).
 
-    Resamples where the statistic is None or NaN are left out; None when nothing is left or n_resamples is 0.
+    Resamples where the statistic is None or NaN are left out; None when nothing is left, n_resamples is 0, or there are
+    fewer than two images, which say nothing of a spread.
     """
-    if n_images == 0 or n_resamples == 0:
+    if n_images < 2 or n_resamples == 0:
         return None
     values = [statistic(index) for index in resample_indices(n_images, n_resamples, seed)]
     return _percentile_interval(np.array([np.nan if value is None else value for value in values], dtype=float))

@@ -97,14 +97,21 @@ class FileError(InputError):
         return f"{self.args[0]} {self.reason}."
 
 
-def open_table(path: Path) -> TextIO:
+@contextlib.contextmanager
+def open_table(path: Path) -> Iterator[TextIO]:
     """A CSV to write into, of whatever file names, its folder made; each row is in the file as soon as it is written.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be made, or the disk is full.
     """
     make_folder(path.parent)
-    return path.open("w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape")
+    try:
+        with path.open("w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+    except OSError as error:
+        if error.filename is not None and error.filename != str(path):  # of another file that the block is busy with
+            raise
+        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from None
 
 
 def digest(path: Path) -> str:

@@ -247,6 +247,10 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+class _ValuesError(ValueError):
+    """Pixels have values that are not known how to show."""
+
+
 def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray:
     """Everything odd goes through Pillow, which knows more formats and refuses damaged files."""
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -269,6 +273,8 @@ def _decode(path, data: bytes, convert: Callable, check: Callable) -> np.ndarray
             return convert(upright)
     except config.InputError:
         raise
+    except _ValuesError as error:
+        raise ImageError(path, f"holds {error}") from None
     except UnidentifiedImageError:
         raise ImageError(path, "is not an image in a known format") from None
     except Image.DecompressionBombError:
@@ -299,7 +305,7 @@ def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     top = 1.0 if mode == "F" else 65535.0
     if not (low >= 0.0 and high <= top):
-        raise ValueError(f"grey values from {low:g} to {high:g}; expected 0 to {top:g}")
+        raise _ValuesError(f"grey values from {low:g} to {high:g}; expected 0 to {top:g}")
     return np.rint(values.astype(np.float64) * (255.0 / top)).astype(np.uint8)
 
 

@@ -139,8 +139,9 @@ class MVTecFolder:
         self.root = Path(root)
         self.warnings: list[str] = []
         if not self.root.is_dir():
+            wrong = "is a file" if self.root.exists() else "does not exist"
             raise config.InputError(
-                f"The data folder {root} does not exist; expected a folder with train/good, or one of good images."
+                f"The data folder {root} {wrong}; expected a folder with train/good, or one of good images."
             )
         good = self.root / "train" / "good"
         self.flat = is_flat(self.root)

@@ -385,16 +385,23 @@ def _choose_column(
             path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers"
         )
     if named:
-        return named[0]
+        return next((i for i in named if _looks_numeric(table.iloc[:, i], numbers_of(i))), named[0])
     others = [i for i in candidates if not (layout.header and _is_time(names[i]))]
     if not others:
         raise SeriesError(
             path,
             f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
         )
-    if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
+    if others[0] == 0 and len(others) > 1 and _passes_for_time(numbers_of(0), names[0]):
         return others[1]
     return others[0]
+
+
+def _passes_for_time(values: np.ndarray, name: str) -> bool:
+    """Whether a first column, whose name is none of time, looks like one: it rises or, without a name, stands still at
+    times; with a name only in ticks, for what rises unevenly may be the data.
+    """
+    return _rises(values) and _ticks(values) if name else _rises(values) or _ticks(values)
 
 
 def _is_time(name: str) -> bool:

@@ -65,7 +65,10 @@ class Results:
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
     detector = defect_maps.load_detector(settings.model, settings.device, settings.precision)
-    folder = image_folders.MVTecFolder(settings.data_dir or detector.settings["data_dir"], require_train=False)
+    trained_on = Path(detector.settings["data_dir"])
+    if not settings.data_dir and not trained_on.exists():
+        raise config.InputError(f"{trained_on}, which the model was trained on, is not there; expected a --data-dir.")
+    folder = image_folders.MVTecFolder(settings.data_dir or trained_on, require_train=False)
     require_free_names(folder)
     for warning in folder.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -454,11 +454,18 @@ def test_bars_are_known_of_those_images_alone_that_have_them_yet(tmp_path):
     assert len(image_folders.MVTecFolder(out).letterboxed) == 3
 
 
-def test_an_unreadable_image_costs_no_file_of_the_users(tmp_path):
+def test_no_file_of_the_users_is_written_over_and_those_that_stay_are_told_of(tmp_path):
     raw, out = make_set(tmp_path / "raw"), tmp_path / "out"
-    own = save(out / "train" / "good" / "own.png", picture())
-    (raw / "train" / "good" / "own.png").write_bytes(b"")
-    assert any("own.png" in row["source"] for row in prepare(raw, out)["skipped"]) and own.exists()
+    own = save(out / "train" / "good" / "000.png", picture(seed=20))
+    content = own.read_bytes()
+    with pytest.raises(config.InputError, match=r"000\.png is there and was not made by preprocessing; expected anoth"):
+        prepare(raw, out)
+    assert own.read_bytes() == content and len(stamps(out)) == 1
+    other = own.rename(own.with_name("other.png"))
+    (told,) = (sentence for sentence in prepare(raw, out)["warnings"] if "other.png: not made by" in sentence)
+    assert other.exists() and "more" not in told
+    next((other_raw := make_set(tmp_path / "raw2")).glob("train/good/000*")).unlink()
+    assert f"1 files in {out}, made from {raw}, are removed." in prepare(other_raw, out)["warnings"]
 
 
 def test_same_stems_lose_nothing(tmp_path):
@@ -485,7 +492,8 @@ def test_a_report_with_rows_that_are_none_is_no_report(tmp_path, kept):
     made_with = prepare(make_set(tmp_path / "raw"), tmp_path / "out")["made_with"]
     for report in ({"kept": kept}, {"kept": kept, "made_with": made_with}):
         (tmp_path / "out" / image_folders.REPORT_NAME).write_text(json.dumps(report))
-        assert prepare(tmp_path / "raw", tmp_path / "out")["counts"]["train/good"] == 6
+        with pytest.raises(config.InputError, match="was not made by preprocessing"):
+            prepare(tmp_path / "raw", tmp_path / "out")
 
 
 def test_bars_that_preprocessing_drew_are_known(tmp_path):

@@ -144,6 +144,20 @@ def test_a_field_with_the_name_of_the_data_is_no_header(tmp_path):
     assert (series.column, series.values.tolist(), series.n_dropped) == ("reading", [1.5, -2.25], 1)
 
 
+@pytest.mark.parametrize(
+    ("names", "firsts", "expected"),
+    [
+        ("signal,is_anomaly", [1, 2.5, 2.75, 4], "signal"),  # rises unevenly, as a trend does
+        (",level", [1, 2.5, 2.75, 4], "level"),
+        ("number,level", [1, 2, 4, 7], "level"),
+        ("data,value", ["1 May", "2 May", "3 May", "4 May"], "value"),
+    ],
+)
+def test_a_first_column_is_the_data_unless_it_passes_for_time(tmp_path, names, firsts, expected):
+    rows = "".join(f"{first},{second}\n" for first, second in zip(firsts, [0, 1, 0, 3], strict=True))
+    assert series_plots.read_series(write(tmp_path, f"{names}\n{rows}")).column == expected
+
+
 CLOCKS = {
     "t_s,y": lambda i: i // 2,
     "Time_s,temp": lambda i: i // 2,

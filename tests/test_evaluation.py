@@ -103,6 +103,7 @@ def test_bootstrap_interval_of_a_mean_is_near_the_normal_one():
     assert (low, high) == pytest.approx(expected, abs=0.03)
     assert evaluation.bootstrap_interval(lambda index: values[index].mean(), 200, 0, seed=0) is None
     assert evaluation.bootstrap_interval(lambda index: None, 200, 10, seed=0) is None
+    assert evaluation.bootstrap_interval(lambda index: values[index].mean(), 1, 10, seed=0) is None
 
 
 def test_each_resample_keeps_the_size_of_every_stratum():

@@ -34,6 +34,23 @@ def test_each_row_is_in_a_table_as_soon_as_it_is_written(tmp_path):
             assert len((tmp_path / "a.csv").read_bytes().splitlines()) == number + 1
 
 
+def test_a_table_for_which_there_is_no_room_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))  # a write beyond fails as on a full disk
+    try:
+        with (
+            pytest.raises(InputError, match=r"Cannot write .*a\.csv: File too large\."),
+            files.open_table(tmp_path / "a.csv") as file,
+        ):
+            for number in range(300):
+                csv.writer(file).writerow(["photo.png", number])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(FileNotFoundError), files.open_table(tmp_path / "a.csv"):
+        (tmp_path / "gone").read_bytes()
+
+
 @pytest.mark.parametrize("sync", [False, True])
 def test_the_disk_is_waited_for_where_that_is_asked_for(tmp_path, monkeypatch, sync):
     waited = []

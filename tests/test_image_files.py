@@ -94,7 +94,7 @@ def test_float_tiff_is_read_in_the_unit_range_only(tmp_path):
     Image.fromarray(unit).save(tmp_path / "unit.tif")
     assert np.abs(image_files.read_image(tmp_path / "unit.tif")[..., 0] - unit * 255).max() <= 0.51
     Image.fromarray(unit * 1000).save(tmp_path / "wild.tif")
-    with pytest.raises(config.InputError, match=r"wild\.tif .*expected 0 to 1"):
+    with pytest.raises(config.InputError, match=r"wild\.tif holds grey values from .*expected 0 to 1"):
         image_files.read_image(tmp_path / "wild.tif")
 
 

@@ -1400,6 +1400,17 @@ def test_unwritable_output_folder(data, tmp_path, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+def test_data_of_the_training_that_are_gone_are_called_so(trained, tmp_path):
+    contents = torch.load(trained / "models" / "best_model.pth", weights_only=True)
+    contents["settings"]["data_dir"] = "parts"
+    torch.save(contents, tmp_path / "moved.pth")
+    for given, said in (({}, "parts, which the model was trained on, is not"), ({"data_dir": "none"}, "none does not")):
+        with pytest.raises(config.InputError, match=said):
+            test_stage.main(
+                config.DetailTestSettings(model=str(tmp_path / "moved.pth"), output_dir=str(tmp_path), **given)
+            )
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"])
 def test_unreadable_checkpoint(tmp_path, data, content):
     (tmp_path / "m.pth").write_bytes(content)
