@@ -11,11 +11,10 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ import engine
 import files
 import image_folders
 import plots
-import trimming
+from detail_data import fitted_as_on_disk, read_data
 from detail_training import (
     BEST,
     LAST,
@@ -83,10 +82,12 @@ MADE_ANEW = {"bank", "whitening", "prototypes"}
 """Of a model, what a calibration makes anew; all else is trained."""
 N_STATISTICS = 2048
 """Training images (or tiles), at most, from which the statistics and the bank of features come."""
-N_HELD_TILES = 256
-"""Held-out tiles, at most, in the validation loss."""
 N_REFERENCE = 256
 """Training images (or tiles), at most, from which is learned how features deviate from their prediction."""
+
+
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def main(settings: config.TrainSettings) -> None:
@@ -95,7 +96,7 @@ def main(settings: config.TrainSettings) -> None:
         run = recalibrate(settings)
         print(f"weights of {settings.weights}, calibrated anew: {run.out / BEST}")
     else:
-        run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings)))
+        run = prepare(fitted_as_on_disk(settings if settings.data_dir else use_demo(settings), say))
         started = time.perf_counter()
         with checkpoints.telling_what_is_kept(run, run.out / BEST):
             train(run)
@@ -108,7 +109,8 @@ def main(settings: config.TrainSettings) -> None:
     detector = defect_maps.load_detector(run.out / BEST, run.runtime.device, run.settings.precision)
     files.write_json(run.out / "metrics" / "calibration.json", detector.calibration.as_dict())
     print(detector.calibration.describe())
-    warn(*odd_images(run, detector))
+    for sentence in odd_images(run, detector):
+        say(f"warning: {sentence}")
 
 
 def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
@@ -119,95 +121,47 @@ def use_demo(settings: config.TrainSettings) -> config.TrainSettings:
     if (data / "train" / "good").is_dir() or image_folders.is_flat(data):
         return settings.replace(data_dir=str(data))
     root = demo_textures.make_demo(Path(settings.output_dir) / "data" / "demo_textures")
-    print(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.", file=sys.stderr)
+    say(f"No --data-dir given: using the built-in demo in {root} with configs/demo.yaml.")
     preset = config.read_yaml(Path(__file__).parent / "configs" / "demo.yaml")
     return settings.with_preset(preset).replace(data_dir=str(root))
 
 
-def fitted_as_on_disk(settings: config.TrainSettings) -> config.TrainSettings:
-    """Settings that fit images as preprocessing fitted those of the data set, so that raw ones are judged as these were
-    seen; a ``resize`` that was given stays.
-
-    It warns where the images were made smaller than they are wanted.
-    """
-    done, side = image_folders.preprocessed_by(settings.data_dir)
-    if done and (settings.tile or settings.image_size > side):
-        asked = "tile" if settings.tile else f"image_size {settings.image_size}"
-        expected = (
-            "the raw images" if settings.tile else f"images preprocessed at {settings.image_size} px, or the raw ones"
-        )
-        warn(
-            f"the images in {settings.data_dir} were made {side} px square, and {asked} is asked for: raw images to be "
-            f"judged will be sharper; expected {expected}."
-        )
-    if settings.tile or done in ("", settings.resize):
-        return settings
-    if "resize" in settings.given:
-        warn(
-            f"the images in {settings.data_dir} were made square by {done}, and {settings.resize} is given: raw images "
-            "to be judged will look unlike them."
-        )
-        return settings
-    print(
-        f"The images in {settings.data_dir} were made square by {done}: so will be those to be judged.", file=sys.stderr
-    )
-    return settings.replace(resize=done)
-
-
 def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
-    """Read the data, hold out good images, build the model; with ``weights``, not to be trained but calibrated."""
+    """Read the data, build the model; with ``weights``, not to be trained but calibrated.
+
+    Raises:
+        InputError: the data cannot be used, or there is no file of VGG16's weights where one is named.
+    """
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     asked = settings.vgg16_weights if weights is None and settings.map_perceptual else ""
     if asked and not weights_here(config.as_dict(settings)):
         raise config.InputError(f"There is no file {asked}; expected VGG16's weights.")
     runtime = engine.make_runtime(settings.device, settings.precision)
     engine.seed_everything(settings.seed)
-    folder = image_folders.MVTecFolder(settings.data_dir)
-    if folder.validation_good and "holdout_frac" in settings.given:
-        warn(f"{settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say.")
-    train_paths, held_paths, trimmed = split_good(settings, folder, runtime)
-    training = data_loader.GoodImages(
-        train_paths,
-        settings.image_size,
-        settings.fitting,
-        augment=settings,
-        defect_share=settings.drawn_defects,
-        seed=settings.seed,
-        n_variants=settings.variants,
-        letterboxed=folder.letterboxed,
-    )
-    held = data_loader.load_batch(
-        held_paths, settings.image_size, settings.fitting, math.ceil(N_HELD_TILES / len(held_paths))
-    )
-    warn(*folder.warnings, *(f"{path} is skipped: {reason}" for path, reason in training.skipped + held.errors))
-    if not len(held.images):
-        raise config.InputError(
-            f"None of the {len(held_paths)} held-out good images of {settings.data_dir} can be read."
-        )
+    data = read_data(settings, runtime, say)
     perceptual = None
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
-    model = build_model(settings, runtime, training, weights)
+    model = build_model(settings, runtime, data.training, weights)
     held_out = [
-        (batch, model.grid_features(batch)) for batch in map(runtime.put, held.images.split(settings.batch_size))
+        (batch, model.grid_features(batch)) for batch in map(runtime.put, data.held.images.split(settings.batch_size))
     ]
-    held_windows = held.windows(settings.fitting, folder.letterboxed) if settings.fitting == "letterbox" else None
-    some = training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
+    some = data.training.plain_batches(settings.batch_size, N_REFERENCE) if model.n_features else []
     reference = [model.grid_features(runtime.put(batch)).half().cpu() for batch in some]
     return Run(
         settings=settings,
         runtime=runtime,
-        folder=folder,
-        left_out=trimmed,
-        training=training,
-        held_paths=held_paths,
+        folder=data.folder,
+        left_out=data.left_out,
+        training=data.training,
+        held_paths=data.held_paths,
         held_out=held_out,
-        held_windows=held_windows,
+        held_windows=data.held_windows,
         reference=reference,
         model=model,
         loss=DetailLoss(settings, perceptual),
         features=FeatureCache(model) if settings.variants else FeatureCache(model, capacity_bytes=0),
-        epochs=settings.epochs or min(MOST_EPOCHS, max(1, round(settings.train_samples / len(training)))),
+        epochs=settings.epochs or min(MOST_EPOCHS, max(1, round(settings.train_samples / len(data.training)))),
     )
 
 
@@ -274,50 +228,12 @@ def spare_another_model(path: Path, weights: str, model: dict) -> None:
     raise config.InputError(f"{path} holds another model than {weights}; expected another --output-dir.")
 
 
-def split_good(
-    settings: config.TrainSettings, folder: image_folders.MVTecFolder, runtime: engine.Runtime
-) -> tuple[list[Path], list[Path], list[str]]:
-    """Images to train on and images held out, and the places below the data folder of those left out of both."""
-    trimmed = left_out(settings, folder, runtime)
-    good = [path for path in folder.train_good if folder.relative(path) not in trimmed]
-    return *folder.split(good, settings.holdout_frac, settings.seed), trimmed
-
-
-def left_out(settings: config.TrainSettings, folder: image_folders.MVTecFolder, runtime: engine.Runtime) -> list[str]:
-    """Places below the data folder of training images that may be defective, each warned of: those that
-    ``trimming.suspects`` finds, or found for the checkpoint that a run goes on from.
-    """
-    if not settings.trim_frac:
-        return []
-    if settings.weights:
-        found = left_out_before(settings.weights, checkpoints.load_checkpoint)
-    elif settings.resume:
-        found = left_out_before(Path(settings.output_dir) / LAST, checkpoints.load_training)
-    else:
-        if settings.tile:
-            warn(
-                "--trim-frac compares whole photographs, made small: what only shows in tiles leaves none of them out."
-            )
-        found = list(map(folder.relative, trimming.suspects(folder.train_good, settings, runtime)))
-    why = f"is left out: it is among the {settings.trim_frac:.0%} least like the others"
-    warn(*(f"{folder.root / name} {why}." for name in found))
-    return found
-
-
-def left_out_before(path: Path | str, load: Callable[..., dict]) -> list[str]:
-    """What the run that wrote a file of training left out."""
-    contents = load(path, KIND, ("left_out",))
-    with checkpoints.reading_contents(path):
-        return list(map(str, contents["left_out"]))
-
-
-def warn(*sentences: str) -> None:
-    for sentence in sentences:
-        print(f"warning: {sentence}", file=sys.stderr)
-
-
 def train(run: Run) -> list[dict]:
-    """All epochs; returns the history, a dict of named terms for each epoch."""
+    """All epochs; returns the history, a dict of named terms for each epoch.
+
+    Raises:
+        DivergedError: a loss or its gradient is not finite, or no validation loss was.
+    """
     s, runtime = run.settings, run.runtime
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
     loader = data_loader.training_loader(
@@ -387,7 +303,7 @@ def keep_finished(run: Run) -> None:
         kept = best.with_name(f"finished_epoch_{finished:04d}.pth")
         with files.whole_file(kept, sync=True) as copy, best.open("rb") as there:
             shutil.copyfileobj(there, copy)
-        print(f"The finished model of epoch {finished} is kept as {kept}.", file=sys.stderr)
+        say(f"The finished model of epoch {finished} is kept as {kept}.")
 
 
 def finish(run: Run) -> None:
@@ -407,7 +323,7 @@ def finish(run: Run) -> None:
         n = crop_training.n_images(run.settings, n_shown)
         losses = crop_training.learn_last(run.model, run.training, n, run.loss, run.settings, run.runtime)
         told = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        print(f"crops of {n} images with drawn defects, mean loss: {told}", file=sys.stderr)
+        say(f"crops of {n} images with drawn defects, mean loss: {told}")
     run.finished = True
     save_model(run, BEST.name, run.best_epoch)
     write_pictures(run, len(run.history))

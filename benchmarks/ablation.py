@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+import detail_data
 import files
 import image_folders
 import test_vae
@@ -99,13 +100,13 @@ def main(settings: config.AblationSettings) -> None:
     rows = chosen_rows(settings.rows)
     if not settings.data_dir:
         settings = train_with_validation.use_demo(settings).replace(train_samples=settings.train_samples)
-    settings = train_with_validation.fitted_as_on_disk(settings)  # the rows' files give every setting
+    settings = detail_data.fitted_as_on_disk(settings, train_with_validation.say)  # the rows' files give every setting
     image_folders.MVTecFolder(settings.data_dir).require_test()
     out, measured = Path(settings.output_dir) / "benchmark_results" / "ablation", []
     print(" | ".join(["row", *COLUMNS, "minutes"]))
     for name in rows:
         if name != DEFAULT and changes_nothing(name, settings):
-            train_with_validation.warn(f"the row '{name}' is left out: it changes nothing of these settings.")
+            train_with_validation.say(f"warning: the row '{name}' is left out: it changes nothing of these settings.")
             continue
         for seed in dict.fromkeys(settings.seeds or range(settings.seed, settings.seed + N_SEEDS)):
             try:
@@ -114,7 +115,7 @@ def main(settings: config.AblationSettings) -> None:
                     raise config.InputError(f"the row '{DEFAULT}' left no weights to judge with.")
                 measured.append(measure(name, settings.replace(seed=seed), out))
             except config.InputError as error:
-                train_with_validation.warn(f"the row '{name}' fails with seed {seed}: {error}")
+                train_with_validation.say(f"warning: the row '{name}' fails with seed {seed}: {error}")
             files.write_json(out.with_suffix(".json"), {"settings": config.as_dict(settings), "rows": measured})
         print(line(name, [each for each in measured if each["row"] == name]), flush=True)
     if not measured:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import data_loader
 import defect_maps
+import detail_data
 import engine
 import evaluation
 import files
@@ -139,6 +140,11 @@ class Baseline:
         ]
 
 
+def warn(*sentences: str) -> None:
+    for sentence in sentences:
+        train_with_validation.say(f"warning: {sentence}")
+
+
 def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Baseline:
     """Fit on the training images, set the thresholds on the held-out ones, both split as DetailVAE splits them.
 
@@ -147,10 +153,10 @@ def train_baseline(name: str, settings: config.DetectionBenchmarkSettings) -> Ba
     """
     folder = image_folders.MVTecFolder(settings.data_dir)
     runtime = engine.make_runtime(settings.device, settings.precision)
-    *paths, _ = train_with_validation.split_good(settings, folder, runtime)
+    *paths, _ = detail_data.split_good(settings, folder, runtime, train_with_validation.say)
     training, held = (data_loader.load_batch(each, settings.image_size, settings.resize) for each in paths)
     skipped = (f"{path} is skipped: {reason}" for path, reason in training.errors + held.errors)
-    train_with_validation.warn(*folder.warnings, *skipped)
+    warn(*folder.warnings, *skipped)
     for batch, some, kind in zip((training, held), paths, ("training", "held-out good"), strict=True):
         if not len(batch.images):
             raise config.InputError(f"None of the {len(some)} {kind} images of {settings.data_dir} can be read.")
@@ -243,7 +249,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     for batch in data_loader.iter_image_batches(
         [item.path for item in folder.test], settings.image_size, settings.fitting, BATCH_SIZE
     ):
-        train_with_validation.warn(*(f"{path} is skipped: {reason}" for path, reason in batch.errors))
+        warn(*(f"{path} is skipped: {reason}" for path, reason in batch.errors))
         detections = (
             [each._replace(reconstruction=None) for each in detector.detect(batch.images)] if len(batch.images) else []
         )
@@ -268,7 +274,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
             settings.image_size,
             settings.fitting,
             each.defect_map.shape,
-            train_with_validation.warn,
+            warn,
             size,
         )
         maps.append(each.defect_map[inside])
@@ -321,7 +327,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
         )
     if settings.tile and set(settings.methods) != {"detailvae"}:
         raise config.UsageError("The baselines see whole images; expected --methods detailvae with --tile.")
-    settings = train_with_validation.fitted_as_on_disk(settings)
+    settings = detail_data.fitted_as_on_disk(settings, train_with_validation.say)
     image_folders.MVTecFolder(settings.data_dir).require_test()
     if set(settings.methods) != {"detailvae"}:
         require_anomalib()
@@ -352,7 +358,7 @@ def main(settings: config.DetectionBenchmarkSettings) -> None:
             try:
                 rows.append(in_own_process(name, run))
             except config.InputError as error:
-                train_with_validation.warn(f"{name} fails with seed {seed}: {error}")
+                warn(f"{name} fails with seed {seed}: {error}")
                 continue
             print(line(rows[-1]), flush=True)
             files.write_json(out / "detection.json", {"settings": config.as_dict(settings), "rows": rows})

@@ -270,7 +270,7 @@ def test_images_preprocessed_with_grey_bars_are_judged_as_training_sees_them(tmp
     monkeypatch.setattr(detection.train_with_validation, "main", trained.append)
     monkeypatch.setattr(detection.defect_maps, "load_detector", lambda *args, **kwargs: None)
     detection.train_detailvae(measured[0])
-    assert detection.train_with_validation.fitted_as_on_disk(trained[0]).resize == measured[0].resize
+    assert detection.detail_data.fitted_as_on_disk(trained[0], print).resize == measured[0].resize
 
 
 def test_a_training_set_of_fewer_images_holds_as_many_defective_ones_as_asked_for(tmp_path):

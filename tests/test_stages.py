@@ -22,6 +22,7 @@ import config
 import crop_training
 import data_loader
 import data_loader_supervised
+import detail_data
 import detail_training
 import engine
 import image_files
@@ -1130,10 +1131,11 @@ def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tm
 def test_images_made_smaller_than_they_are_wanted_are_told(data, tmp_path, capsys, changes, words):
     data_loader.preprocess(config.PreprocessSettings(source=(str(data),), out=str(tmp_path / "set"), image_size=64))
     settings = config.TrainSettings(data_dir=str(tmp_path / "set"), **{"image_size": 64, **changes})
-    assert train_stage.fitted_as_on_disk(settings) == settings
-    said = capsys.readouterr().err
+    assert detail_data.fitted_as_on_disk(settings, print) == settings
+    said = capsys.readouterr().out
     assert said.startswith("warning: ") and words in said and "expected" in said if words else not said
-    assert train_stage.fitted_as_on_disk(settings.replace(data_dir=str(data))) and not capsys.readouterr().err
+    assert detail_data.fitted_as_on_disk(settings.replace(data_dir=str(data)), print)
+    assert not capsys.readouterr().out
 
 
 def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_path, monkeypatch, capsys):
