@@ -267,3 +267,22 @@ def test_pytest_never_takes_a_script_for_a_test():
     assert [
         node.name for name in TREES for node in nodes(name, *FUNCTION, ast.ClassDef) if node.name.startswith("test_")
     ] == []
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def anchors(document):
+    """Where links into a document may lead, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_the_documents_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            there = document.parent / path if path else document
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
