@@ -39,7 +39,11 @@ KEEP_IN_MEMORY_BYTES = 2 * 1024**3
 
 
 def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
-    """uint8 N x H x W x 3 (or a list of H x W x 3, or one) -> float32 N x 3 x H x W in [0, 1]."""
+    """uint8 N x H x W x 3 (or a list of H x W x 3, or one) -> float32 N x 3 x H x W in [0, 1].
+
+    Raises:
+        ValueError: another type or shape.
+    """
     import torch
 
     stacked = np.asarray(images) if isinstance(images, np.ndarray) else np.stack(list(images))

@@ -721,7 +721,8 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
         device, precision: as ``engine.make_runtime`` takes them.
 
     Raises:
-        InputError: the file cannot be read, is of another kind, or its backbone's weights cannot be found.
+        InputError: the file cannot be read, is of another kind, its backbone's weights cannot be found, or there is no
+            such device.
     """
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     with reading_contents(path):

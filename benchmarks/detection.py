@@ -39,6 +39,7 @@ import files
 import image_folders
 import train_with_validation
 from coresets import farthest_points
+from detail_training import BEST
 from perceptual_loss import Backbone, load_backbone
 
 MEASURED = (
@@ -176,9 +177,7 @@ def train_detailvae(settings: config.DetectionBenchmarkSettings) -> defect_maps.
     """What ``train_with_validation.py`` leaves behind."""
     with contextlib.redirect_stdout(sys.stderr):
         train_with_validation.main(config.from_dict(config.TrainSettings, config.as_dict(settings), settings.given))
-    return defect_maps.load_detector(
-        Path(settings.output_dir) / "models" / "best_model.pth", precision=settings.precision
-    )
+    return defect_maps.load_detector(Path(settings.output_dir) / BEST, precision=settings.precision)
 
 
 # ------------------------------------------------------------------------------------------ training sets
