@@ -1195,6 +1195,7 @@ def parse(
 def answer_early(settings_class: type[Settings], description: str) -> None:
     """Answer --help and wrong usage before the caller's heavy imports; return where the script may go on."""
     sys.excepthook = _without_traceback_when_interrupted
+    signal.signal(signal.SIGTERM, _interrupt)
     atexit.register(gc.freeze)  # a last search for garbage among all that torch made takes a second
     code = run_script(settings_class, description, lambda settings: None)
     if code:
@@ -1202,7 +1203,7 @@ def answer_early(settings_class: type[Settings], description: str) -> None:
 
 
 def _without_traceback_when_interrupted(kind, error, trace) -> None:
-    """For Ctrl-C during imports: Python itself then exits as interrupted."""
+    """For Ctrl-C, or SIGTERM, during imports: Python itself then exits as interrupted."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted: nothing was begun.", file=sys.stderr)
     else:
@@ -1225,8 +1226,8 @@ def run_script(
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
     with (
-        contextlib.redirect_stdout(_WhileRead(sys.stdout)),
-        contextlib.redirect_stderr(_WhileRead(sys.stderr)),
+        contextlib.redirect_stdout(sys.stdout and _WhileRead(sys.stdout)),
+        contextlib.redirect_stderr(sys.stderr and _WhileRead(sys.stderr)),
         _terminated_as_interrupted(),
     ):
         return _run(lambda: main(parse(settings_class, description, argv, prog)))
@@ -1264,20 +1265,23 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield  # signals come to the main thread alone
         return
 
-    def interrupted(number: int, frame) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupted)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def _interrupt(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # ``timeout`` sends two, and the second would break off the cleaning up
+    raise KeyboardInterrupt
+
+
 def _run(work: Callable[[], None]) -> int:
     try:
         work()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it is closed
+            sys.stdout.flush()
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -263,7 +263,8 @@ class GoodImages:
         augment: ranges of the random changes (``config.TrainSettings`` is one).
         defect_share: share of samples that get a drawn defect, 0..1.
         seed: seed of all random choices.
-        letterboxed: as ``ImageBatch.windows`` takes it: nothing is drawn on grey bars.
+        letterboxed: as ``ImageBatch.windows`` takes it: nothing is drawn on grey bars as they lie before augmentation,
+            and nothing at all on pictures that are mere strips.
         n_variants: every image has so many variants, which come round again; 0 for a new one in every epoch. The first
             is the image as it is: what is interpolated and re-lit is a little softer than what is judged later.
 
@@ -501,14 +502,14 @@ def _made_before(out: Path, source: str, made_with: dict, planned: Set[str]) -> 
     and sentences on what the destination holds besides. What an earlier run made that no longer belongs is removed.
 
     Raises:
-        InputError: a planned output is there and in no report.
+        InputError: a planned output is there and in no report; case does not tell files apart everywhere.
     """
     before = files.read_json(out / REPORT_NAME)
     written = {row["output"]: row for row in kept_rows(before)}
-    made_soon = sorted(planned - written.keys())
-    if own := [output for output in made_soon if (out / output).exists()]:
+    made_soon, known = sorted(planned - written.keys()), {output.lower() for output in written}
+    if own := [output for output in made_soon if output.lower() not in known and (out / output).exists()]:
         raise config.InputError(
-            f"{out / own[0]} is there and was not made by preprocessing; expected another --out, or one without images."
+            f"{out / own[0]} is there and in no report of preprocessing; expected another --out, or one without images."
         )
     if before.get("made_with") != made_with:  # none is right any more, but all stay known until they are made anew
         written = {output: {**row, "signature": None} for output, row in written.items()}

@@ -611,7 +611,7 @@ def _image_draws(
 
 def _resample_weights(defective: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     n_images = len(defective)
-    if n_images == 0 or n_resamples == 0:
+    if n_resamples == 0 or max(defective.sum(), n_images - defective.sum()) < 2:  # nothing to choose among
         return np.zeros((0, n_images))
     index = resample_indices(n_images, n_resamples, seed, defective)
     return np.stack([np.bincount(draw, minlength=n_images) for draw in index]).astype(float)

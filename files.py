@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -109,9 +110,10 @@ def open_table(path: Path) -> Iterator[TextIO]:
         with path.open("w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape") as file:
             yield file
     except OSError as error:
-        if error.filename is not None and error.filename != str(path):  # of another file that the block is busy with
+        no_room = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if not no_room and error.filename != str(path):  # of something else that the block is busy with
             raise
-        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from None
+        raise InputError(f"Cannot write {path}: {error.strerror}.") from None
 
 
 def digest(path: Path) -> str:

@@ -59,7 +59,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_mask(path: str | Path) -> np.ndarray:
     """A defect mask as bool H x W: what is bright, or for masks of small labels (0, 1, 2 ...) and of fractions what is
-    above 0; of labels beside bright ones (60, 180 ...), too, what touches no brighter one.
+    above 0; of labels beside bright ones (60, 180 ...), too, what touches no bright one.
 
     Of a mask in one colour alone the alpha channel counts; what is fully transparent beside what is not, is not marked.
 
@@ -73,14 +73,15 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def _faint_labels(values: np.ndarray, bright: np.ndarray) -> np.ndarray:
-    """Regions of a mask (H, W) of FAINTEST_LABEL and more, none of it bright, as the soft rim of a bright one would
-    be.
+    """Regions of a mask (H, W) of FAINTEST_LABEL and more that are flat somewhere, as what a JPEG left of one is not,
+    and bright nowhere, as a soft rim is.
     """
     marked = values >= FAINTEST_LABEL
     if not (marked & ~bright).any():
         return np.zeros_like(bright)
     n, regions = cv2.connectedComponents(marked.astype(np.uint8), connectivity=8)
-    is_faint = np.ones(n, bool)
+    box, is_faint = np.ones((3, 3), np.uint8), np.zeros(n, bool)
+    is_faint[regions[cv2.erode(values, box) == cv2.dilate(values, box)]] = True
     is_faint[[0, *np.unique(regions[bright])]] = False
     return is_faint[regions]
 

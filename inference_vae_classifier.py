@@ -192,7 +192,6 @@ def batch_predict(
     results = predict(paths, model, class_names, device)
     if output_dir is not None:
         settings = config.InferClassifierSettings()
-        files.remove_written(Path(output_dir), {"": PICTURE_NAME}, paths)
         results = recorded(results, model, class_names, Path(output_dir), settings.max_pictures, Tally())
     base = Path(image_dir) if is_folder else None
     return [

@@ -46,6 +46,8 @@ TIME_NAMES = (
     "datum",
     "",
 )
+LABEL_NAME = re.compile(r"(is_)?(label|class|target|anomal|outlier|flag)")
+"""What the name of a column of labels begins with, which is the data only where nothing else is."""
 TIME_ROOTS = ("time", "unixtime", "unix", "elapsed", "unnamed")
 """Names of time whatever follows them; after those of ``TIME_NAMES`` only words of ``TIME_UNITS`` may."""
 TIME_UNITS = (
@@ -387,21 +389,15 @@ def _choose_column(
     if named:
         return next((i for i in named if _looks_numeric(table.iloc[:, i], numbers_of(i))), named[0])
     others = [i for i in candidates if not (layout.header and _is_time(names[i]))]
+    others = [i for i in others if not LABEL_NAME.match(names[i])] or others
     if not others:
         raise SeriesError(
             path,
             f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
         )
-    if others[0] == 0 and len(others) > 1 and _passes_for_time(numbers_of(0), names[0]):
+    if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
         return others[1]
     return others[0]
-
-
-def _passes_for_time(values: np.ndarray, name: str) -> bool:
-    """Whether a first column, whose name is none of time, looks like one: it rises or, without a name, stands still at
-    times; with a name only in ticks, for what rises unevenly may be the data.
-    """
-    return _rises(values) and _ticks(values) if name else _rises(values) or _ticks(values)
 
 
 def _is_time(name: str) -> bool:

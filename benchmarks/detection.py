@@ -379,6 +379,10 @@ def in_own_process(name: str, settings: config.DetectionBenchmarkSettings) -> di
             raise config.InputError(
                 f"{name} was killed, most likely for want of memory; try a smaller --image-size."
             ) from None
+        except KeyboardInterrupt:  # the pool would wait for the whole training
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def line(row: dict) -> str:

@@ -616,10 +616,6 @@ def test_pictures_of_an_earlier_run_are_no_plots(trained, model, tmp_path, monke
         assert run_inference("more", "more/*", "--model", out / BEST, "--output-dir", "more", "--scatter", "pca") == 0
         assert len(read_rows(Path("more/results/vae_classifier_predictions/predictions.csv"))) == N_TEST
     assert len(inference.batch_predict("plots/found", model, CLASSES)) == N_TEST + 2  # asked for, with the tables
-    first = min((tmp_path / "plots").iterdir(), key=lambda path: path.suffix != ".png")
-    alone = shutil.copy(first, Path("alone").mkdir() or "alone")
-    assert len(inference.batch_predict("alone", model, CLASSES, output_dir="plots/found")) == 1
-    assert [path.name for path in Path("plots/found").glob("*.png")] == [f"00001_{Path(alone).stem}.png"]
 
 
 def test_what_is_flagged_is_said_to_be_none_of_these(model):

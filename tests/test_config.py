@@ -449,6 +449,12 @@ def test_ctrl_c_during_imports_is_one_line():
         "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise KeyboardInterrupt",
     )
     assert done.returncode in (-2, 130) and done.stderr == "interrupted: nothing was begun.\n"
+    ended = python(
+        "-c",
+        "import os, signal, sys, time, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.')\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)",
+    )
+    assert ended.returncode in (-2, 130) and ended.stderr == "interrupted: nothing was begun.\n"
     broken = python(
         "-c",
         "import sys, config; sys.argv = ['x']; config.answer_early(config.RunSettings, 'A.'); raise ValueError('x')",

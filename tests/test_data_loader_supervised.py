@@ -147,14 +147,17 @@ def test_a_field_with_the_name_of_the_data_is_no_header(tmp_path):
 @pytest.mark.parametrize(
     ("names", "firsts", "expected"),
     [
-        ("signal,is_anomaly", [1, 2.5, 2.75, 4], "signal"),  # rises unevenly, as a trend does
+        ("signal,is_anomaly", [1, 2.5, 2.75, 4], "signal"),
+        ("x,signal,label", [0.033, 0.067, 0.1, 0.133], "signal"),
         (",level", [1, 2.5, 2.75, 4], "level"),
-        ("number,level", [1, 2, 4, 7], "level"),
+        ("label,level", [0, 0, 1, 0], "level"),
+        ("label", [0, 0, 1, 0], "label"),
         ("data,value", ["1 May", "2 May", "3 May", "4 May"], "value"),
     ],
 )
-def test_a_first_column_is_the_data_unless_it_passes_for_time(tmp_path, names, firsts, expected):
-    rows = "".join(f"{first},{second}\n" for first, second in zip(firsts, [0, 1, 0, 3], strict=True))
+def test_neither_what_passes_for_time_nor_labels_are_the_data(tmp_path, names, firsts, expected):
+    further = [[second] * names.count(",") for second in (0, 1, 0, 3)]
+    rows = "".join(",".join(map(str, [first, *rest])) + "\n" for first, rest in zip(firsts, further, strict=True))
     assert series_plots.read_series(write(tmp_path, f"{names}\n{rows}")).column == expected
 
 

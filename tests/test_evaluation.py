@@ -327,6 +327,11 @@ def test_report_leaves_out_what_is_undefined():
     report = evaluation.detection_report(categories, scores, predicted, maps, no_masks, 6.0, 0, seed=0)
     assert "pixel" not in report and "pixel" not in report["categories"]["paint"]
     assert set(report["image"]["auroc"]) == {"value"}
+    one_each = [categories.index("good"), categories.index("paint")]  # which tell nothing of a spread
+    two = evaluation.detection_report(
+        *([part[i] for i in one_each] for part in (categories, scores, predicted, maps, masks)), 6.0, 50, seed=0
+    )
+    assert set(two["image"]["auroc"]) == set(two["pixel"]["auroc"]) == {"value"}
     good = [i for i, name in enumerate(categories) if name == "good"]
     only = evaluation.detection_report(
         *([part[i] for i in good] for part in (categories, scores, predicted, maps, masks)), 6.0, 50, seed=0

@@ -223,6 +223,16 @@ def test_every_label_of_a_mask_counts_beside_brighter_ones_but_no_soft_rim_of_th
     assert np.array_equal(image_files.read_mask(save(tmp_path / "mask.png", labelled)), expected)
 
 
+def test_what_a_jpeg_left_around_a_mask_is_no_label(tmp_path):
+    mask = np.zeros((200, 200), np.uint8)
+    cv2.circle(mask, (90, 90), 40, 255, -1)
+    cv2.line(mask, (150, 20), (180, 180), 255, 3)
+    for quality in (75, 50, 30, 15):
+        blurred = cv2.imdecode(cv2.imencode(".jpg", mask, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], 0)
+        read = image_files.read_mask(save(tmp_path / f"{quality}.png", blurred))
+        assert cv2.connectedComponents(read.astype(np.uint8))[0] == 3, quality
+
+
 def test_masks_of_fractions_and_in_the_alpha_channel_count(tmp_path):
     marked = np.zeros((32, 32), bool)
     marked[8:16, 8:24] = True

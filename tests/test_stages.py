@@ -1138,6 +1138,23 @@ def test_images_made_smaller_than_they_are_wanted_are_told(data, tmp_path, capsy
     assert not capsys.readouterr().out
 
 
+def test_training_draws_nothing_on_the_grey_bars_of_preprocessing(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for index in range(8):
+        cv2.imwrite(str(raw / f"{index}.png"), np.full((40, 160, 3), 80 + index, np.uint8))
+    data_loader.preprocess(
+        config.PreprocessSettings(
+            source=(str(raw),), out=str(tmp_path / "set"), image_size=96, resize="letterbox", test_frac=0.0
+        )
+    )
+    values = {**TINY, "image_size": 96, "resize": "letterbox", "drawn_defects": 1.0}
+    settings = config.from_dict(config.TrainSettings, {**values, "data_dir": str(tmp_path / "set")})
+    training = train_stage.prepare(settings.replace(output_dir=str(tmp_path))).training
+    masks = torch.stack([training[key].defect_mask for key in range(len(training))])  # of images as they are
+    assert masks[:, :, 36:60].any() and not masks[:, :, :36].any() and not masks[:, :, 60:].any()
+
+
 def test_a_run_without_a_best_epoch_shows_no_model_of_an_earlier_one(data, tmp_path, monkeypatch, capsys):
     train(data, tmp_path, epochs=1)
     capsys.readouterr()
