@@ -269,12 +269,7 @@ def measure(name: str, settings: config.DetectionBenchmarkSettings) -> dict:
     by_path, maps, truths = {item.path: item for item in folder.test}, [], []
     for path, size, inside, each in found:  # grey bars are no pixels
         truth = image_folders.read_truth(
-            by_path[path],
-            settings.image_size,
-            settings.fitting,
-            each.defect_map.shape,
-            warn,
-            size,
+            by_path[path], settings.image_size, settings.fitting, each.defect_map.shape, warn, size
         )
         maps.append(each.defect_map[inside])
         truths.append(None if truth is None else truth[inside])
