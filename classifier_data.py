@@ -128,29 +128,34 @@ def generated_plots(
     cache: Path,
     progress: plot_loader.Progress,
 ) -> Plots:
-    """``per_class`` generated series of each kind as plots,
-    made once for these settings and then read from the cache."""
-    labels = np.repeat(np.arange(len(series_generator.KINDS)), per_class)
+    """``per_class`` generated series of each kind as plots, made once for these settings and then read from the cache,
+    unless the first plots of the kinds look otherwise today, for the code or a library that draws has changed then.
+    """
     side = settings.image_size
-    # a change of these modules, be it of a comment, makes the series anew, for that is surer than a number kept by hand
-    code = "".join(inspect.getsource(module) for module in (series_generator, series_plots, plot_loader))
+    jobs = [
+        (kind, style, (settings.seed, tag, k, i), side, settings.crop_axes)
+        for k, kind in enumerate(series_generator.KINDS)
+        for i in range(per_class)
+    ]
+    code = inspect.getsource(series_generator)  # be it a comment that changes: surer than a number kept by hand
     key = json.dumps(
         [series_generator.require_betise(), style, per_class, tag, settings.seed, side, settings.crop_axes, code]
     )
     file = cache / f"generated_{style}_{side}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     images = read_array(file)
-    if images is None or images.shape != (len(labels), side, side, 3):
-        jobs = [
-            (kind, style, (settings.seed, tag, k, i), side, settings.crop_axes)
-            for k, kind in enumerate(series_generator.KINDS)
-            for i in range(per_class)
-        ]
-        made = plot_loader.in_processes(draw_generated, jobs, -1)
+    if images is None or not _as_drawn_now(images, jobs, per_class):
         images = np.empty((len(jobs), side, side, 3), np.uint8)
+        made = plot_loader.in_processes(draw_generated, jobs, -1)
         for i, image in enumerate(progress(made, len(jobs))):
             images[i] = image
         plot_loader.write_arrays(file, {"images": images})
-    return Plots(images, labels)
+    return Plots(images, np.repeat(np.arange(len(series_generator.KINDS)), per_class))
+
+
+def _as_drawn_now(images: np.ndarray, jobs: list[tuple], per_class: int) -> bool:
+    """Whether there is an image for every job, and the first of each kind looks as it would be drawn today."""
+    drawn = [draw_generated(job) for job in jobs[::per_class]]
+    return images.shape == (len(jobs), *drawn[0].shape) and np.array_equal(images[::per_class], drawn)
 
 
 def draw_generated(job: tuple[str, str, tuple[int, ...], int, bool]) -> np.ndarray:

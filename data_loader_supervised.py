@@ -9,7 +9,6 @@ whether they were files or CSVs, in training or at inference.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
 
 SERIES_SUFFIXES = (".csv", ".tsv")
 DARK = 90  # spines are black; the line's blue channel is 180, the grid's 231
-CACHE_VERSION = 1
 DAMAGED_CACHE = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
 """What reading a cut, damaged or foreign cache file was seen to raise."""
 RENDER_REPORT, MANIFEST = "render_report.json", "manifest.json"
 DEMO_PER_CLASS = {"train": 60, "test": 20}
 DEMO_SEED = 20_240
 Progress = Callable[[Iterable, int], Iterable]
+_Known = dict[str, tuple[list[int], np.ndarray | str]]  # path -> (size and time, its plot or why there is none)
 
 
 # ------------------------------------------------------------------------------- one plot for the network
@@ -131,39 +130,8 @@ class PlotBatch(NamedTuple):
 
 
 def find_plots(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
-    """Images and CSV series named by files, folders (recursive) and globs, in order, without duplicates or hidden
-    files.
-
-    Args:
-        outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
-
-    Raises:
-        InputError: an input does not exist, or nothing was found.
-    """
-    inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found = image_folders.unique_files(inputs, _expand, outputs)
-    if not found:
-        raise config.InputError(
-            f"No plot or CSV found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
-            f"{', '.join(image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)}."
-        )
-    return found
-
-
-def _expand(given: str | Path) -> list[Path]:
-    path = Path(given)
-    if path.is_dir():
-        return image_folders.files_under(path, suffixes=image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES)
-    if path.exists() or path.is_symlink():  # of a broken link its reader says what is wrong
-        return [path]
-    if not glob.has_magic(str(given)):
-        raise config.InputError(f"{given} does not exist; expected an image, a CSV, a folder or a glob.")
-    matches = map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207 (absolute patterns)
-    return [
-        file
-        for match in matches
-        for file in (_expand(match) if match.is_dir() else filter(image_folders.is_readable_kind, [match]))
-    ]
+    """Images and CSV series as ``image_folders.find_files`` finds them."""
+    return image_folders.find_files(inputs, outputs, image_folders.IMAGE_SUFFIXES + SERIES_SUFFIXES, "image or CSV")
 
 
 def iter_plots(
@@ -325,12 +293,15 @@ def load_plots(
 
     The cache is one compressed file under ``cache_dir`` for each set of paths and settings; a source counts as
     unchanged while its size and time are, and one that the system refused to read is tried again. It is written whole
-    or not at all, so runs may share it, and a damaged one is made anew.
+    or not at all, so runs may share it, and a damaged one is made anew, as is one whose first plot looks otherwise
+    today, for the code or a library that draws, crops or resizes has changed then.
     """
     paths = [Path(path) for path in paths]
     marks = [_mark(path) for path in paths]
     file = None if cache_dir is None else _cache_file(Path(cache_dir), paths, image_size, crop_axes)
     known = {} if file is None else _read_cache(file, image_size)
+    if not _as_made_now(known, paths, marks, image_size, crop_axes):
+        known = {}
     todo = [i for i, path in enumerate(paths) if known.get(str(path), (None,))[0] != marks[i]]
     fresh: dict[int, np.ndarray | str] = {}
     refused = set()
@@ -356,15 +327,25 @@ def _mark(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
+def _as_made_now(known: _Known, paths: list[Path], marks: list[list[int]], image_size: int, crop_axes: bool) -> bool:
+    """Whether the first plot of a cache, among those whose file is as it was, would be made the same today."""
+    for path, mark in zip(paths, marks, strict=True):
+        cached_mark, cached = known.get(str(path), (None, ""))
+        if cached_mark == mark and not isinstance(cached, str):
+            made = _read_prepared(path, image_size, crop_axes).image
+            return made is not None and np.array_equal(made, cached)
+    return True
+
+
 def _cache_file(cache_dir: Path, paths: list[Path], image_size: int, crop_axes: bool) -> Path:
-    key = json.dumps([CACHE_VERSION, image_size, crop_axes, [os.path.abspath(path) for path in paths]])  # noqa: PTH100 (links stay)
+    key = json.dumps([image_size, crop_axes, [os.path.abspath(path) for path in paths]])  # noqa: PTH100 (links stay)
     return (
         cache_dir / f"plots_{image_size}_{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.npz"
     )
 
 
-def _read_cache(file: Path, image_size: int) -> dict[str, tuple[list[int], np.ndarray | str]]:
-    """path -> (size and time, image or reason); empty when there is no cache or it is damaged."""
+def _read_cache(file: Path, image_size: int) -> _Known:
+    """What a cache file holds; nothing when there is none or it is damaged."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             index, images = json.loads(str(stored["index"])), stored["images"]

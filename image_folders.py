@@ -43,34 +43,30 @@ def is_readable_kind(path: Path) -> bool:
 
 
 def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
-    """Image files named by files, folders (recursive) and globs: sorted, without duplicates or hidden files.
+    """Images as ``find_files`` finds them, sorted."""
+    return sorted(find_files(inputs, outputs), key=lambda path: path.as_posix())
+
+
+def find_files(
+    inputs: str | Path | Sequence[str | Path],
+    outputs: Sequence[Path] = (),
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    what: str = "image",
+) -> list[Path]:
+    """Files with such a suffix named by files, folders (recursive) and globs: in the order of the inputs, without
+    duplicates or hidden files.
 
     A file named outright is kept whatever its suffix, so that its reader can say what is wrong with it.
 
     Args:
         outputs: folders that are written; what an input finds in them is left out, unless it lies in them itself.
+        what: the files, as a message calls one.
 
     Raises:
-        InputError: an input does not exist, or no image was found.
+        InputError: an input does not exist or is an empty path, which would be the current folder; or nothing was
+            found.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found = unique_files(inputs, _expand, outputs)
-    if not found:
-        raise config.InputError(
-            f"No image found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
-            f"{', '.join(IMAGE_SUFFIXES)}."
-        )
-    return sorted(found, key=lambda path: path.as_posix())
-
-
-def unique_files(
-    inputs: Sequence[str | Path], expand: Callable[[str | Path], list[Path]], outputs: Sequence[Path]
-) -> list[Path]:
-    """Every input expanded, each file once, without what lies in output folders, unless the input itself lies in one.
-
-    Raises:
-        InputError: an input is an empty path, which would be the current folder.
-    """
     written = [os.path.join(os.path.realpath(folder), "") for folder in outputs]  # noqa: PTH118 (ends in a separator)
     found: dict[str, Path] = {}
     for given in inputs:
@@ -78,24 +74,33 @@ def unique_files(
             raise config.InputError("An input is an empty path; expected a file, a folder or a glob.")
         here = os.path.join(os.path.realpath(given), "")  # noqa: PTH118
         left_out = tuple(folder for folder in written if not here.startswith(folder))
-        for path in expand(given):
+        for path in _expand(given, suffixes, what):
             real = os.path.realpath(path)
             if not real.startswith(left_out):
                 found.setdefault(real, path)
+    if not found:
+        raise config.InputError(
+            f"No {what} found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
+            f"{', '.join(suffixes)}."
+        )
     return list(found.values())
 
 
-def _expand(given: str | Path) -> list[Path]:
+def _expand(given: str | Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        return files_under(path)
+        return files_under(path, suffixes=suffixes)
     if path.exists() or path.is_symlink():  # of a broken link its reader says what is wrong
         return [path]
     if not glob.has_magic(str(given)):
-        raise config.InputError(f"{given} does not exist; expected an image, a folder or a glob.")
-    matches = [Path(match) for match in glob.glob(str(given), recursive=True)]  # noqa: PTH207 (absolute patterns)
-    inside = [image for match in matches if match.is_dir() for image in files_under(match)]
-    return inside + [match for match in matches if match.is_file() and match.name.lower().endswith(IMAGE_SUFFIXES)]
+        raise config.InputError(f"{given} does not exist; expected an {what}, a folder or a glob.")
+    found: list[Path] = []
+    for match in map(Path, sorted(glob.glob(str(given), recursive=True))):  # noqa: PTH207 (absolute patterns)
+        if match.is_dir():
+            found += files_under(match, suffixes=suffixes)
+        elif match.name.lower().endswith(suffixes) and is_readable_kind(match):
+            found.append(match)
+    return found
 
 
 # -------------------------------------------------------------------------------------------- data sets

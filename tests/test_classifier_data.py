@@ -11,7 +11,9 @@ from test_classifier_stages import CLASSES, N_TRAIN, make_data, settings_for
 import classifier_data
 import config
 import data_loader_supervised as plot_loader
+import image_files
 import series_generator
+import series_plots
 
 
 def quiet(title):
@@ -57,9 +59,10 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
 
     def serial(work, jobs, num_workers):
         calls.append(jobs)
-        return map(fake_plots, jobs)
+        return map(work, jobs)
 
     monkeypatch.setattr(plot_loader, "in_processes", serial)
+    monkeypatch.setattr(classifier_data, "draw_generated", fake_plots)
     settings = config.TrainClassifierSettings(image_size=32, generated_home=2, generated_present=1, fresh_per_class=1)
     mixed_in, fresh = classifier_data.make_generated(settings, list(series_generator.KINDS), tmp_path, bar, said.append)
     assert [len(each.labels) for each in mixed_in] == [18, 9] and len(fresh.labels) == 9
@@ -80,6 +83,20 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
         said.append,
     )
     assert len(calls) == 5 and calls[4][0][2] != calls[2][0][2]
+
+
+@pytest.mark.parametrize("changed", [(series_plots, "render_series"), (image_files, "fit_image")])
+def test_generated_plots_that_would_look_otherwise_today_are_made_anew(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(plot_loader, "in_processes", lambda work, jobs, num_workers: map(work, jobs))
+    settings = config.TrainClassifierSettings(image_size=32)
+
+    def made():
+        return classifier_data.generated_plots(settings, "present", 1, 2, tmp_path, quiet("")).images
+
+    before, (module, name) = made(), changed
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: 255 - real(*given))
+    assert (made() != before).any() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_generated_series_becomes_a_plot_of_the_networks_size():

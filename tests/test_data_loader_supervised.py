@@ -507,6 +507,16 @@ def test_the_cache_decodes_once_and_again_only_what_changed(root, tmp_path):
     assert loader.load_plots(paths, 64, False, cache).images.shape[1:] == (64, 64, 3)
 
 
+def test_a_cache_of_plots_that_would_look_otherwise_today_is_made_anew(root, tmp_path, monkeypatch):
+    paths, cache = paths_of(root), tmp_path / "cache"
+    write(root / "train" / "alpha", b"no image", "0.png")
+    before, real = loader.load_plots(paths, 32, False, cache), image_files.fit_image
+    monkeypatch.setattr(image_files, "fit_image", lambda *given: 255 - real(*given))
+    after = loader.load_plots(paths, 32, False, cache)
+    assert after.n_decoded == 12 and (after.images == 255 - before.images).all()
+    assert loader.load_plots(paths, 32, False, cache).n_decoded == 0
+
+
 @pytest.mark.parametrize("name", ["0.png", "0.csv"])
 def test_what_the_system_refused_to_read_is_tried_again(root, tmp_path, monkeypatch, name):
     paths, cache, opened = [root / "train" / "alpha" / name, *paths_of(root)[1:]], tmp_path / "cache", io.open
@@ -633,14 +643,14 @@ def test_a_pipe_in_a_folder_is_no_plot_but_a_broken_link_is_told(root):
     (root / "gone.png").symlink_to(root / "nowhere.png")
     for given in (root, root / "*"):
         assert not any(path.name.startswith("pipe") for path in loader.find_plots(str(given)))
-    assert root / "gone.png" in loader.find_plots(root)
+        assert root / "gone.png" in loader.find_plots(str(given))
     assert loader.find_plots(root / "gone.png") == [root / "gone.png"]
 
 
 def test_inputs_that_are_nothing_are_named(tmp_path):
     with pytest.raises(config.InputError, match="does not exist"):
         loader.find_plots(tmp_path / "nowhere")
-    with pytest.raises(config.InputError, match="No plot or CSV found"):
+    with pytest.raises(config.InputError, match="No image or CSV found"):
         loader.find_plots(tmp_path)
 
 

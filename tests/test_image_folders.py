@@ -42,9 +42,10 @@ def test_find_images(tmp_path, monkeypatch):
     assert len(image_folders.find_images(tmp_path)) == 4
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
-    assert {path.name for path in image_folders.find_images(tmp_path)} - {path.name for path in twice} == {
-        "gone.png"
-    }, "a broken link is told, a pipe would be waited on"
+    for given in (tmp_path, str(tmp_path / "*")):
+        assert {path.name for path in image_folders.find_images(given)} - {path.name for path in twice} == {
+            "gone.png"
+        }, "a broken link is told, a pipe would be waited on, notes.txt is no image"
     assert image_folders.find_images(tmp_path / "gone.png") == [tmp_path / "gone.png"], "as a shell's glob names it"
 
 
