@@ -42,7 +42,7 @@ def test_find_images(tmp_path, monkeypatch):
     assert len(image_folders.find_images(tmp_path)) == 4
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
-    for given in (tmp_path, str(tmp_path / "*")):
+    for given in (tmp_path, [str(tmp_path / "*.*"), str(tmp_path / "sub")]):
         assert {path.name for path in image_folders.find_images(given)} - {path.name for path in twice} == {
             "gone.png"
         }, "a broken link is told, a pipe would be waited on, notes.txt is no image"
