@@ -24,6 +24,8 @@ from engine import DivergedError, Runtime, random_state, restore_random_state
 
 FORMAT = 13
 """Format number written into every checkpoint; a reader refuses any other."""
+MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "precision", "num_workers", "picture_every"}
+"""Settings in which a resumed run of any stage may differ from the one that it goes on with."""
 
 
 def versions() -> dict[str, str]:

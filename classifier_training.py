@@ -29,8 +29,7 @@ N_PICTURED = 8
 """Validation plots in one picture."""
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400
 """Training plots of each class behind the calibration of a best epoch, and behind the one that is kept in the end."""
-MAY_DIFFER = {"resume", "epochs", "output_dir", "device", "num_workers", "picture_every", "bootstrap", "data_dir"}
-"""Settings that a resumed run may have otherwise."""
+MAY_DIFFER = checkpoints.MAY_DIFFER | {"bootstrap", "data_dir"}
 
 
 class WeightAverage:

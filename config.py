@@ -157,10 +157,16 @@ class RunSettings(Settings):
         minimum=0,
         maximum=LARGEST_INT,
     )
+
+
+@dataclass(frozen=True)
+class LoaderSettings(Settings):
+    """Reading of training images."""
+
     num_workers: int = setting(
         -1,
-        "Loader processes of a training, beside the main one; -1 takes none on CPU (the cores compute) and one a core, "
-        "eight at most, with CUDA.",
+        "Loader processes, beside the main one; -1 takes none on CPU (the cores compute) and one a core, eight at "
+        "most, with CUDA.",
         minimum=-1,
     )
 
@@ -504,6 +510,7 @@ class TrainSettings(
     ModelSettings,
     AugmentSettings,
     DataSettings,
+    LoaderSettings,
     PrecisionSettings,
     RunSettings,
 ):
@@ -830,7 +837,12 @@ class ClassifierLossSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainClassifierSettings(
-    ClassifierLossSettings, ClassifierModelSettings, GeneratedDataSettings, SupervisedDataSettings, RunSettings
+    ClassifierLossSettings,
+    ClassifierModelSettings,
+    GeneratedDataSettings,
+    SupervisedDataSettings,
+    LoaderSettings,
+    RunSettings,
 ):
     """Training."""
 
@@ -961,18 +973,24 @@ def __getattr__(name: str):
 
 
 @dataclass(frozen=True)
-class RenderSettings(RunSettings):
+class DrawingSettings(RunSettings):
+    """Drawing of plots."""
+
+    num_workers: int = setting(-1, "Processes that draw; -1 takes one a core, 0 draws in this one.", minimum=-1)
+
+
+@dataclass(frozen=True)
+class RenderSettings(DrawingSettings):
     """Rendering."""
 
     source: tuple[str, ...] = setting((), "Folder of class folders of CSV series, or of CSV series.", positional="+")
     out: str = setting(
         "data/rendered", "Folder that receives the plots, under the output folder; the folders of the source are kept."
     )
-    num_workers: int = setting(-1, "Processes that draw; -1 takes one a core, 0 draws in this one.", minimum=-1)
 
 
 @dataclass(frozen=True)
-class GenerateSettings(RunSettings):
+class GenerateSettings(DrawingSettings):
     """Generating."""
 
     seed: int = setting(
@@ -995,7 +1013,6 @@ class GenerateSettings(RunSettings):
         minimum=0.0,
         maximum=1.0,
     )
-    num_workers: int = setting(-1, "Processes that draw; -1 takes one a core, 0 draws in this one.", minimum=-1)
 
 
 # ---------------------------------------------------------------------------------- reading flags, files

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import finite, load_checkpoint, reading_contents
-from config import DataSettings, MapSettings, from_dict
+from config import DataSettings, MapSettings, UsageError, from_dict
 from conformal import conformal_threshold, p_value, sober_threshold
 from coresets import nearest_squares, rows_of
 from data_loader import assert_images
@@ -105,8 +105,18 @@ def raw_maps(
 
 
 def map_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:
-    """Share of each map in the fused one, of those above 0; feature maps fall back to pixels without a backbone."""
-    return _shares(settings, "map_", MAPS, has_features) or {"pixel": 0.5, "ssim": 0.5}
+    """Share of each map in the fused one, of those above 0; without a backbone, of those that need none.
+
+    Raises:
+        UsageError: there is none.
+    """
+    shares = _shares(settings, "map_", MAPS, has_features)
+    if not shares:
+        raise UsageError(
+            f"No map {'' if has_features else 'that needs no backbone '}has a weight above 0; expected --map-pixel 1, "
+            "for example."
+        )
+    return shares
 
 
 def score_shares(settings: MapSettings, has_features: bool) -> dict[str, float]:

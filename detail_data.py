@@ -41,7 +41,7 @@ def read_data(settings: config.TrainSettings, runtime: engine.Runtime, say: Say)
         InputError: the folders are not as they should be, or too few images can be read.
     """
     folder = image_folders.MVTecFolder(settings.data_dir)
-    if folder.validation_good and "holdout_frac" in settings.given:
+    if folder.validation_good and settings.holdout_frac != config.TrainSettings.holdout_frac:
         say(f"warning: {settings.data_dir} has a folder validation/good, which is held out; --holdout-frac has no say.")
     train_paths, held_paths, trimmed = split_good(settings, folder, runtime, say)
     training = data_loader.GoodImages(

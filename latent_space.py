@@ -61,8 +61,8 @@ def project_2d(mu: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
     if mu.shape[1] < 2:
         raise InputError("A scatter of 1 latent variable shows nothing; expected a model of at least 2.")
     if method == "pca":
-        return PCA(2, random_state=seed).fit_transform(mu)
-    return TSNE(2, perplexity=min(30.0, (len(mu) - 1) / 3), init="pca", random_state=seed).fit_transform(mu)
+        return PCA(2, random_state=seed % 2**32).fit_transform(mu)
+    return TSNE(2, perplexity=min(30.0, (len(mu) - 1) / 3), init="pca", random_state=seed % 2**32).fit_transform(mu)
 
 
 def cluster(mu: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
@@ -77,7 +77,7 @@ def cluster(mu: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
         raise InputError(
             f"{n_different(mu)} different plots cannot make {n_clusters} clusters; expected at least as many."
         )
-    return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(mu)
+    return KMeans(n_clusters, n_init=10, random_state=seed % 2**32).fit_predict(mu)
 
 
 def agreement(labels: list[str], clusters: np.ndarray) -> dict:

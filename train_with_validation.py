@@ -55,18 +55,7 @@ earlier run, but no model.
 """
 PLACES = {"data_dir", "vgg16_weights"}
 """Where files lie. May change between runs: fingerprints of the files check that the data are the same."""
-MAY_DIFFER = PLACES | {
-    "resume",
-    "epochs",
-    "output_dir",
-    "device",
-    "precision",
-    "num_workers",
-    "picture_every",
-    "checkpoint_every",
-    "patience",
-}
-"""Settings in which a resumed run may differ from the one it continues."""
+MAY_DIFFER = checkpoints.MAY_DIFFER | PLACES | {"checkpoint_every", "patience"}
 MAP_FIELDS = {each.name for each in dataclasses.fields(config.MapSettings)}
 HERE_FIELDS = {"weights", "output_dir", "device", "precision", "num_workers"}
 """With --weights, taken from this run, as the settings of maps are; all others come from the checkpoint."""
@@ -131,6 +120,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
 
     Raises:
         InputError: the data cannot be used, or there is no file of VGG16's weights where one is named.
+        UsageError: no map has a weight above 0.
     """
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     asked = settings.vgg16_weights if weights is None and settings.map_perceptual else ""
@@ -143,6 +133,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = build_model(settings, runtime, data.training, weights)
+    defect_maps.map_shares(settings, model.n_features > 0)
     held_out = [
         (batch, model.grid_features(batch)) for batch in map(runtime.put, data.held.images.split(settings.batch_size))
     ]
@@ -201,6 +192,8 @@ def recalibrate(settings: config.TrainSettings) -> Run:
     with checkpoints.reading_contents(settings.weights):
         trained = config.from_dict(config.TrainSettings, contents["settings"])
     fixed = {key: getattr(settings, key) for key in sorted(settings.given - MAP_FIELDS - HERE_FIELDS - PLACES)}
+    if not contents["finished"]:  # the head that outlines defects learns last of all
+        fixed.pop("segmentation", None)
     checkpoints.require_same(
         settings.weights, fixed, vars(trained), "expected settings of maps and thresholds alone with --weights."
     )

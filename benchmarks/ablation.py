@@ -158,8 +158,6 @@ def measure(name: str, settings: config.AblationSettings, out: Path) -> dict:
         settings.device,
         "--precision",
         settings.precision,
-        "--num-workers",
-        settings.num_workers,
     ]
     if name in TRAINED:
         base = config.from_dict(config.TrainSettings, config.as_dict(settings))

@@ -64,6 +64,13 @@ def test_every_field_says_what_it_means_and_has_a_fitting_default(cls):
             assert not about["multiple_of"] or default % about["multiple_of"] == 0, field.name
 
 
+def test_processes_are_asked_for_where_there_are_some():
+    assert parse(config.TrainSettings, "--num-workers", "2").num_workers == 2
+    assert refused(config.ClassifySettings, "folder", "--num-workers", "2").startswith(
+        "Unknown argument '--num-workers'"
+    )
+
+
 def test_settings_of_one_name_agree_in_type_wherever_they_stand():
     seen = {}
     for cls in CLASSES:

@@ -14,7 +14,7 @@ import checkpoints
 import defect_maps
 import engine
 import vae_model
-from config import InputError, LossSettings, MapSettings, as_dict
+from config import InputError, LossSettings, MapSettings, UsageError, as_dict
 from defect_maps import (
     Calibration,
     Detector,
@@ -85,11 +85,13 @@ def test_shares_add_up_and_fall_back_to_pixels():
     )
     assert map_shares(settings, False) == pytest.approx({"pixel": 2 / 3, "perceptual": 1 / 3})
     only_features = MapSettings(map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=1.0, map_likelihood=1.0)
-    assert map_shares(only_features, False) == {"pixel": 0.5, "ssim": 0.5}
+    with pytest.raises(UsageError, match="No map that needs no backbone has a weight above 0"):
+        map_shares(only_features, False)
     nothing = MapSettings(
         map_pixel=0.0, map_ssim=0.0, map_perceptual=0.0, map_feature=0.0, map_likelihood=0.0, map_bank=0.0
     )
-    assert map_shares(nothing, True) == {"pixel": 0.5, "ssim": 0.5}
+    with pytest.raises(UsageError, match="No map has a weight above 0"):
+        map_shares(nothing, True)
     scored = settings.replace(score_likelihood=0.0, score_nearest=1.0, score_bank=3.0)
     assert score_shares(scored, True) == {"nearest": 0.25, "bank": 0.75}
     assert score_shares(scored, False) == map_shares(settings, False)

@@ -201,6 +201,16 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
     assert twice.fused == {"ssim": 1.0} and twice.calibration.alpha == 0.4  # what is not given stays
 
 
+def test_weights_from_before_the_head_go_with_the_configuration_of_their_run(data, tmp_path, capsys):
+    models = train(data, tmp_path, epochs=2, checkpoint_every=1).parent
+    arguments = ["--config", str(models / "config.yaml"), "--weights", str(models / "epoch_0001.pth")]
+    arguments += ["--output-dir", str(tmp_path / "again")]
+    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
+    assert classify_images.load_detector(tmp_path / "again" / "models" / "best_model.pth").model.defect_head is None
+    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--map-pixel", "0"]) == 2
+    assert "No map that needs no backbone has a weight above 0; expected --map-pixel 1" in capsys.readouterr().err
+
+
 def test_data_and_weights_files_may_lie_elsewhere_as_long_as_they_are_the_same(data, trained, tmp_path, monkeypatch):
     weights, moved, other = str(trained / "models" / "best_model.pth"), tmp_path / "moved", tmp_path / "other"
     for root in (moved, other):
@@ -562,6 +572,8 @@ def test_a_validation_folder_sets_the_threshold_and_all_of_training_trains(data,
     settings = config.parse(
         config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml"), "--holdout-frac", "0.5"]
     )
+    train_stage.prepare(config.parse(config.TrainSettings, "", ["--config", str(tmp_path / "models" / "config.yaml")]))
+    assert "has no say" not in capsys.readouterr().err, "nobody gave that flag"
     run = train_stage.prepare(settings)
     assert len(run.training) == 12 and "--holdout-frac has no say" in capsys.readouterr().err
     (held / "003.png").write_bytes((held / "002.png").read_bytes())
