@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import files
-from config import InputError, Settings, UsageError, as_dict, is_out_of_memory
+from config import InputError, Settings, UsageError, as_dict
 from engine import DivergedError, Runtime, random_state, restore_random_state
+from scripts import is_out_of_memory
 
 FORMAT = 13
 """Format number written into every checkpoint; a reader refuses any other."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.ClassifySettings, __doc__)
+    scripts.answer_early(config.ClassifySettings, __doc__)
 
 import csv
 import re
@@ -152,4 +153,4 @@ def write_overlay(result: Classified, detector: Detector, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.ClassifySettings, __doc__, main))
+    sys.exit(scripts.run_script(config.ClassifySettings, __doc__, main))

@@ -24,6 +24,7 @@ import numpy as np
 import config
 import drawn_defects
 import files
+import scripts
 from image_files import ImageError, fit_image, fit_mask, picture_window, read_defects, read_image, write_png
 from image_folders import REPORT_NAME, MVTecFolder, files_under, find_images, kept_rows
 from streams import ahead
@@ -675,4 +676,4 @@ def main(settings: config.PreprocessSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.PreprocessSettings, "Resize a raw folder of images into the MVTec layout.", main))
+    sys.exit(scripts.run_script(config.PreprocessSettings, "Resize a raw folder into the MVTec layout.", main))

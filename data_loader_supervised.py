@@ -30,6 +30,7 @@ import data_loader
 import files
 import image_files
 import image_folders
+import scripts
 import series_generator
 import series_plots
 from streams import ahead
@@ -730,7 +731,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command that comes first; anything else is wrong usage (2)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
-        return config.run_script(*COMMANDS[argv[0]], argv=argv[1:], prog=f"data_loader_supervised.py {argv[0]}")
+        return scripts.run_script(*COMMANDS[argv[0]], argv=argv[1:], prog=f"data_loader_supervised.py {argv[0]}")
     usage = "usage: data_loader_supervised.py render CSV_DIR --out DST | generate --per-class N --out DST"
     if argv in (["--help"], ["-h"]):
         print(f"{__doc__.splitlines()[0]}\n\n{usage}\n\nEach command has its own --help.")

@@ -7,9 +7,10 @@ from __future__ import annotations
 import sys
 
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.InferClassifierSettings, __doc__)
+    scripts.answer_early(config.InferClassifierSettings, __doc__)
 
 import csv
 import re
@@ -464,4 +465,4 @@ def write_table(kept: list[Predicted], clusters: np.ndarray | None, path: Path) 
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.InferClassifierSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.InferClassifierSettings, __doc__, main))

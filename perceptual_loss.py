@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import config
+import scripts
 
 if __name__ == "__main__":
     _COMMAND = "Fetch and verify the weights of VGG16 and EfficientNet-Lite0, ahead of an offline run."
-    config.answer_early(config.FetchWeightsSettings, _COMMAND)
+    scripts.answer_early(config.FetchWeightsSettings, _COMMAND)
 
 import numpy as np
 import torch
@@ -620,4 +621,4 @@ def fetch_weights(settings: config.FetchWeightsSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.FetchWeightsSettings, _COMMAND, fetch_weights))
+    sys.exit(scripts.run_script(config.FetchWeightsSettings, _COMMAND, fetch_weights))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.DetailTestSettings, __doc__)
+    scripts.answer_early(config.DetailTestSettings, __doc__)
 
 import csv
 from collections import Counter
@@ -371,4 +372,4 @@ def table(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.DetailTestSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.DetailTestSettings, __doc__, main))

@@ -7,9 +7,10 @@ from __future__ import annotations
 import sys
 
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.TrainClassifierSettings, __doc__)
+    scripts.answer_early(config.TrainClassifierSettings, __doc__)
 
 import math
 import re
@@ -362,4 +363,4 @@ def too_few(calibration: plot_calibration.ClassifierCalibration) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.TrainClassifierSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.TrainClassifierSettings, __doc__, main))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.TrainSettings, __doc__)
+    scripts.answer_early(config.TrainSettings, __doc__)
 
 import contextlib
 import dataclasses
@@ -381,4 +382,4 @@ def validate(run: Run) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.TrainSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.TrainSettings, __doc__, main))

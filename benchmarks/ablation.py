@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.AblationSettings, __doc__)
+    scripts.answer_early(config.AblationSettings, __doc__)
 
 import contextlib
 import dataclasses
@@ -216,4 +217,4 @@ def line(name: str, rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.AblationSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.AblationSettings, __doc__, main))

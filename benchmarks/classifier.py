@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.ClassifierBenchmarkSettings, __doc__)
+    scripts.answer_early(config.ClassifierBenchmarkSettings, __doc__)
 
 import time
 
@@ -200,4 +201,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.ClassifierBenchmarkSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.ClassifierBenchmarkSettings, __doc__, main))

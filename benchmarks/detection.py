@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.DetectionBenchmarkSettings, __doc__)
+    scripts.answer_early(config.DetectionBenchmarkSettings, __doc__)
 
 import contextlib
 import importlib.util
@@ -392,4 +393,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.DetectionBenchmarkSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.DetectionBenchmarkSettings, __doc__, main))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
+import scripts
 
 if __name__ == "__main__":
-    config.answer_early(config.DrawnSetsSettings, __doc__)
+    scripts.answer_early(config.DrawnSetsSettings, __doc__)
 
 import math
 from collections.abc import Callable
@@ -495,4 +496,4 @@ def main(settings: config.DrawnSetsSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_script(config.DrawnSetsSettings, __doc__, main))
+    sys.exit(scripts.run_script(config.DrawnSetsSettings, __doc__, main))

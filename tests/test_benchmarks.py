@@ -21,6 +21,7 @@ import data_loader
 import defect_maps
 import image_files
 import image_folders
+import scripts
 import vae_classifier
 from benchmarks import ablation, classifier, detection, drawn_sets
 
@@ -448,7 +449,7 @@ def test_rows_of_preprocessed_images_are_fitted_as_these_were(tmp_path, monkeypa
         "0",
         *given,
     ]
-    assert config.run_script(config.AblationSettings, "", ablation.main, arguments) == 0
+    assert scripts.run_script(config.AblationSettings, "", ablation.main, arguments) == 0
     assert fitted == ["stretch" if given else "letterbox"] * 2 and ("warning: " in capsys.readouterr().err) == bool(
         given
     )
@@ -593,7 +594,7 @@ def test_a_photo_that_makes_no_set_is_named(tmp_path, monkeypatch, capsys, shape
     if shape:
         image_files.write_png(path, np.zeros((*shape, 3), np.uint8))
     arguments = ["--photos", str(path), "--output-dir", str(tmp_path)]
-    assert config.run_script(config.DrawnSetsSettings, "", drawn_sets.main, arguments) == 1
+    assert scripts.run_script(config.DrawnSetsSettings, "", drawn_sets.main, arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "wall.png" in said and words in said
 

@@ -22,6 +22,7 @@ import data_loader_supervised as plot_loader
 import engine
 import inference_vae_classifier as inference
 import latent_space
+import scripts
 import train_vae_classifier as training
 import vae_classifier
 from classifier_training import BEST
@@ -93,7 +94,7 @@ def model(trained):
 
 
 def run_inference(*argv):
-    return config.run_script(
+    return scripts.run_script(
         config.InferClassifierSettings,
         "Infer.",
         inference.main,
@@ -103,7 +104,7 @@ def run_inference(*argv):
 
 
 def run_training(*argv):
-    return config.run_script(
+    return scripts.run_script(
         config.TrainClassifierSettings,
         "Train.",
         training.main,

@@ -21,6 +21,7 @@ LEVELS = {
     "evaluation": 0,
     "files": 0,
     "plots": 0,
+    "scripts": 0,
     "engine": 1,
     "image_files": 1,
     "perceptual_loss": 1,
@@ -56,16 +57,17 @@ SAME_LEVEL = {
     ("plots", "config"),
     ("plots", "files"),
     ("files", "config"),
+    ("scripts", "config"),
     ("defect_maps", "vae_model"),
     ("plot_strokes", "vae_model"),
     ("plot_calibration", "plot_strokes"),
 }
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""
 PRINTS = {
-    "config": {"_run", "_without_traceback_when_interrupted"},
     "data_loader": {"main"},
     "data_loader_supervised": {"render_main", "generate_main", "run"},
     "perceptual_loss": {"fetch_weights"},
+    "scripts": {"_run", "_without_traceback_when_interrupted"},
 }
 """Functions outside the stages that may print: those that run only when the file is run as a command."""
 NOTEBOOKS = {
@@ -154,7 +156,7 @@ def test_heavy_libraries_have_one_home(name):
         assert not imported(name) & {"matplotlib", "seaborn"}
     if name != "config":
         assert not imported(name) & {"argparse", "yaml"}
-    else:
+    if name in ("config", "scripts"):
         assert not imported(name) & {"torch", "numpy", "cv2"}
     if name != "series_generator":
         assert "betise" not in imported(name)
@@ -209,8 +211,8 @@ def test_only_what_is_run_prints(name):
         assert not prints or function.name in PRINTS.get(name, ()), f"{name}.py:{prints[0].lineno}"
 
 
-def test_config_prints_to_stderr_only():
-    for node in nodes("config", ast.Call):
+def test_scripts_print_to_stderr_only():
+    for node in nodes("scripts", ast.Call):
         if parts(node.func) == ["print"]:
             assert any(key.arg == "file" and parts(key.value) == ["sys", "stderr"] for key in node.keywords)
 

@@ -27,6 +27,7 @@ import detail_training
 import engine
 import image_files
 import image_folders
+import scripts
 import test_vae as test_stage
 import train_with_validation as train_stage
 import trimming
@@ -173,7 +174,7 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
         "--target-false-alarms",
         "0.4",
     ]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
     assert "calibrated anew" in capsys.readouterr().out
     after = classify_images.load_detector(tmp_path / "models" / "best_model.pth")
     for name, kept in before.model.state_dict().items():
@@ -181,7 +182,7 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
     assert (before.fused, after.fused) == ({"pixel": 1.0}, {"pixel": 0.25, "ssim": 0.75})
     assert set(after.calibration.scales) == {"pixel", "ssim", "segmentation"} and after.calibration.alpha == 0.4
     assert after.calibration.scales["pixel"][:2] == pytest.approx(before.calibration.scales["pixel"][:2])
-    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "8"]) == 1
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--base-channels", "8"]) == 1
     assert (
         "was trained with base_channels 4, not 8; expected settings of maps and thresholds alone"
         in capsys.readouterr().err
@@ -196,7 +197,7 @@ def test_weights_that_are_kept_get_other_maps_and_thresholds(data, trained, tmp_
         "--map-pixel",
         "0",
     ]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, again) == 0
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, again) == 0
     twice = classify_images.load_detector(tmp_path / "again" / "models" / "best_model.pth")
     assert twice.fused == {"ssim": 1.0} and twice.calibration.alpha == 0.4  # what is not given stays
 
@@ -205,9 +206,9 @@ def test_weights_from_before_the_head_go_with_the_configuration_of_their_run(dat
     models = train(data, tmp_path, epochs=2, checkpoint_every=1).parent
     arguments = ["--config", str(models / "config.yaml"), "--weights", str(models / "epoch_0001.pth")]
     arguments += ["--output-dir", str(tmp_path / "again")]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
     assert classify_images.load_detector(tmp_path / "again" / "models" / "best_model.pth").model.defect_head is None
-    assert config.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--map-pixel", "0"]) == 2
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, [*arguments, "--map-pixel", "0"]) == 2
     assert "No map that needs no backbone has a weight above 0; expected --map-pixel 1" in capsys.readouterr().err
 
 
@@ -1029,7 +1030,7 @@ def test_another_model_is_neither_written_over_nor_taken_for_the_best(data, tmp_
     finished, early = best.read_bytes(), tmp_path / "models" / "epoch_0001.pth"
 
     def recalibrated(weights, out):
-        return config.run_script(
+        return scripts.run_script(
             config.TrainSettings, "", train_stage.main, ["--weights", str(weights), "--output-dir", str(out)]
         )
 
@@ -1123,7 +1124,7 @@ def test_a_model_of_preprocessed_images_takes_others_as_these_were_made(data, tm
         *given,
         *flags({**TINY, "epochs": 1}),
     ]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "letterbox" in line]
     assert len(said) == 1 and said[0].startswith("warning: ") == bool(given)
     assert classify_images.load_detector(tmp_path / "models" / "best_model.pth").fitting == (
@@ -1189,7 +1190,7 @@ def test_a_fresh_run_leaves_no_picture_of_an_earlier_one_but_its_models(data, tr
     found = lambda: {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}  # noqa: E731
     before, model = found(), tmp_path / "models" / "best_model.pth"
     assert (
-        config.run_script(
+        scripts.run_script(
             config.TrainSettings, "", train_stage.main, ["--weights", str(model), "--output-dir", str(tmp_path)]
         )
         == 0
@@ -1228,7 +1229,7 @@ def test_the_settings_of_a_resumed_run_ask_for_no_checkpoint(data, tmp_path, cap
         "--output-dir",
         str(tmp_path / "again"),
     ]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, arguments) == 0, capsys.readouterr().err
 
 
 def test_a_vgg16_backbone_takes_the_users_file_as_long_as_it_is_there(data, tmp_path, monkeypatch, tiny_backbone):
@@ -1281,7 +1282,7 @@ def test_weights_are_not_calibrated_anew_on_other_good_images(tmp_path, capsys):
     model = train(data, tmp_path, epochs=1)
     shutil.copy(data / "train" / "good" / "000.png", data / "train" / "good" / "100.png")
     assert (
-        config.run_script(
+        scripts.run_script(
             config.TrainSettings,
             "",
             train_stage.main,
@@ -1427,7 +1428,7 @@ def test_mask_of_another_size_and_a_missing_mask(tmp_path, trained, capsys):
 def test_unwritable_output_folder(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     arguments = ["--data-dir", str(data), "--output-dir", str(tmp_path / "file"), *flags(TINY)]
-    assert config.run_script(config.TrainSettings, "", train_stage.main, arguments) == 1
+    assert scripts.run_script(config.TrainSettings, "", train_stage.main, arguments) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
