@@ -45,6 +45,14 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
     files.write_whole(Path(path), content.getbuffer(), sync=True)
 
 
+def find_trained(given: str, output_dir: str, usual: Path) -> str:
+    """The checkpoint given; else the usual one under the output folder, or under the current folder where there is none
+    in that.
+    """
+    there = Path(output_dir) / usual
+    return given or str(there if there.exists() else usual)
+
+
 def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> dict:
     """Read a checkpoint onto the CPU without ever running code from it.
 

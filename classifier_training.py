@@ -22,9 +22,8 @@ import plot_calibration
 import plots
 import vae_classifier
 from classifier_data import Data, Plots
-from vae_classifier import KIND, ClassifierLoss, VAEClassifier
+from vae_classifier import BEST, KIND, LAST, ClassifierLoss, VAEClassifier
 
-BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
 N_PICTURED = 8
 """Validation plots in one picture."""
 QUICK_PER_CLASS, FULL_PER_CLASS = 40, 400

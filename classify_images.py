@@ -20,12 +20,14 @@ from typing import NamedTuple
 import cv2
 from tqdm import tqdm
 
+import checkpoints
 import data_loader
 import files
 import image_files
 import image_folders
 import plots
 from defect_maps import Detection, Detector, load_detector
+from vae_model import BEST
 
 __all__ = ["Classified", "classify", "classify_folder", "load_detector"]
 
@@ -50,7 +52,8 @@ def main(settings: config.ClassifySettings) -> None:
     Raises:
         InputError: there is no image, or none can be read; the table then says why of each.
     """
-    detector = load_detector(settings.model, settings.device, settings.precision)
+    model = checkpoints.find_trained(settings.model, settings.output_dir, BEST)
+    detector = load_detector(model, settings.device, settings.precision)
     if settings.target_false_alarms:
         detector.calibration = detector.calibration.at(settings.target_false_alarms)
         if not detector.calibration.promised:
@@ -77,6 +80,9 @@ def main(settings: config.ClassifySettings) -> None:
                     bar.write(f"warning: {error} It is called defective and has no overlay.", file=sys.stderr)
             bar.update()
     seconds = time.perf_counter() - started
+    threshold, alpha = detector.calibration.threshold, detector.calibration.alpha
+    files.write_json(out / "summary.json", {"model": model, "threshold": threshold, "alpha": alpha, **counts})
+    print(f"model: {model}   threshold: {threshold:.3f}")
     print(
         f"{counts['good']} good, {counts['defective']} defective, {counts['error']} unreadable; "
         f"{len(paths) / seconds:.1f} images/s"

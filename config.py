@@ -619,7 +619,11 @@ class DrawnSetsSettings(RunSettings):
 class DetectorSettings(PrecisionSettings):
     """The trained model."""
 
-    model: str = setting("models/best_model.pth", "Checkpoint written by train_with_validation.py.")
+    model: str = setting(
+        "",
+        "Checkpoint written by train_with_validation.py; empty means models/best_model.pth in the output folder, or in "
+        "the current one where there is none.",
+    )
     batch_size: int = setting(
         0, "Images in one forward pass; 0 takes 2 on a CPU and 16 with CUDA.", unit="images", minimum=0
     )
@@ -907,7 +911,11 @@ class InferClassifierSettings(RunSettings):
     inputs: tuple[str, ...] = setting(
         (), "Images, CSV series, folders of them (searched recursively) or quoted globs.", positional="*"
     )
-    model: str = setting("vae_models/best_vae_classifier.pth", "Checkpoint written by train_vae_classifier.py.")
+    model: str = setting(
+        "",
+        "Checkpoint written by train_vae_classifier.py; empty means vae_models/best_vae_classifier.pth in the output "
+        "folder, or in the current one where there is none.",
+    )
     batch_size: int = setting(8, "Plots in one forward pass.", unit="plots", minimum=1)
     flips: str = setting(
         "auto",

@@ -13,8 +13,7 @@ import data_loader
 import engine
 import image_folders
 import trimming
-from detail_training import LAST
-from vae_model import KIND
+from vae_model import KIND, LAST
 
 N_HELD_TILES = 256
 """Held-out tiles, at most, in the validation loss."""

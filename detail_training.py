@@ -26,9 +26,8 @@ import engine
 import files
 import image_folders
 import plots
-from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache, fold_layers
+from vae_model import BEST, KIND, LAST, DetailLoss, DetailVAE, FeatureCache, fold_layers
 
-BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 N_PICTURED = 4
 """Images in one reconstruction picture."""
 INTERIM_STEP = 4

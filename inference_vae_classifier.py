@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 import data_loader
 import data_loader_supervised as plot_loader
 import engine
@@ -35,7 +36,7 @@ import latent_space
 import plots
 import series_plots
 import vae_classifier
-from vae_classifier import VAEClassifier, load_vae_classifier
+from vae_classifier import BEST, VAEClassifier, load_vae_classifier
 
 __all__ = ["batch_predict", "load_vae_classifier", "predict", "predict_from_csv", "predict_single_image"]
 
@@ -255,7 +256,7 @@ def main(settings: config.InferClassifierSettings) -> None:
         raise config.UsageError(
             f"{len(paths)} plots cannot make {settings.clusters} clusters; expected at least as many plots."
         )
-    model, names = load_vae_classifier(settings.model, device)
+    model, names = load_vae_classifier(checkpoints.find_trained(settings.model, settings.output_dir, BEST), device)
     if settings.generate:
         write_generated(model, settings)
     if paths:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import data_loader
 import defect_maps
 import evaluation
@@ -27,6 +28,7 @@ import files
 import image_folders
 import plots
 from tiles import tile_corners, window
+from vae_model import BEST
 
 FIGURES = (
     ("image", "auroc"),
@@ -65,7 +67,8 @@ class Results:
 
 def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
-    detector = defect_maps.load_detector(settings.model, settings.device, settings.precision)
+    model = checkpoints.find_trained(settings.model, settings.output_dir, BEST)
+    detector = defect_maps.load_detector(model, settings.device, settings.precision)
     trained_on = Path(detector.settings["data_dir"])
     if not settings.data_dir and not trained_on.exists():
         raise config.InputError(f"{trained_on}, which the model was trained on, is not there; expected a --data-dir.")
@@ -76,8 +79,10 @@ def main(settings: config.DetailTestSettings) -> None:
     out = Path(settings.output_dir) / "test_results"
     remove_earlier(out)
     results = run_test(detector, folder, settings, out)
-    report = make_report(results, detector.calibration, settings)
+    made_of = {"model": model, "data_dir": str(folder.root), "seed": settings.seed}
+    report = {**make_report(results, detector.calibration, settings), **made_of}
     write_report(report, out / "metrics")
+    print(f"model: {model}   data: {folder.root}")
     print(table(report))
     print(f"figures: {out / 'metrics' / 'test_metrics.json'}   scores: {out / 'scores.csv'}")
 

@@ -35,7 +35,6 @@ import plots
 import vae_classifier
 from classifier_data import MixedSampler, Plots, read_data, read_plots
 from classifier_training import (
-    BEST,
     FULL_PER_CLASS,
     Run,
     WeightAverage,
@@ -48,7 +47,7 @@ from classifier_training import (
     validation_score,
     write_pictures,
 )
-from vae_classifier import ClassifierLoss, VAEClassifier
+from vae_classifier import BEST, ClassifierLoss, VAEClassifier
 
 WRITTEN = {
     "results": re.compile(r"vae_classifier_(results\.json|(curves|confusion)\.png)"),

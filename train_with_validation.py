@@ -33,8 +33,6 @@ import image_folders
 import plots
 from detail_data import fitted_as_on_disk, read_data
 from detail_training import (
-    BEST,
-    LAST,
     Run,
     keep_if_best,
     odd_images,
@@ -44,7 +42,7 @@ from detail_training import (
     write_pictures,
 )
 from perceptual_loss import PerceptualLoss, weights_here
-from vae_model import KIND, DetailLoss, DetailVAE, FeatureCache
+from vae_model import BEST, KIND, LAST, DetailLoss, DetailVAE, FeatureCache
 
 WRITTEN = {
     "metrics": re.compile(r"training_curves\.png|calibration\.json"),

@@ -37,6 +37,8 @@ from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder,
 from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence, reparameterise
 
 KIND = "vae_classifier"
+BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"
+"""Checkpoints that training leaves under its output folder: for inference, and to go on from."""
 PICTURE_ROWS = 32
 """Heights that the picture branch tells apart; the exact ones are in the profile."""
 PROFILE_FACTORS = (1, 1, 2, 2)

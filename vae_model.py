@@ -31,6 +31,8 @@ from evaluation import mae, mse
 from perceptual_loss import load_backbone, weights_here
 
 KIND = "detail_vae"
+BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
+"""Checkpoints that training leaves under its output folder: for inference, and to go on from."""
 SIDE_MULTIPLE_PX = 32
 """Sides that the model takes: it halves them five times."""
 LOGVAR_RANGE = (-8.0, 8.0)

@@ -31,7 +31,7 @@ import files
 import image_folders
 import test_vae
 import train_with_validation
-from detail_training import BEST
+from vae_model import BEST
 
 DEFAULT, N_SEEDS = "everything", 3
 TRAINED = {

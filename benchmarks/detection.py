@@ -40,8 +40,8 @@ import files
 import image_folders
 import train_with_validation
 from coresets import farthest_points
-from detail_training import BEST
 from perceptual_loss import Backbone, load_backbone
+from vae_model import BEST
 
 MEASURED = (
     ("image", "auroc"),

@@ -25,7 +25,7 @@ import latent_space
 import scripts
 import train_vae_classifier as training
 import vae_classifier
-from classifier_training import BEST
+from vae_classifier import BEST
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["flat", "jump", "rise"]
@@ -186,7 +186,7 @@ def test_the_checkpoint_is_enough_for_inference(trained):
     contents = checkpoints.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
     assert contents["class_names"] == CLASSES and contents["image_size"] == 64
     assert contents["settings"]["crop_axes"] is True and list(contents["calibration"]["scores"]) == ["real"]
-    last = checkpoints.load_training(trained[1] / classifier_training.LAST, vae_classifier.KIND)
+    last = checkpoints.load_training(trained[1] / vae_classifier.LAST, vae_classifier.KIND)
     assert {"optimizer", "scheduler", "random", "averaged"} <= last.keys()
 
 

@@ -365,7 +365,25 @@ def test_test_stage_reports_figures_scores_and_maps(data, trained, tmp_path, cap
         assert panel.shape[1] > 3 * panel.shape[0] and panel.std() > 10
         saved = np.load(out / "maps" / row["category"] / f"{Path(row['image']).stem}.npy")
         assert saved.shape == (64, 64) and saved.dtype == np.float32
-    assert f"{report['image']['auroc']['value']:.3f}" in capsys.readouterr().out
+    assert (report["model"], report["data_dir"], report["seed"]) == (str(model), str(data), 0)
+    said = capsys.readouterr().out
+    assert f"{report['image']['auroc']['value']:.3f}" in said and f"model: {model}   data: {data}\n" in said
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_model_of_the_output_folder_is_taken_and_without_one_that_of_the_current(
+    data, trained, tmp_path, monkeypatch, there
+):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "models", (out if there else tmp_path) / "models")
+    monkeypatch.chdir(tmp_path)
+    test_stage.main(config.DetailTestSettings(output_dir="out", bootstrap=0, pictures=False))
+    classify_images.main(config.ClassifySettings(images=(str(data / "test"),), output_dir="out"))
+    report = json.loads((out / "test_results" / "metrics" / "test_metrics.json").read_text())
+    summary = json.loads((out / "classification_results" / "summary.json").read_text())
+    assert report["model"] == summary["model"] == ("out/models/best_model.pth" if there else "models/best_model.pth")
+    assert (summary["threshold"], summary["alpha"]) == (report["threshold"], report["alpha"])
+    assert summary["good"] + summary["defective"] == 8 and summary["error"] == 0
 
 
 def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, capsys):
