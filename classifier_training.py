@@ -136,8 +136,9 @@ def validation_score(row: dict) -> float:
 
 
 def keep_if_best(run: Run, macro_f1: float) -> bool:
-    """Write the best checkpoint when validation macro F1 is the highest so far."""
-    if macro_f1 <= run.best:
+    """Write the best checkpoint when validation macro F1 is the highest so far, or equals it at a lower loss."""
+    losses = [row["val/total"] for row in run.history]
+    if run.best_epoch and (macro_f1, -losses[-1]) <= (run.best, -losses[run.best_epoch - 1]):
         return False
     save_best(run, run.judged, QUICK_PER_CLASS, len(run.history))
     run.best, run.best_epoch = macro_f1, len(run.history)  # only of what is saved is it said that it is kept

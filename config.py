@@ -687,10 +687,14 @@ class SupervisedDataSettings(Settings):
         maximum=0.8,
     )
     flip_time: bool = setting(
-        True, "Mirror training plots left and right at random: a series read backwards keeps its kind."
+        True,
+        "Mirror training plots left and right at random, and plots whose class is unsure: a series read backwards "
+        "keeps its kind, where that is one of the nine; other classes are flipped only where this is given.",
     )
     flip_value: bool = setting(
-        True, "Mirror training plots top and bottom at random: a series with its sign changed keeps its kind."
+        True,
+        "Mirror training plots top and bottom at random, and plots whose class is unsure: a series of changed sign "
+        "keeps its kind, where that is one of the nine; other classes are flipped only where this is given.",
     )
     stretch_frac: float = setting(
         0.04,
@@ -919,7 +923,7 @@ class InferClassifierSettings(RunSettings):
     batch_size: int = setting(8, "Plots in one forward pass.", unit="plots", minimum=1)
     flips: str = setting(
         "auto",
-        "Average over four flips of a plot; auto does so for those that the model is unsure of.",
+        "Average over the flips of a plot that training allowed; auto does so for those that the model is unsure of.",
         choices=("auto", "always", "never"),
     )
     pictures: bool = setting(True, "Write a picture of original, reconstruction and class probabilities.")

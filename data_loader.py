@@ -39,6 +39,15 @@ KEEP_IN_MEMORY_BYTES = 2 * 1024**3
 # ------------------------------------------------------------------------------------ pixels to tensors
 
 
+def flip_axes(across: bool, upright: bool) -> list[tuple[int, ...]]:
+    """Dimensions of images (B, C, H, W) to flip for each view beside the images as they are.
+
+    >>> flip_axes(across=True, upright=True)
+    [(3,), (2,), (2, 3)]
+    """
+    return [(3,)] * across + [(2,)] * upright + [(2, 3)] * (across and upright)
+
+
 def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
     """uint8 N x H x W x 3 (or a list of H x W x 3, or one) -> float32 N x 3 x H x W in [0, 1].
 

@@ -25,7 +25,7 @@ from checkpoints import finite, load_checkpoint, reading_contents
 from config import DataSettings, MapSettings, UsageError, from_dict
 from conformal import conformal_threshold, p_value, sober_threshold
 from coresets import nearest_squares, rows_of
-from data_loader import assert_images
+from data_loader import assert_images, flip_axes
 from engine import Runtime, make_runtime
 from evaluation import best_pixel_threshold, count_pixels, ssim_map
 from perceptual_loss import PerceptualLoss, weights_here
@@ -429,8 +429,7 @@ class Detector:
         """Dimensions of images (B, 3, H, W) to flip for each further view: those that training flipped at random."""
         if not self.maps.map_flips:
             return []
-        across, upright = (self.settings.get(f"flip_{name}", False) for name in ("horizontal", "vertical"))
-        return [(3,)] * across + [(2,)] * upright + [(2, 3)] * (across and upright)
+        return flip_axes(*(self.settings.get(f"flip_{name}", False) for name in ("horizontal", "vertical")))
 
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these

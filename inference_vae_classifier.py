@@ -87,7 +87,7 @@ def predict(
 
     Args:
         device: where to compute, and where the model is put; None for where it lies.
-        flips_below: average over four flips where the class is less sure than this; None does as calibrated.
+        flips_below: average over the flips of training where the class is less sure than this; None does as calibrated.
 
     Raises:
         InputError: the model comes from no file, or has another number of classes than there are names.

@@ -83,8 +83,8 @@ class ClassifierCalibration:
     """What training and validation plots say of probabilities and of what is known.
 
     Attributes:
-        temperature, temperature_flips: divide log-probabilities of the plot alone, of the mean of its four flips.
-        flips_below: plots whose class, seen once, is less sure than this are averaged over four flips.
+        temperature, temperature_flips: divide log-probabilities of the plot alone, of the mean over its flips.
+        flips_below: plots whose class, seen once, is less sure than this are averaged over their flips.
         class_means: (K, D) mean latent of each class; class_covariances: (K, D, D), shrunk.
         latent_precision: (D, D) inverse of the pooled covariance within classes.
         picture_mean, picture_precision: (1, P) and (P, P) of ``picture_statistics``.
@@ -129,11 +129,11 @@ class ClassifierCalibration:
         return cls(**{**values, "scores": scores})
 
     def probabilities(self, views: Tensor) -> Tensor:
-        """Calibrated probabilities (n, K) from log-probabilities of views (1, n, K) or (4, n, K)."""
+        """Calibrated probabilities (n, K) from log-probabilities of views (v, n, K), one or several."""
         return F.softmax(views.double().mean(0) / (self.temperature if len(views) == 1 else self.temperature_flips), 1)
 
     def unsure(self, probabilities: Tensor, flips_below: float | None = None) -> Tensor:
-        """Indices of the plots to look at in four flips, from probabilities (n, K) of one view; None asks as
+        """Indices of the plots to look at flipped, too, from probabilities (n, K) of one view; None asks as
         calibrated.
         """
         return torch.nonzero(
@@ -171,7 +171,7 @@ class Encoded(NamedTuple):
     """Everything calibration needs of a set of labelled plots."""
 
     mu: Tensor  # (n, D)
-    views: Tensor  # (4, n, K) log-probabilities; (1, n, K) without flips
+    views: Tensor  # (v, n, K) log-probabilities of each plot and of its flips
     pictures: Tensor  # (n, P)
     errors: Tensor  # (n,) reconstruction errors
     labels: np.ndarray  # (n,)

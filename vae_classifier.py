@@ -29,7 +29,7 @@ from config import (
     SupervisedDataSettings,
     from_dict,
 )
-from data_loader import assert_images
+from data_loader import assert_images, flip_axes
 from engine import resolve_device
 from evaluation import ssim_map
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
@@ -127,6 +127,11 @@ class VAEClassifier(nn.Module):
             self.trunk = nn.Sequential(*stages)
             n_features += 2 * s.widths[-1]
         return n_features
+
+    @property
+    def flips(self) -> list[tuple[int, ...]]:
+        """Dimensions of images (B, 3, S, S) to flip for each further view: those that training flipped at random."""
+        return flip_axes(*(self.run_settings.get(name, True) for name in ("flip_time", "flip_value")))
 
     @torch.no_grad()
     def fit_reconstruction_scale(self, batches) -> None:
@@ -281,16 +286,19 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
 # --------------------------------------------------------------------------------------------- judging
 
 
-def view_log_probabilities(model: VAEClassifier, images: Tensor, logits: Tensor) -> Tensor:
-    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their three flips (backwards in time, upside down,
-    both), which keep their kind, (4, B, K).
+def view_log_probabilities(
+    model: VAEClassifier, images: Tensor, logits: Tensor, flips: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """Uncalibrated log-probabilities of images (B, 3, S, S) and of their flips, (1 + flips, B, K).
 
     Args:
         logits: (B, K) of the images as they are, which come first.
+        flips: dimensions to flip for each further view.
     """
-    flips = torch.cat([images.flip(axes) for axes in ((3,), (2,), (2, 3))])
-    flipped = model.head(model.encode(flips)[0])
-    return F.log_softmax(torch.cat([logits, flipped]).float(), 1).view(4, len(images), -1)
+    if flips:
+        flipped = torch.cat([images.flip(axes) for axes in flips])
+        logits = torch.cat([logits, model.head(model.encode(flipped)[0])])
+    return F.log_softmax(logits.float(), 1).view(1 + len(flips), len(images), -1)
 
 
 def novelty_distances(
@@ -312,7 +320,7 @@ def encode_plots(model: VAEClassifier, batches, labels: Sequence[int], flips: bo
         profile = column_profile(images)
         mu, _ = model.encode(images, profile)
         logits = model.head(mu)
-        views = view_log_probabilities(model, images, logits) if flips else F.log_softmax(logits.float(), 1)[None]
+        views = view_log_probabilities(model, images, logits, model.flips if flips else ())
         error = reconstruction_error(
             model.reconstruct(images, mu, profile), model.target(images), model.error_scale, 0.0
         )
@@ -335,7 +343,8 @@ def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None
     """Calibrated probabilities, p-values and reconstructions of images (B, 3, S, S) on the model's device.
 
     Args:
-        flips_below: average over four flips where the class is less sure than this; None does as the calibration says.
+        flips_below: average over the flips of training where the class is less sure than this; None does as the
+            calibration says.
     """
     model.eval()
     calibration, profile = model.calibration, column_profile(images)
@@ -343,8 +352,9 @@ def judge(model: VAEClassifier, images: Tensor, flips_below: float | None = None
     logits = model.head(mu)
     probabilities = calibration.probabilities(F.log_softmax(logits.float(), 1)[None])
     unsure = calibration.unsure(probabilities, flips_below)
-    if len(unsure):
-        probabilities[unsure] = calibration.probabilities(view_log_probabilities(model, images[unsure], logits[unsure]))
+    if len(unsure) and model.flips:
+        views = view_log_probabilities(model, images[unsure], logits[unsure], model.flips)
+        probabilities[unsure] = calibration.probabilities(views)
     reconstruction = model.reconstruct(images, mu, profile)
     distances = novelty_distances(model, calibration, images, mu, reconstruction)
     p_values = calibration.p_values(calibration.novelty(distances))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
+import data_loader
 import data_loader_supervised as plot_loader
 import engine
 import evaluation
@@ -134,10 +135,11 @@ METHODS = {"joint": train_joint, "resnet": train_resnet, "frozen": train_frozen}
 
 @torch.inference_mode()
 def predicted(run: Run, images: np.ndarray) -> np.ndarray:
-    """Classes (n,) of plots, all named from four flips."""
+    """Classes (n,) of plots, all named from their flips, too."""
     model, found = run.judged.eval(), []
+    flips = data_loader.flip_axes(run.settings.flip_time, run.settings.flip_value)
     for batch in batches(images, run.settings.batch_size, run.runtime):
-        views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]))
+        views = view_log_probabilities(model, batch, model.head(model.encode(batch)[0]), flips)
         found.append(views.mean(0).argmax(1).cpu().numpy())
     return np.concatenate(found)
 

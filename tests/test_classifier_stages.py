@@ -171,7 +171,7 @@ def test_the_history_names_every_number_and_no_time(trained):
         "macro_recall",
     )
     assert history["epochs"][0].keys() == {"epoch", *(f"{part}/{term}" for part in ("train", "val") for term in terms)}
-    best = max(history["epochs"], key=lambda row: row["val/macro_f1"])  # there are no fresh series
+    best = max(history["epochs"], key=lambda row: (row["val/macro_f1"], -row["val/total"]))  # no fresh series
     assert history["best_epoch"] == best["epoch"]
 
 
@@ -180,6 +180,31 @@ def test_the_best_epoch_is_judged_on_all_validation_plots():
     assert classifier_training.validation_score(
         {"val/macro_f1": 0.8, "fresh/macro_f1": 0.6, "train/macro_f1": 0.1}
     ) == pytest.approx(0.7)
+
+
+def test_among_epochs_of_one_f1_the_lowest_loss_is_kept(trained, monkeypatch, tmp_path):
+    run, kept = training.prepare(settings_for(trained[0], tmp_path)), []
+    monkeypatch.setattr(classifier_training, "save_best", lambda *given: kept.append(given[-1]))
+    for loss, macro_f1 in ((0.5, 0.8), (0.4, 0.8), (0.4, 0.8), (0.1, 0.7), (0.9, 0.9)):
+        run.history.append({"val/total": loss})
+        classifier_training.keep_if_best(run, macro_f1)
+    assert kept == [1, 2, 5] and (run.best, run.best_epoch) == (0.9, 5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "flags", "expected"),
+    [
+        (["rise", "fall"], [], (False, False)),
+        (["rise", "fall"], ["--flip-time"], (True, False)),
+        (["mean_shift", "trend_shift"], [], (True, True)),
+        (["mean_shift", "trend_shift"], ["--no-flip-value"], (True, False)),
+    ],
+)
+def test_classes_that_a_flip_may_exchange_are_flipped_only_where_that_is_asked_for(classes, flags, expected, capsys):
+    settings = config.parse(config.TrainClassifierSettings, "", flags)
+    found = training.flipped_as_classes_allow(settings, classes)
+    assert (found.flip_time, found.flip_value) == expected
+    assert ("plots are not flipped" in capsys.readouterr().err) == ("rise" in classes)
 
 
 def test_the_checkpoint_is_enough_for_inference(trained):

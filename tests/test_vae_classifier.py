@@ -346,6 +346,18 @@ def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
         np.testing.assert_allclose(pc.calibrated_probabilities(encoded, calibration), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("time", "value", "axes"), [(True, False, [(3,)]), (False, True, [(2,)]), (False, False, [])])
+def test_only_flips_that_training_allowed_are_averaged(calibrated, monkeypatch, time, value, axes):
+    images = three_kinds(2, seed=5)[0]
+    monkeypatch.setattr(calibrated, "run_settings", {"flip_time": time, "flip_value": value})
+    with torch.inference_mode():
+        views = torch.stack([calibrated(view).logits for view in (images, *(images.flip(each) for each in axes))])
+    expected = calibrated.calibration.probabilities(F.log_softmax(views, 2))
+    said = vc.judge(calibrated, images, flips_below=1.0).probabilities
+    np.testing.assert_allclose(said, expected.numpy(), atol=1e-5)
+    assert len(vc.encode_plots(calibrated, [images], [0] * 6).views) == 1 + len(axes)
+
+
 def test_always_means_also_a_plot_that_is_wholly_sure(calibrated):
     sure, unsure = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.4, 0.3, 0.3]])
     both = torch.cat([sure, unsure])
