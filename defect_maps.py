@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import finite, load_checkpoint, reading_contents
-from config import DataSettings, MapSettings, UsageError, from_dict
+from config import MapSettings, TrainSettings, UsageError, as_dict, from_dict
 from conformal import conformal_threshold, p_value, sober_threshold
 from coresets import nearest_squares, rows_of
 from data_loader import assert_images, flip_axes
@@ -364,35 +364,34 @@ class Detector:
     """A trained model with its calibration: tensors in, detections out.
 
     Attributes:
-        settings: the resolved settings of the training run, as a dict.
+        settings: of the training run, resolved.
         runtime: the device of the model, and the precision in which it and the searches multiply.
     """
 
     model: DetailVAE
-    maps: MapSettings
+    settings: TrainSettings
     calibration: Calibration | None
-    settings: dict
     perceptual: object | None = None
     runtime: Runtime = field(default_factory=lambda: Runtime(torch.device("cpu")))
 
     @property
     def image_size(self) -> int:
-        return self.settings["image_size"]
+        return self.settings.image_size
 
     @property
     def fitting(self) -> str:
-        """How images come to the network: "stretch", "letterbox" or "tile"."""
-        return "tile" if self.settings.get("tile") else self.settings["resize"]
+        """``DataSettings.fitting``."""
+        return self.settings.fitting
 
     @property
     def fused(self) -> dict[str, float]:
         """Maps that make the defect map, and their shares."""
-        return map_shares(self.maps, self.model.n_features > 0)
+        return map_shares(self.settings, self.model.n_features > 0)
 
     @property
     def gate(self) -> float:
         """How far the head that outlines defects gates the fused map; 0 where there is none."""
-        return 0.0 if self.model.defect_head is None else self.maps.segmentation_gate
+        return 0.0 if self.model.defect_head is None else self.settings.segmentation_gate
 
     @property
     def shown(self) -> list[str]:
@@ -402,7 +401,7 @@ class Detector:
     @property
     def scored(self) -> dict[str, float]:
         """Maps that make the image score, and their shares."""
-        return score_shares(self.maps, self.model.n_features > 0)
+        return score_shares(self.settings, self.model.n_features > 0)
 
     @contextlib.contextmanager
     def _inferring(self) -> Iterator[None]:
@@ -427,9 +426,9 @@ class Detector:
     @property
     def mirrored(self) -> list[tuple[int, ...]]:
         """Dimensions of images (B, 3, H, W) to flip for each further view: those that training flipped at random."""
-        if not self.maps.map_flips:
+        if not self.settings.map_flips:
             return []
-        return flip_axes(*(self.settings.get(f"flip_{name}", False) for name in ("horizontal", "vertical")))
+        return flip_axes(self.settings.flip_horizontal, self.settings.flip_vertical)
 
     def refined_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Smoothed maps by name, each (B, H, W), of images (B, 3, H, W) and what ``describe`` said of them for these
@@ -447,7 +446,10 @@ class Detector:
     def _view_maps(self, images: Tensor, output: DetailOutput, names: Sequence[str]) -> dict[str, np.ndarray]:
         with self._inferring():
             raw = raw_maps(names, self.model, images, output, self.perceptual)
-        usual, of_head = (self.maps.smoothing_frac, self.maps.closing_frac), (self.maps.outline_smoothing_frac, 0.0)
+        usual, of_head = (
+            (self.settings.smoothing_frac, self.settings.closing_frac),
+            (self.settings.outline_smoothing_frac, 0.0),
+        )
         return {
             name: np.stack(
                 [refine(each, *(of_head if name == "segmentation" else usual)) for each in maps[:, 0].cpu().numpy()]
@@ -457,31 +459,33 @@ class Detector:
 
     def scores(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> list[float]:
         """The score of every image from its refined maps, those of ``scored``."""
-        judged = fuse(smooth, scales, self.scored, self.maps.residual_ceiling)
-        return [image_score(each, self.maps.top_frac * self.tile_share(*each.shape)) for each in judged]
+        judged = fuse(smooth, scales, self.scored, self.settings.residual_ceiling)
+        return [image_score(each, self.settings.top_frac * self.tile_share(*each.shape)) for each in judged]
 
     def defect_maps(self, smooth: dict[str, np.ndarray], scales: dict[str, MapScale]) -> np.ndarray:
         """The defect map of every image (B, H, W) from its refined maps, those of ``shown``."""
-        fused = fuse(smooth, scales, self.fused, self.maps.residual_ceiling)
+        fused = fuse(smooth, scales, self.fused, self.settings.residual_ceiling)
         if self.gate:
             shape, trust = outline(
                 smooth["segmentation"],
-                round(self.maps.outline_window_frac * self.image_size),
-                self.maps.segmentation_trust,
+                round(self.settings.outline_window_frac * self.settings.image_size),
+                self.settings.segmentation_trust,
             )
             fused = (
                 np.minimum(fused, SHAPED_ABOVE)
                 + np.maximum(fused - SHAPED_ABOVE, 0) * (1 - self.gate + self.gate * shape) * trust
             )
-            fused += self.maps.segmentation_weight * smooth["segmentation"]
-        if not self.maps.link_frac and not self.maps.own_level:
+            fused += self.settings.segmentation_weight * smooth["segmentation"]
+        if not self.settings.link_frac and not self.settings.own_level:
             return fused
-        logs = linked(signed_log(fused), round(self.maps.link_frac * self.image_size))
-        return signed_exp(logs - np.minimum(own_level(logs), self.maps.own_level) if self.maps.own_level else logs)
+        logs = linked(signed_log(fused), round(self.settings.link_frac * self.settings.image_size))
+        return signed_exp(
+            logs - np.minimum(own_level(logs), self.settings.own_level) if self.settings.own_level else logs
+        )
 
     def tile_share(self, height: int, width: int) -> float:
         """What share of an image one tile is, 1 where they are of one size: shares of an image are meant of a tile."""
-        return min(1.0, self.image_size**2 / (height * width))
+        return min(1.0, self.settings.image_size**2 / (height * width))
 
     def detect(self, images: Tensor, thorough: bool = True) -> list[Detection]:
         """One detection an image, (B, 3, H, W) in [0, 1] on the model's device; of any size from ``image_size`` on
@@ -495,7 +499,7 @@ class Detector:
             ValueError: the images are of another type, shape, size or value range, or there are none.
         """
         assert_images(images)
-        if self.fitting == "tile":
+        if self.settings.fitting == "tile":
             return [self._detect_whole(image, thorough) for image in images]
         output = self.describe(assert_sides(images), self.scored, thorough)
         smooth, scales = self.refined_maps(images, output, self.scored), self.calibration.scales
@@ -517,7 +521,7 @@ class Detector:
 
     def all_maps(self, images: Tensor, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Refined maps by name, each (B, H, W), of images (B, 3, H, W)."""
-        if self.fitting != "tile":
+        if self.settings.fitting != "tile":
             return self.refined_maps(images, self.describe(images, names), names)
         blended = [self._blended(image, names, paint=False)[0] for image in images]
         return {name: np.stack([maps[name] for maps in blended]) for name in names}
@@ -543,7 +547,7 @@ class Detector:
         """Refined maps by name, each (H, W), and, painted, the reconstruction (3, H, W) of an image (3, H, W) from its
         tiles.
         """
-        side, (height, width) = self.image_size, image.shape[1:]
+        side, (height, width) = self.settings.image_size, image.shape[1:]
         if min(height, width) < side:
             raise ValueError(
                 f"the image is {height} x {width}; expected sides of {side} or more, a tile (see "
@@ -594,13 +598,13 @@ def calibrate(
         scales,
         scores,
         fused,
-        detector.maps.target_false_alarms,
-        detector.maps.pixel_false_positives,
-        not detector.settings.get("trim_frac"),
+        detector.settings.target_false_alarms,
+        detector.settings.pixel_false_positives,
+        not detector.settings.trim_frac,
     )
     outlined = (
         []
-        if detector.maps.pixel_false_positives
+        if detector.settings.pixel_false_positives
         else [
             (detector.defect_maps(detector.all_maps(images, detector.shown), scales), masks) for images, masks in drawn
         ]
@@ -735,16 +739,16 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu", precisio
     """
     contents = load_checkpoint(path, KIND, ("settings", "model", "calibration"))
     with reading_contents(path):
-        settings = dict(contents["settings"])
-        from_dict(DataSettings, {**settings, **{name: settings[name] for name in ("data_dir", "image_size", "resize")}})
-        maps, calibration = from_dict(MapSettings, settings), Calibration.from_dict(contents["calibration"])
+        kept = contents["settings"]
+        settings = from_dict(TrainSettings, kept | {name: kept[name] for name in ("data_dir", "image_size", "resize")})
+        calibration = Calibration.from_dict(contents["calibration"])
     runtime = make_runtime(device, precision)
     model = runtime.put_model(fold_layers(detail_vae_from_checkpoint(contents, path)))
-    return Detector(model, maps, calibration, settings, load_map_perceptual(maps, settings, runtime.device), runtime)
+    return Detector(model, settings, calibration, load_map_perceptual(settings, runtime.device), runtime)
 
 
-def load_map_perceptual(maps: MapSettings, settings: dict, device: torch.device | str):
+def load_map_perceptual(settings: TrainSettings, device: torch.device | str) -> PerceptualLoss | None:
     """The VGG16 distance where ``map_perceptual`` asks for it, else None."""
-    if maps.map_perceptual <= 0:
+    if settings.map_perceptual <= 0:
         return None
-    return PerceptualLoss(weights_here(settings)).to(device)
+    return PerceptualLoss(weights_here(as_dict(settings))).to(device)

@@ -82,11 +82,9 @@ def calibrated_detector(run: Run) -> defect_maps.Detector:
     if run.calibrated is None or run.calibrated[0] != epoch:
         some = run.reference if run.finished else run.reference[::INTERIM_STEP]
         run.model.fit_deviations((run.runtime.put(features).float() for features in some), sum(map(len, some)))
-        maps = config.from_dict(config.MapSettings, config.as_dict(run.settings))
-        perceptual = defect_maps.load_map_perceptual(maps, config.as_dict(run.settings), run.runtime.device)
-        detector = defect_maps.Detector(
-            fold_layers(copy.deepcopy(run.model)), maps, None, config.as_dict(run.settings), perceptual, run.runtime
-        )
+        perceptual = defect_maps.load_map_perceptual(run.settings, run.runtime.device)
+        model = fold_layers(copy.deepcopy(run.model))
+        detector = defect_maps.Detector(model, run.settings, None, perceptual, run.runtime)
         detector.calibration = defect_maps.calibrate(
             detector, whole_held_out(run), run.held_windows, drawn_held_out(run, detector) if run.finished else ()
         )

@@ -69,7 +69,7 @@ def main(settings: config.DetailTestSettings) -> None:
     """Score test/, write figures and pictures, print the table."""
     model = checkpoints.find_trained(settings.model, settings.output_dir, BEST)
     detector = defect_maps.load_detector(model, settings.device, settings.precision)
-    trained_on = Path(detector.settings["data_dir"])
+    trained_on = Path(detector.settings.data_dir)
     if not settings.data_dir and not trained_on.exists():
         raise config.InputError(f"{trained_on}, which the model was trained on, is not there; expected a --data-dir.")
     folder = image_folders.MVTecFolder(settings.data_dir or trained_on, require_train=False)

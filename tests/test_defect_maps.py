@@ -14,7 +14,7 @@ import checkpoints
 import defect_maps
 import engine
 import vae_model
-from config import InputError, LossSettings, MapSettings, UsageError, as_dict
+from config import InputError, LossSettings, MapSettings, TrainSettings, UsageError, as_dict, from_dict
 from defect_maps import (
     Calibration,
     Detector,
@@ -125,8 +125,12 @@ def good_images(n, seed=0, side=64):
     return (ramp + light + 0.01 * torch.randn(n, 3, side, side, generator=generator)).clamp(0, 1)
 
 
+def settings_of(maps):
+    return TrainSettings(**{**as_dict(maps), "image_size": 64})
+
+
 def detector_of(model, maps=PIXELS, n_good=12):
-    detector = Detector(model, maps, None, {"image_size": 64, "resize": "stretch"})
+    detector = Detector(model, settings_of(maps), None)
     detector.calibration = calibrate(detector, good_images(n_good, seed=5).split(5))
     return detector
 
@@ -344,7 +348,7 @@ def test_the_defect_map_is_relative_to_what_stands_out_all_over_the_image_up_to_
     level = math.sqrt(math.log(4) ** 2 / 64)  # of the other 0.43, more than is taken off
     assert found[:, 2, 2] == pytest.approx([4 * math.exp(-level) - 1, 4 * math.exp(-0.3) - 1], rel=1e-5)
     assert found[0, 0, 0] == pytest.approx(1 - 1.2 * math.exp(level), rel=1e-5)
-    detector.maps = maps.replace(own_level=0.0)
+    detector.settings = settings_of(maps).replace(own_level=0.0)
     assert detector.defect_maps({"pixel": restless[None]}, {"pixel": MapScale(0.0, 1.0)})[0, 2, 2] == pytest.approx(3.0)
 
 
@@ -388,7 +392,7 @@ def test_above_its_ceiling_the_residual_counts_no_further_beside_maps_of_feature
     np.testing.assert_allclose(
         detector.defect_maps(smooth, scales)[0, 0], [(1.2 * 4) ** 0.5 - 1, 6**0.5 - 1, 6**0.5 - 1], rtol=1e-5
     )
-    detector.maps = maps.replace(residual_ceiling=0.0)
+    detector.settings = settings_of(maps).replace(residual_ceiling=0.0)
     assert detector.defect_maps(smooth, scales)[0, 0, 2] == pytest.approx((81 * 4) ** 0.5 - 1, rel=1e-5)
     alone = detector_of(make_model(segmentation=False), PIXELS.replace(map_ssim=0.0, residual_ceiling=0.5))
     assert alone.defect_maps(smooth, scales)[0, 0, 2] == pytest.approx(80.0, rel=1e-5)  # all that there is
@@ -428,7 +432,7 @@ def test_the_head_is_smoothed_by_its_own_width_and_not_closed(make_model):
     found = detector.refined_maps(images, output, names)
     np.testing.assert_allclose(found["segmentation"], raw["segmentation"], rtol=1e-5, atol=1e-6)
     assert np.diff(found["pixel"]).std() < 0.5 * np.diff(raw["pixel"]).std()
-    detector.maps = detector.maps.replace(outline_smoothing_frac=0.03)
+    detector.settings = detector.settings.replace(outline_smoothing_frac=0.03)
     smooth = detector.refined_maps(images, output, names)
     np.testing.assert_array_equal(smooth["pixel"], found["pixel"])
     expected = [
@@ -445,8 +449,8 @@ def test_flipped_views_are_averaged_where_training_flips(make_model, horizontal,
         detector_of(make_model("efficientnet_lite0"), PIXELS.replace(map_likelihood=1.0)),
         torch.rand(2, 3, 64, 64),
     )
-    settings = {**plain.settings, "flip_horizontal": horizontal, "flip_vertical": vertical}
-    averaged = Detector(plain.model, plain.maps.replace(map_flips=True), plain.calibration, settings)
+    settings = plain.settings.replace(flip_horizontal=horizontal, flip_vertical=vertical, map_flips=True)
+    averaged = Detector(plain.model, settings, plain.calibration)
     flips = [
         dims
         for dims, wanted in (((), True), ((3,), horizontal), ((2,), vertical), ((2, 3), horizontal and vertical))
@@ -460,7 +464,7 @@ def test_flipped_views_are_averaged_where_training_flips(make_model, horizontal,
     for name, found in maps_of(averaged, images).items():
         np.testing.assert_allclose(found, np.mean([view[name] for view in views], 0), atol=1e-4)
     assert np.ptp([each.score for each in averaged.detect(torch.cat([images[:1].flip(dims) for dims in flips]))]) < 1e-3
-    assert averaged.maps.map_flips and not plain.mirrored
+    assert averaged.settings.map_flips and not plain.mirrored
 
 
 def test_calibration_is_plain_arithmetic_on_the_given_images(make_model):
@@ -533,7 +537,7 @@ def test_the_pixel_threshold_is_where_drawn_defects_are_outlined_best(make_model
     assert found == dataclasses.replace(plain, pixel_threshold=found.pixel_threshold)
     # mere strips, on which nothing could be drawn
     assert calibrate(detector, good.split(4), windows, [(good, np.zeros_like(masks))]) == plain
-    detector.maps = detector.maps.replace(pixel_false_positives=0.02)
+    detector.settings = detector.settings.replace(pixel_false_positives=0.02)
     assert calibrate(detector, good.split(4), windows, rounds) == calibrate(detector, good.split(4), windows)
 
 
@@ -741,7 +745,7 @@ def test_a_bright_blob_is_found_where_it_is(make_model, backbone, skips):
 
 
 def contents_of(detector):
-    settings = {**as_dict(detector.model.settings), **as_dict(detector.maps), "image_size": 64, "resize": "letterbox"}
+    settings = {**as_dict(detector.settings), **as_dict(detector.model.settings), "resize": "letterbox"}
     settings["data_dir"] = "parts"
     return {"settings": settings, "model": detector.model.state_dict(), "calibration": detector.calibration.as_dict()}
 
@@ -750,7 +754,11 @@ def test_a_detector_comes_back_from_its_file_and_says_the_same(make_model, tmp_p
     detector = detector_of(make_model("efficientnet_lite0"))
     checkpoints.save_checkpoint(tmp_path / "a.pth", vae_model.KIND, contents_of(detector))
     loaded = defect_maps.load_detector(tmp_path / "a.pth")
-    assert (loaded.image_size, loaded.fitting, loaded.maps) == (64, "letterbox", PIXELS)
+    assert (loaded.image_size, loaded.fitting, from_dict(MapSettings, as_dict(loaded.settings))) == (
+        64,
+        "letterbox",
+        PIXELS,
+    )
     assert loaded.calibration == detector.calibration
     images = good_images(2, seed=4)
     for a, b in zip(loaded.detect(images), detector.detect(images), strict=True):

@@ -180,6 +180,6 @@ def test_a_photo_of_one_tile_gets_the_map_of_that_tile(tiled):
     detector = classify_images.load_detector(out / "models" / "best_model.pth")
     images = torch.rand(2, 3, 64, 64)
     names = list(detector.fused | detector.scored)
-    alone = dataclasses.replace(detector, settings={**detector.settings, "tile": False}).all_maps(images, names)
+    alone = dataclasses.replace(detector, settings=detector.settings.replace(tile=False)).all_maps(images, names)
     for name, maps in detector.all_maps(images, names).items():
         np.testing.assert_allclose(maps, alone[name], atol=1e-4)
