@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 from tqdm import tqdm
 
-from config import InputError, OptimiserSettings
+from config import InputError, OptimiserSettings, TrainClassifierSettings
 from streams import ahead
 
 LEAST_LOSS_SCALE = 2.0**-14
@@ -244,6 +244,14 @@ def train_epoch(
     return averages.means()
 
 
+def make_optimizer(
+    parameters: Iterable, settings: OptimiserSettings | TrainClassifierSettings, n_steps: int, warmup_frac: float = 0.1
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW on parameters, or groups of them, and its learning rate over so many steps, as ``warmup_cosine`` has it."""
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(n_steps, warmup_frac))
+
+
 def train_steps(
     part: nn.Module,
     data: TensorDataset,
@@ -262,10 +270,7 @@ def train_steps(
         loss_terms: maps the tensors of a batch, as float32, to a dict of scalar tensors with the key "total".
         title: of the progress bar.
     """
-    optimizer = torch.optim.AdamW(
-        part.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(n_steps))
+    optimizer, scheduler = make_optimizer(part.parameters(), settings, n_steps)
     n = n_steps * batch_size
     sampler = (
         RandomSampler(data, replacement=True, num_samples=n) if weights is None else WeightedRandomSampler(weights, n)

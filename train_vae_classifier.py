@@ -190,8 +190,7 @@ def train(run: Run) -> list[dict]:
 def make_optimizer(run: Run, n_steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW on ``run.model`` and its learning rate over so many steps."""
     s = run.settings
-    optimizer = torch.optim.AdamW(parameter_groups(run.model, s.weight_decay), lr=s.learning_rate, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(n_steps, s.warmup_frac))
+    return engine.make_optimizer(parameter_groups(run.model, s.weight_decay), s, n_steps, s.warmup_frac)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

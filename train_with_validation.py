@@ -227,7 +227,6 @@ def train(run: Run) -> list[dict]:
         DivergedError: a loss or its gradient is not finite, or no validation loss was.
     """
     s, runtime = run.settings, run.runtime
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
     loader = data_loader.training_loader(
         run.training,
         data_loader.EpochSampler(len(run.training), s.seed),
@@ -235,7 +234,7 @@ def train(run: Run) -> list[dict]:
         data_loader.resolve_num_workers(s.num_workers, runtime.device),
         runtime.pin_memory,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.warmup_cosine(run.epochs * len(loader)))
+    optimizer, scheduler = engine.make_optimizer(run.model.parameters(), s, run.epochs * len(loader))
     if s.resume:
         checkpoints.resume_training(run, optimizer, scheduler, run.out / LAST, KIND, MAY_DIFFER)
         if not has_ended(run):
