@@ -111,7 +111,7 @@ def read_series(path: str | Path) -> Series:
 
     Raises:
         SeriesError: unreadable, empty, header only, no numeric column but time, no number in it, one row, infinite or
-            constant.
+            constant, or cut at decimal commas.
     """
     layout = _sniff(path)
     table = _read_table(path, layout)
@@ -141,7 +141,7 @@ def _sniff(path: str | Path) -> _Layout:
     if not lines:
         raise SeriesError(path, "is empty; expected a column of numbers")
     numbers, lines = zip(*lines, strict=True)
-    return _table_layout(list(lines), list(numbers), encoding)
+    return _table_layout(path, list(lines), list(numbers), encoding)
 
 
 def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -175,8 +175,12 @@ def _encoding(head: bytes) -> str:
     return "utf-8"
 
 
-def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layout:
-    """The layout of non-blank lines that stand at those places in the file."""
+def _table_layout(path: str | Path, lines: list[str], numbers: list[int], encoding: str) -> _Layout:
+    """The layout of non-blank lines that stand at those places in the file.
+
+    Raises:
+        SeriesError: its numbers seem to be cut at decimal commas.
+    """
     separator = _separator(lines)
     rows = list(csv.reader(lines[:200], delimiter=separator))
     at = _header_row(rows)
@@ -185,6 +189,14 @@ def _table_layout(lines: list[str], numbers: list[int], encoding: str) -> _Layou
     if separator == "," and len(names) == 1 and '"' not in "".join(lines[1:]) and _splits_numbers(body):
         separator, body = "\t", [[",".join(row)] for row in body]  # one column, its commas are within numbers
     if names and body and all(len(row) == len(names) + 1 for row in body) and any(row[-1].strip() for row in body):
+        quoted = all(line.lstrip().startswith('"') for line in lines[at + 1 :])
+        if separator == "," and not quoted and _ends_in_decimals(body):
+            raise SeriesError(
+                path,
+                "has a field more than its header names in every row, as decimal commas in numbers such as "
+                f"{','.join(body[0][-2:])} make; expected decimal points, semicolons between the fields or a name for "
+                "each",
+            )
         names = ["", *names]  # R does not name the column of row names
     width = max(map(len, [names, *body]))
     return _Layout(encoding, separator, at is not None, names + [""] * (width - len(names)), skip_rows)
@@ -263,6 +275,20 @@ def _splits_numbers(body: list[list[str]]) -> bool:
     return any(
         all(re.fullmatch(rf"\s*[+-]?({kind})(e[+-]?\d+)?\s*", row, re.IGNORECASE) for row in several) for kind in kinds
     )
+
+
+def _ends_in_decimals(body: list[list[str]]) -> bool:
+    """Whether the last two fields of all rows may be one number each, cut at its decimal comma: a whole number, then as
+    many digits in all rows. No number has a decimal point, and a single digit is a 0 somewhere, in rows that are not
+    numbered from 1 as those of R are.
+    """
+    wholes, digits = ([_plain(row[i]).strip() for row in body] for i in (-2, -1))
+    widths = set(map(len, digits))
+    pointed = any("." in field and _is_number(field) for row in body for field in row)
+    if len(widths) > 1 or pointed or not all(re.fullmatch(r"[+-]?\d+", whole) for whole in wholes):
+        return False
+    numbered = [row[0].strip() for row in body] == [str(i + 1) for i in range(len(body))]
+    return all(map(str.isdecimal, digits)) and (max(widths) > 1 or ("0" in digits and not numbered))
 
 
 def _thousands(text: str, shapes: set[str]) -> str:

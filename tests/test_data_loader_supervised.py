@@ -311,6 +311,41 @@ def test_a_rising_line_alone_is_the_data(tmp_path):
     np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "0\n1\n2\n3\n")).values, [0, 1, 2, 3])
 
 
+CUT = {
+    "two decimals": "time,value\n0,20,00\n1,20,37\n2,20,74\n",
+    "two decimals, rows from 1": "nr,value\n1,20,37\n2,20,74\n3,21,11\n",
+    "one decimal": "time,value\n0,20,0\n1,20,5\n2,21,5\n",
+    "dates and negative numbers": "datum,wert\n01.01.2024,-0,1257\n02.01.2024,1,3050\n03.01.2024,-2,0049\n",
+    "an index without a name": ",value\n0,20,07\n1,20,37\n2,20,74\n",
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_numbers_cut_at_decimal_commas_are_refused(tmp_path, kind):
+    with pytest.raises(
+        series_plots.SeriesError, match=r"a field more than its header names .* decimal commas"
+    ) as caught:
+        series_plots.read_series(write(tmp_path, CUT[kind]))
+    first = CUT[kind].splitlines()[1].split(",", 1)[1]
+    assert f"such as {first} make; expected decimal points" in caught.value.reason
+
+
+ROW_NAMES = {
+    "quoted": '"a","b"\n"1",20,37\n"2",22,74\n"3",21,11\n',
+    "numbers of rows and digits": "a,b\n1,20,0\n2,22,1\n3,21,0\n",
+    "numbers of several widths": "a,b\n1,20,998\n2,22,1004\n3,21,1010\n",
+    "decimal points": "a,b\n1,20,0.25\n2,22,1.75\n3,21,0.50\n",
+    "decimal points elsewhere": "a,b,c,d\n1,20,1.5,7,37\n2,22,2.5,8,74\n3,21,0.5,9,11\n",
+    "words": "a,b\n1,20,up\n2,22,no\n3,21,up\n",
+}
+
+
+@pytest.mark.parametrize("kind", ROW_NAMES)
+def test_the_names_of_rows_that_r_writes_are_no_decimals(tmp_path, kind):
+    series = series_plots.read_series(write(tmp_path, ROW_NAMES[kind]))
+    assert (series.column, series.values.tolist()) == ("a", [20, 22, 21])
+
+
 BAD = {
     "empty": ("", "is empty"),
     "only spaces": (" \n\n", "is empty"),
