@@ -98,6 +98,11 @@ class _Layout(NamedTuple):
     names: list[str]  # as written, or empty strings without header
     skip_rows: int  # lines before the first row below the header
 
+    @property
+    def frees_commas(self) -> bool:
+        """Whether columns are separated by something else."""
+        return self.separator != "," and len(self.names) > 1
+
 
 def read_series(path: str | Path) -> Series:
     """The one series of a CSV file, by the rules of the data layout.
@@ -105,9 +110,10 @@ def read_series(path: str | Path) -> Series:
     With a header, the column called ``data`` or ``value``; else the first numeric column that is no time column (dates,
     a name such as ``time`` or ``t_s``, or first of several and rising all along; without a name also counting up or
     down). Comma, semicolon or tab; decimal commas where the separator allows them; thousands set apart, where that is
-    no decimal mark for sure in the column; UTF-8 with or without BOM, UTF-16, Latin-1. Comments and other lines above
-    the header are left out. Rows without a number are dropped and counted, of a file of one column empty lines, too,
-    but for those at its end. In a file without header, ``1,5`` is two numbers.
+    no decimal mark for sure in the column, or, between semicolons or tabs, where 1.023 and 1.107 stand below 950; UTF-8
+    with or without BOM, UTF-16, Latin-1. Comments and other lines above the header are left out. Rows without a number
+    are dropped and counted, of a file of one column empty lines, too, but for those at its end. In a file without
+    header, ``1,5`` is two numbers.
 
     Raises:
         SeriesError: unreadable, empty, header only, no numeric column but time, no number in it, one row, infinite or
@@ -115,7 +121,7 @@ def read_series(path: str | Path) -> Series:
     """
     layout = _sniff(path)
     table = _read_table(path, layout)
-    numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i]))
+    numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i], layout.frees_commas))
     column = _choose_column(path, table, numbers_of, layout)
     numbers = numbers_of(column)
     values = numbers[~np.isnan(numbers)]
@@ -291,20 +297,25 @@ def _ends_in_decimals(body: list[list[str]]) -> bool:
     return all(map(str.isdecimal, digits)) and (max(widths) > 1 or ("0" in digits and not numbered))
 
 
-def _thousands(text: str, shapes: set[str]) -> str:
+def _thousands(text: str, shapes: set[str], free_commas: bool) -> str:
     """The comma or point that sets thousands apart in a column; nothing where it may be a decimal mark, or is one of
     three points as in an address.
 
     Args:
         text: its fields, one a line.
         shapes: the different ones, with 1 for every digit.
+        free_commas: whether they separate no columns, and points alone may set thousands apart.
     """
+    small = {
+        ",": any(re.fullmatch(r"[+-]?1{1,3}", shape) for shape in shapes),
+        ".": free_commas and _are_points_of_thousands(text),
+    }
     for mark, decimal in ((",", "."), (".", ",")):
         holding = [
             shape for shape in shapes if mark in shape and re.fullmatch(r"[+-]?[1.,]+(e[+-]?1+)?", shape, re.IGNORECASE)
         ]
         sure = any(decimal in shape or (shape.count(mark) > 1 and shape.count(".") != 3) for shape in holding) or (
-            mark == "," and holding and any(re.fullmatch(r"[+-]?1{1,3}", shape) for shape in shapes)
+            small[mark] and holding
         )
         grouped = re.compile(rf"[+-]?1{{1,3}}({re.escape(mark)}111)+({re.escape(decimal)}1*)?")
         if (
@@ -314,6 +325,18 @@ def _thousands(text: str, shapes: set[str]) -> str:
         ):
             return mark
     return ""
+
+
+def _are_points_of_thousands(text: str) -> bool:
+    """Whether several fields have a point, none a comma, and of those without, the longest are numbers of three digits,
+    other than 999 for what is missing.
+    """
+    return (
+        "," not in text
+        and text.count(".") > 1
+        and bool(re.search(r"(?m)^[+-]?(?!999$)[1-9]\d\d$", text))
+        and not re.search(r"(?m)^[+-]?\d{4,}$", text)
+    )
 
 
 def _plain(text: str) -> str:
@@ -357,6 +380,25 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
     """Columns of numbers where all fields are, with decimal points and no mark of thousands, else of text as it is
     written.
     """
+    table = _read_columns(path, layout, {})
+    unsure = [i for i in table if layout.frees_commas and _may_be_thousands(table[i])]
+    return _read_columns(path, layout, dict.fromkeys(unsure, str)) if unsure else table
+
+
+def _may_be_thousands(column: pandas.Series) -> bool:
+    """Whether numbers are as read from whole ones of three digits and less, others with a point before the last three
+    digits.
+    """
+    if column.dtype != np.float64:
+        return False
+    sizes = column[column.notna()].abs().to_numpy()
+    whole, thousands = sizes == sizes.round(), sizes * 1000
+    return bool(
+        (sizes < 1000).all() and (sizes[whole] >= 100).any() and (np.abs(thousands - thousands.round()) < 1e-6).all()
+    )
+
+
+def _read_columns(path: str | Path, layout: _Layout, types: dict[int, type]) -> pandas.DataFrame:
     import pandas
 
     alone = len(layout.names) == 1  # an empty line is a row of it, unless it is the end
@@ -373,6 +415,7 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
             encoding=layout.encoding,
             encoding_errors="replace",
             skipinitialspace=True,
+            dtype=types,
             low_memory=False,  # else the type may change within a column
         )
     except pandas.errors.EmptyDataError:
@@ -381,8 +424,8 @@ def _read_table(path: str | Path, layout: _Layout) -> pandas.DataFrame:
         raise SeriesError(path, f"is no table ({' '.join(str(error).split()).rstrip('.')})") from None
 
 
-def _to_numbers(column: pandas.Series) -> np.ndarray:
-    """float64, NaN where there is no number."""
+def _to_numbers(column: pandas.Series, free_commas: bool) -> np.ndarray:
+    """float64, NaN where there is no number. ``free_commas``: none of them separates columns."""
     import pandas
 
     if pandas.api.types.is_bool_dtype(column):
@@ -390,7 +433,7 @@ def _to_numbers(column: pandas.Series) -> np.ndarray:
     if not pandas.api.types.is_numeric_dtype(column):
         text = _plain("\n".join([str(field).strip().replace("\n", " ") for field in column.fillna("").tolist()]))
         shapes = set(text.translate(ONES).split("\n"))
-        thousands = _thousands(text, shapes)
+        thousands = _thousands(text, shapes, free_commas)
         if thousands:
             text, shapes = text.replace(thousands, ""), {shape.replace(thousands, "") for shape in shapes}
         if not any(_is_number(shape, ",") for shape in shapes):

@@ -210,6 +210,11 @@ GROUPED = {
     + "".join(
         f"0{i + 1}.01.2024;{v:_.1f}\n".replace(".0\n", ",0\n").replace("_", ".") for i, v in enumerate(THOUSANDS)
     ),
+    "German beside small numbers": "Datum;Umsatz\n"
+    + "".join(f"{i};{v:_.0f}\n".replace("_", ".") for i, v in enumerate(THOUSANDS)),
+    "German with tabs and a gap": "Datum\tUmsatz\n"
+    + "".join(f"{i}\t{v:_.0f}\n".replace("_", ".") for i, v in enumerate(THOUSANDS))
+    + "5\t-\n",
     "Swiss": "value\n" + "".join(f"{v:_.2f}\n".replace("_", "'") for v in THOUSANDS),
     "typographer's Swiss": "t;wert\n"
     + "".join(f"{i};{v:_.2f}\n".replace("_", "\u2019") for i, v in enumerate(THOUSANDS)),
@@ -232,6 +237,7 @@ COUNTED = {
     "American": "t;count\n" + "".join(f"{i};{800 + i:,}\n" for i in range(400)),
     "American, one column": "count\n" + "".join(f"{800 + i:,}\n" for i in range(400)),
     "German": "t;wert\n" + "".join(f"{i};{800 + i:_},0\n".replace("_", ".") for i in range(400)),
+    "German, whole": "t;wert\n" + "".join(f"{i};{800 + i:_}\n".replace("_", ".") for i in range(400)),
 }
 
 
@@ -256,6 +262,16 @@ NOT_GROUPED = {
     "three decimals": ("value\n1,007\n0,992\n1,038\n", [1.007, 0.992, 1.038]),
     "three decimals beside an index": ("time;x\n0;1,007\n1;2,992\n2;1,038\n", [1.007, 2.992, 1.038]),
     "three decimals after a point": ("value\n1.007\n992\n1.038\n", [1.007, 992, 1.038]),
+    "points alone": ("t;x\n0;1.023\n1;12.250\n2;1.107\n", [1.023, 12.25, 1.107]),
+    "points and a first digit of 0": ("t;x\n0;1.023\n1;0.998\n2;950\n3;1.107\n", [1.023, 0.998, 950, 1.107]),
+    "points of one decimal": ("t;x\n0;1.023\n1;12.5\n2;950\n3;1.107\n", [1.023, 12.5, 950, 1.107]),
+    "points beside one digit": ("t;x\n0;1.023\n1;2\n2;1.107\n3;3\n", [1.023, 2, 1.107, 3]),
+    "points beside four digits": ("t;x\n0;1.023\n1;950\n2;1107\n3;1.250\n", [1.023, 950, 1107, 1.25]),
+    "points beside four digits and a word": ("t;x\n0;1.023\n1;950\n2;1107\n3;1.250\n4;x\n", [1.023, 950, 1107, 1.25]),
+    "points beside a comma": ("t;x\n0;1.023\n1;950\n2;0,5\n3;1.250\n", [1.023, 950, 0.5, 1.25]),
+    "points beside 999 for a gap": ("t;x\n0;1.023\n1;999\n2;1.107\n3;-999\n", [1.023, 999, 1.107, -999]),
+    "a single point": ("t;x\n0;950\n1;1.023\n2;870\n", [950, 1.023, 870]),
+    "points in a table of commas": ("t,x\n0,950\n1,1.023\n2,870\n3,1.107\n4,-x\n", [950, 1.023, 870, 1.107]),
     "addresses beside": ("host,value\n192.168.100.200,1.5\n192.168.100.201,2.5\n", [1.5, 2.5]),
     "points of thousands, decimal commas": (
         "value\n1.300,5\n950,25\n1.412,75\n1.380,1\n",
