@@ -91,8 +91,8 @@ def prepare_image(image: np.ndarray, image_size: int, crop_axes: bool) -> np.nda
 
 
 def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
-    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and a remark on rows that hold no number,
-    "" where all do.
+    """uint8 H x W x 3 RGB of an image file, or of the plot of a CSV series, and a remark on rows that hold no number
+    and on which of several columns was read, or "".
 
     Raises:
         ImageError, SeriesError: the file cannot be used; ``reason`` says why.
@@ -100,9 +100,15 @@ def read_plot(path: str | Path) -> tuple[np.ndarray, str]:
     if not str(path).lower().endswith(SERIES_SUFFIXES):
         return image_files.read_image(path), ""
     series = series_plots.read_series(path)
-    n_rows = len(series.values) + series.n_dropped
-    remark = f"{series.n_dropped} of {n_rows} rows hold no number" if series.n_dropped else ""
-    return series_plots.render_series(series.values), remark
+    return series_plots.render_series(series.values), _remark(series)
+
+
+def _remark(series: series_plots.Series) -> str:
+    column = series.column if series.column.startswith("column ") else f"column {series.column!r}"
+    clauses = [f"{column} of {series.n_columns} that could be the series was read"] if series.n_columns > 1 else []
+    if series.n_dropped:
+        clauses.append(f"{series.n_dropped} of {len(series.values) + series.n_dropped} rows hold no number")
+    return ", and ".join(clauses)
 
 
 class _Prepared(NamedTuple):

@@ -60,7 +60,7 @@ class Predicted(NamedTuple):
     reconstruction: Tensor | None = None  # (3, R, R) in [0, 1]
     mu: np.ndarray | None = None  # (D,)
     error: str = ""
-    note: str = ""  # what to know of it: rows of a CSV that hold no number
+    note: str = ""  # what to know of it: of a CSV, the column read, rows that hold no number
 
     @property
     def name(self) -> str:

@@ -86,6 +86,7 @@ class Series(NamedTuple):
     values: np.ndarray  # float64 (n,), finite, at least two, not all equal
     column: str  # its name, or "column 2" in a file without header
     n_dropped: int  # rows without a number
+    n_columns: int  # of numbers that could be the series; one where its name is data or value
 
 
 # ----------------------------------------------------------------------------------------- reading a CSV
@@ -122,12 +123,12 @@ def read_series(path: str | Path) -> Series:
     layout = _sniff(path)
     table = _read_table(path, layout)
     numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i], layout.frees_commas))
-    column = _choose_column(path, table, numbers_of, layout)
+    column, n_columns = _choose_column(path, table, numbers_of, layout)
     numbers = numbers_of(column)
     values = numbers[~np.isnan(numbers)]
     name = layout.names[column] or f"column {column + 1}"
     _check_values(path, values, name)
-    return Series(values, name, len(numbers) - len(values))
+    return Series(values, name, len(numbers) - len(values), n_columns)
 
 
 def _sniff(path: str | Path) -> _Layout:
@@ -444,7 +445,8 @@ def _to_numbers(column: pandas.Series, free_commas: bool) -> np.ndarray:
 
 def _choose_column(
     path: str | Path, table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], layout: _Layout
-) -> int:
+) -> tuple[int, int]:
+    """The place of the series, and of how many columns that could be it."""
     if not len(table):
         raise SeriesError(path, "holds a header and no rows; expected a column of numbers")
     names = [name.lower() for name in layout.names]
@@ -456,7 +458,7 @@ def _choose_column(
             path, f"holds no numeric column ({_columns(layout)}); expected one called data or value, or any of numbers"
         )
     if named:
-        return next((i for i in named if _looks_numeric(table.iloc[:, i], numbers_of(i))), named[0])
+        return next((i for i in named if _looks_numeric(table.iloc[:, i], numbers_of(i))), named[0]), 1
     others = [i for i in candidates if not (layout.header and _is_time(names[i]))]
     others = [i for i in others if not LABEL_NAME.match(names[i])] or others
     if not others:
@@ -465,8 +467,8 @@ def _choose_column(
             f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
         )
     if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
-        return others[1]
-    return others[0]
+        others = others[1:]
+    return others[0], len(others)
 
 
 def _is_time(name: str) -> bool:

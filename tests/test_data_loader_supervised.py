@@ -311,6 +311,25 @@ def test_rows_without_a_number_are_dropped_and_counted(tmp_path):
     assert (series.column, series.n_dropped) == ("data", 3)
 
 
+SEVERAL = {
+    "the first of prices": ("Date,Open,Close,Volume\n2024-01-01,1,2,7\n2024-01-02,2,1,9\n", "column 'Open' of 3"),
+    "without header": ("5,1.5,7\n3,2.5,9\n4,1.5,8\n", "column 1 of 3"),
+    "an index first": ("0,1.5,7\n1,2.5,9\n2,1.5,8\n", "column 2 of 2"),
+    "and a gap": ("t,a,b\n0,1.5,7\n1,,9\n2,1,8\n", "column 'a' of 2"),
+    "one called data": ("reading,data,b\n5,1.5,7\n3,2.5,9\n4,1.5,8\n", ""),
+    "one beside time and a label": ("t,flow,label\n0,1.5,0\n1,2.5,1\n2,1.5,0\n", ""),
+    "one beside a rising first": ("x,flow\n0,1.5\n1,2.5\n2,1.5\n", ""),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_remark_says_which_of_several_columns_was_read(tmp_path, kind):
+    text, which = SEVERAL[kind]
+    clauses = [f"{which} that could be the series was read"] if which else []
+    clauses += ["1 of 3 rows hold no number"] if "gap" in kind else []
+    assert loader.read_plot(write(tmp_path, text))[1] == ", and ".join(clauses)
+
+
 @pytest.mark.parametrize("header", ["", "data\n", "flow\n"])
 @pytest.mark.parametrize("end", ["", "\n", "\n\n  \n"])
 def test_empty_lines_of_a_lone_column_are_rows_without_a_number(tmp_path, header, end):
