@@ -85,7 +85,7 @@ class SeriesError(files.FileError):
 class Series(NamedTuple):
     values: np.ndarray  # float64 (n,), finite, at least two, not all equal
     column: str  # its name, or "column 2" in a file without header
-    n_dropped: int  # rows without a number
+    n_dropped: int  # rows without a number, and sums below the others
     n_columns: int  # of numbers that could be the series; one where its name is data or value
 
 
@@ -113,7 +113,8 @@ def read_series(path: str | Path) -> Series:
     down). Comma, semicolon or tab; decimal commas where the separator allows them; thousands set apart, where that is
     no decimal mark for sure in the column, or, between semicolons or tabs, where 1.023 and 1.107 stand below 950; UTF-8
     with or without BOM, UTF-16, Latin-1. Comments and other lines above the header are left out. Rows without a number
-    are dropped and counted, of a file of one column empty lines, too, but for those at its end. In a file without
+    are dropped and counted, of a file of one column empty lines, too, but for those at its end; so are the last rows
+    where their time is a word, such as ``Total``, and all others have numbers or time stamps there. In a file without
     header, ``1,5`` is two numbers.
 
     Raises:
@@ -125,7 +126,7 @@ def read_series(path: str | Path) -> Series:
     numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i], layout.frees_commas))
     column, n_columns = _choose_column(path, table, numbers_of, layout)
     numbers = numbers_of(column)
-    values = numbers[~np.isnan(numbers)]
+    values = numbers[_without_sums(table, numbers_of, column, layout)]
     name = layout.names[column] or f"column {column + 1}"
     _check_values(path, values, name)
     return Series(values, name, len(numbers) - len(values), n_columns)
@@ -270,6 +271,20 @@ def _kind(field: str) -> str:
     """What a field looks like: a number, a date or time of day, or text."""
     field = field.strip()
     return "number" if _is_number(field) or _is_number(field, ",") else "stamp" if field[:1].isdigit() else "text"
+
+
+def _is_word(field: object) -> bool:
+    """Whether a field is text with a letter, not a missing one.
+
+    >>> _is_word("Summe"), _is_word("-"), _is_word("none")
+    (True, False, False)
+    """
+    return (
+        isinstance(field, str)
+        and _kind(field) == "text"
+        and field.strip().lower() not in MISSING
+        and any(map(str.isalpha, field))
+    )
 
 
 def _splits_numbers(body: list[list[str]]) -> bool:
@@ -469,6 +484,27 @@ def _choose_column(
     if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
         others = others[1:]
     return others[0], len(others)
+
+
+def _without_sums(
+    table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], column: int, layout: _Layout
+) -> np.ndarray:
+    """The places of rows with a number in that column, int (n,), without the last ones whose time is a word unlike that
+    of all others.
+    """
+    places = np.flatnonzero(~np.isnan(numbers_of(column)))
+    for i, name in enumerate(layout.names):
+        named = layout.header and _is_time(name.lower())
+        if i == column or not (named or i == 0):
+            continue
+        times = table.iloc[places, i].tolist()
+        if [_is_word(time) for time in times[:1] + times[-1:]] != [False, True]:
+            continue
+        n_above = next(n for n in range(len(times), 0, -1) if not _is_word(times[n - 1]))
+        kinds = {_kind(time if isinstance(time, str) else "") for time in set(times[:n_above])}
+        if "text" not in kinds and (named or "stamp" in kinds or _rises(numbers_of(i)[places])):
+            return places[:n_above]
+    return places
 
 
 def _is_time(name: str) -> bool:

@@ -311,6 +311,44 @@ def test_rows_without_a_number_are_dropped_and_counted(tmp_path):
     assert (series.column, series.n_dropped) == ("data", 3)
 
 
+SUMS = {
+    "dates": ("Datum;Wert\n", "0{i}.01.2024;{v}\n", "Summe;2,75\n", 1),
+    "a mean, too, below an empty line": ("Datum;Wert\n", "0{i}.01.2024;{v}\n", "\nMittel;0,6875\nSumme;2,75\n", 2),
+    "no header": ("", "0{i}.01.2024;{v}\n", "Summe;2,75\n", 1),
+    "numbers called time": ("t;y\n", "7;{v}\n", "Total;2,75\n", 1),
+    "rising numbers of any name": ("counter;u\n", "1{i};{v}\n", "Total;2,75\n", 1),
+    "time behind": ("value;time\n", "{v};0{i}:00\n", "2,75;Summe\n", 1),
+    "a gap above": ("Datum;Wert\n", "0{i}.01.2024;{v}\n", ";\nSumme;2,75\n", 2),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_below_are_dropped_and_counted(tmp_path, kind):
+    header, row, below, n_dropped = SUMS[kind]
+    rows = "".join(row.format(i=i, v=str(v).replace(".", ",")) for i, v in enumerate(NUMBERS))
+    series = series_plots.read_series(write(tmp_path, header + rows + below))
+    assert (series.values.tolist(), series.n_dropped) == (NUMBERS, n_dropped)
+
+
+NO_SUMS = {
+    "words above": "Tag;Wert\nMo;1\nDi;3\nSumme;4\n",
+    "a word above": "Datum;Wert\n01.01.2024;1\nheute;3\n02.01.2024;2\nSumme;4\n",
+    "no time": "reading;data\n5;1\n3;3\nerr;4\n",
+    "a remark": "t;value;remark\n0;1;7\n1;3;8\n2;4;end\n",
+    "no letter": "t;value\n0;1\n1;3\n...;4\n",
+    "none": "t;value\n0;1\n1;3\nNONE;4\n",
+    "nothing": "t;value\n0;1\n1;3\n;4\n",
+    "a gap above": "t;value\n0;1\n;3\nSumme;4\n",
+    "words alone": "t;value\nSumme;1\nMittel;4\n",
+}
+
+
+@pytest.mark.parametrize("kind", NO_SUMS)
+def test_rows_are_no_sums_for_want_of_a_time_alone(tmp_path, kind):
+    series = series_plots.read_series(write(tmp_path, NO_SUMS[kind]))
+    assert (series.values[0], series.values[-1], series.n_dropped) == (1, 4, 0)
+
+
 SEVERAL = {
     "the first of prices": ("Date,Open,Close,Volume\n2024-01-01,1,2,7\n2024-01-02,2,1,9\n", "column 'Open' of 3"),
     "without header": ("5,1.5,7\n3,2.5,9\n4,1.5,8\n", "column 1 of 3"),
