@@ -23,6 +23,7 @@ from tqdm import tqdm
 import engine
 from config import TrainSettings
 from data_loader import GoodImages
+from layers import fold_layers
 from vae_model import (
     FEATURE_STRIDE,
     DetailLoss,
@@ -31,7 +32,6 @@ from vae_model import (
     crop_windows,
     cut,
     feature_surprise,
-    fold_layers,
     sound_places,
 )
 

@@ -28,6 +28,7 @@ from coresets import nearest_squares, rows_of
 from data_loader import assert_images, flip_axes
 from engine import Runtime, make_runtime
 from evaluation import best_pixel_threshold, count_pixels, ssim_map
+from layers import fold_layers
 from perceptual_loss import PerceptualLoss, weights_here
 from tiles import Blend, tile_corners, window
 from vae_model import (
@@ -36,7 +37,6 @@ from vae_model import (
     DetailVAE,
     assert_sides,
     detail_vae_from_checkpoint,
-    fold_layers,
     resized,
     tap_roots,
 )

@@ -26,7 +26,8 @@ import engine
 import files
 import image_folders
 import plots
-from vae_model import BEST, KIND, LAST, DetailLoss, DetailVAE, FeatureCache, fold_layers
+from layers import fold_layers
+from vae_model import BEST, KIND, LAST, DetailLoss, DetailVAE, FeatureCache
 
 N_PICTURED = 4
 """Images in one reconstruction picture."""

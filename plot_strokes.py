@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_model import LOGVAR_RANGE
+from layers import LOGVAR_RANGE
 
 PROFILE_INK = 0.2  # grid lines, 0.1 dark, are no trace
 PROFILE_FEATURES = 6

@@ -32,9 +32,9 @@ from config import (
 from data_loader import assert_images, flip_axes
 from engine import resolve_device
 from evaluation import ssim_map
+from layers import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence, reparameterise
 from plot_calibration import ClassifierCalibration, Encoded, picture_statistics
 from plot_strokes import PROFILE_FEATURES, DetailEncoder, Gaussian, PlotDecoder, column_profile, ink_of
-from vae_model import LOGVAR_RANGE, Down, conv_norm, fold_layers, kl_divergence, reparameterise
 
 KIND = "vae_classifier"
 BEST, LAST = Path("vae_models") / "best_vae_classifier.pth", Path("vae_models") / "last_vae_classifier.pth"

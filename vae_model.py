@@ -13,14 +13,12 @@ that no other part learns from outlines defects, from all that the model sees an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoints import load_checkpoint, load_weights, reading_contents
 from config import LossSettings, ModelSettings, from_dict
@@ -28,6 +26,15 @@ from coresets import ROWS_AT_ONCE, cell_means, farthest_points, sample_rows
 from data_loader import assert_images
 from engine import DivergedError, resolve_device
 from evaluation import mae, mse
+from layers import (
+    BATCH_NORM_MOMENTUM,
+    LOGVAR_RANGE,
+    Down,
+    ResidualBlock,
+    conv_norm,
+    kl_divergence,
+    reparameterise,
+)
 from perceptual_loss import load_backbone, weights_here
 
 KIND = "detail_vae"
@@ -35,11 +42,8 @@ BEST, LAST = Path("models") / "best_model.pth", Path("models") / "last.pth"
 """Checkpoints that training leaves under its output folder: for inference, and to go on from."""
 SIDE_MULTIPLE_PX = 32
 """Sides that the model takes: it halves them five times."""
-LOGVAR_RANGE = (-8.0, 8.0)
 LATENT_TERMS = ("kl", "kl_detail", "feature", "feature_nll")
 """Terms of the loss that the pixel branch has no part in."""
-BATCH_NORM_MOMENTUM = 0.05
-"""Small, because a step sees few images (Ioffe & Szegedy 2015 leave it open; torch takes 0.1)."""
 GATE_LEVEL = 0.95
 """Surprise at which every skip is half shut; good places lie near log(2) = 0.69."""
 GATE_SHARPNESS = 8.0
@@ -101,34 +105,6 @@ class DetailOutput(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- blocks
-
-
-def conv_norm(n_in: int, n_out: int, kernel: int = 3, stride: int | tuple[int, int] = 1) -> nn.Sequential:
-    """Convolution and batch normalisation; the bias is left to the normalisation."""
-    return nn.Sequential(
-        nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(n_out, momentum=BATCH_NORM_MOMENTUM),
-    )
-
-
-class ResidualBlock(nn.Module):
-    """x + F(x) with two 3x3 convolutions (He et al. 2016), identity at initialisation."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = conv_norm(channels, channels)
-        self.second = conv_norm(channels, channels)
-        nn.init.zeros_(self.second[1].weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + self.second(F.silu(self.first(x))))
-
-
-class Down(nn.Sequential):
-    """Halve the resolution, then one residual block."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(conv_norm(n_in, n_out, 3, 2), nn.SiLU(), ResidualBlock(n_out))
 
 
 class Up(nn.Module):
@@ -555,13 +531,6 @@ def assert_sides(images: Tensor) -> Tensor:
     return images
 
 
-def reparameterise(mu: Tensor, logvar: Tensor, training: bool) -> Tensor:
-    """A sample of N(mu, exp(logvar)) in training (Kingma & Welling 2014, section 2.4), the mean otherwise; the shape of
-    both.
-    """
-    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) if training else mu
-
-
 def _coordinates(like: Tensor) -> Tensor:
     """Normalised (y, x) in [-1, 1] for every place of a map, (B, 2, h, w): a convolution alone has no place."""
     batch, _, height, width = like.shape
@@ -609,23 +578,6 @@ def tap_roots(deviation: Tensor, tap_channels: Sequence[int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ loss
-
-
-def kl_divergence(mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """KL(N(mu, exp(logvar)) || prior) in nats, mean over all latent variables of the batch.
-
-    The prior is N(0, 1), or normal with the mean and log-variance given.
-
-    Kingma & Welling 2014, appendix B, for the standard normal: -1/2 (1 + logvar - mu^2 - exp(logvar)), divided by the
-    number of variables, so that one weight serves every latent size and image size.
-
-    >>> round(kl_divergence(torch.ones(1, 4), torch.zeros(1, 4)).item(), 6)
-    0.5
-    """
-    if prior is not None:
-        # both shifted and scaled alike, the prior becomes N(0, 1) and the divergence stays
-        mu, logvar = (mu - prior[0]) * torch.exp(-0.5 * prior[1]), logvar - prior[1]
-    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
 
 def gaussian_nll(squared_error: Tensor, logvar: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -906,29 +858,6 @@ class FeatureCache:
 
 
 # --------------------------------------------------------------------------------------- from a file
-
-
-@torch.no_grad()
-def fold_layers(model: nn.Module) -> nn.Module:
-    """The model with every normalisation and every ``PixelUnshuffle`` folded into the convolution beside it: the same
-    outputs sooner, no more training.
-    """
-    for module in model.eval().modules():
-        if isinstance(module, nn.Sequential):
-            for at, (first, second) in enumerate(pairwise(module)):
-                if isinstance(first, nn.PixelUnshuffle):
-                    module[at], second[0] = nn.Identity(), _strided(second[0], first.downscale_factor)
-                if isinstance(first, (nn.Conv1d, nn.Conv2d)) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                    module[at], module[at + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
-    return model
-
-
-def _strided(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
-    """What a convolution without bias does after ``PixelUnshuffle(factor)``, as one with a stride."""
-    kernel = F.pixel_shuffle(conv.weight, factor)
-    folded = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:], factor, factor * conv.padding[0], bias=False)
-    folded.weight = nn.Parameter(kernel)
-    return folded.eval()
 
 
 def detail_vae_from_checkpoint(contents: dict, path: Path | str) -> DetailVAE:

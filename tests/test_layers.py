@@ -20,6 +20,7 @@ LEVELS = {
     "drawn_defects": 0,
     "evaluation": 0,
     "files": 0,
+    "layers": 0,
     "plots": 0,
     "scripts": 0,
     "engine": 1,
@@ -59,7 +60,6 @@ SAME_LEVEL = {
     ("files", "config"),
     ("scripts", "config"),
     ("defect_maps", "vae_model"),
-    ("plot_strokes", "vae_model"),
     ("plot_calibration", "plot_strokes"),
 }
 """Arrows within a level, each named here, so that a new one is a decision; together they have no circle."""

@@ -15,6 +15,7 @@ from torch import distributions
 import checkpoints
 import coresets
 import engine
+import layers
 import vae_model
 from config import InputError, LossSettings, as_dict
 from vae_model import (
@@ -139,10 +140,10 @@ def test_the_head_sees_the_features_of_each_image_for_itself(make_model):
 
 def test_the_sample_has_the_mean_and_spread_it_was_given():
     mu, logvar = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.0, -2.0, 1.0])
-    draws = vae_model.reparameterise(mu.expand(40_000, 3), logvar.expand(40_000, 3), training=True)
+    draws = layers.reparameterise(mu.expand(40_000, 3), logvar.expand(40_000, 3), training=True)
     torch.testing.assert_close(draws.mean(0), mu, atol=0.03, rtol=0)
     torch.testing.assert_close(draws.std(0), torch.exp(0.5 * logvar), atol=0, rtol=0.02)
-    assert torch.equal(vae_model.reparameterise(mu, logvar, training=False), mu)
+    assert torch.equal(layers.reparameterise(mu, logvar, training=False), mu)
 
 
 # ------------------------------------------------------------------------------------ shapes, chance, gradients
@@ -307,7 +308,7 @@ def test_a_model_with_folded_norms_says_the_same_with_fewer_layers(make_model):
     model, images = shake(make_model("efficientnet_lite0")).eval(), smooth_images(2)
     before = model.describe(images)
     n_norms = sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules())
-    after = vae_model.fold_layers(model).describe(images)
+    after = layers.fold_layers(model).describe(images)
     assert sum(isinstance(each, torch.nn.BatchNorm2d) for each in model.modules()) < 0.2 * n_norms
     assert not any(isinstance(each, torch.nn.PixelUnshuffle) for each in model.modules())
     torch.testing.assert_close(after.defect_logits, before.defect_logits, atol=1e-4, rtol=1e-4)
