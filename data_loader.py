@@ -25,7 +25,17 @@ import config
 import drawn_defects
 import files
 import scripts
-from image_files import ImageError, fit_image, fit_mask, picture_window, read_defects, read_image, write_png
+from image_files import (
+    UNREAD_SUFFIXES,
+    ImageError,
+    fit_image,
+    fit_mask,
+    picture_window,
+    read_defects,
+    read_image,
+    unread_reason,
+    write_png,
+)
 from image_folders import REPORT_NAME, MVTecFolder, files_under, find_images, kept_rows
 from streams import ahead
 from tiles import tile_corners, window
@@ -473,7 +483,7 @@ def preprocess(
             fewer than 3 good images could be read.
     """
     source, out = _source_and_out(settings)
-    jobs, warnings = _plan(source, settings)
+    jobs, unread, warnings = _plan(source, settings)
     made_with = {"image_size": settings.image_size, "resize": settings.resize}
     valid, warnings_of_others = _made_before(out, str(source), made_with, {job.output for job in jobs})
     report = {
@@ -496,6 +506,7 @@ def preprocess(
         _save_report(out, report, valid)
     for row in report["skipped"]:  # of a source that has become unreadable
         (out / row["output"]).unlink(missing_ok=True)
+    report["skipped"] += [{"source": str(path), "reason": unread_reason(path)} for path in unread]
     report["counts"] = _count(report)
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
@@ -556,8 +567,8 @@ def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
     return source, out
 
 
-def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[str]]:
-    """Which file becomes which: images first, then the masks named after them."""
+def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[Path], list[str]]:
+    """Which file becomes which: images first, then the masks named after them; pictures that are not read; warnings."""
     folder = MVTecFolder(source, bad_dir=settings.bad_dir)
     if settings.bad_dir:
         _check_bad_dir(Path(settings.bad_dir), folder)
@@ -569,7 +580,8 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
             below = outputs[item.path].removeprefix("test/").removesuffix(".png")
             size = folder.letterboxed.get(item.path)
             jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path, size))
-    return jobs, folder.warnings
+    unread_bad = files_under(Path(settings.bad_dir), suffixes=UNREAD_SUFFIXES) if settings.bad_dir else []
+    return jobs, folder.unread + unread_bad, folder.warnings
 
 
 def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:
@@ -657,7 +669,7 @@ def _run_job(job: _Job, out: Path, settings: config.PreprocessSettings, valid: d
 
 def _save_report(out: Path, report: dict, valid: dict) -> None:
     """Rows of an earlier run that were not reached yet stay known."""
-    reached = {row["output"] for row in (*report["kept"], *report["skipped"])}
+    reached = {row.get("output") for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
     files.write_json(out / REPORT_NAME, {**report, "kept": report["kept"] + later})
 

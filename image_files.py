@@ -20,6 +20,10 @@ MAX_PIXELS = 89_000_000  # just below the size from which Pillow warns of a deco
 FAINTEST_LABEL = 32
 """Of masks of several levels, of 255: what is darker may be noise."""
 LETTERBOX_GREY = 128
+_PHONE_SUFFIXES = (".heic", ".heif", ".hif", ".jxl")
+_RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".sr2", ".srw")
+UNREAD_SUFFIXES = _PHONE_SUFFIXES + _RAW_SUFFIXES
+"""Pictures as telephones and cameras store them that no decoder here reads; of raw ones it would take the thumbnail."""
 _TIFF_BITS, _TIFF_COMPRESSION, _TIFF_ZERO, _TIFF_PLANES = 258, 259, 262, 284
 """Tags: bits of each sample, 1 for no compression, 0 where 0 is white, 2 where colours lie apart."""
 _EXIF_ORIENTATION = 0x0112
@@ -38,15 +42,17 @@ class ImageError(files.FileError):
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The image as uint8 H x W x 3 RGB, whatever its format.
+    """The image as uint8 H x W x 3 RGB, whatever its format, but for those of UNREAD_SUFFIXES.
 
     Grey, palette and CMYK become RGB, 16 bits are scaled to 8, alpha is laid on white, the EXIF orientation is
     applied, of several frames the first is taken.
 
     Raises:
-        ImageError: empty, damaged, no image, over MAX_PIXELS, a side below MIN_SIDE_PX or an aspect ratio
-            beyond MAX_ASPECT.
+        ImageError: of UNREAD_SUFFIXES, empty, damaged, no image, over MAX_PIXELS, a side below MIN_SIDE_PX or an
+            aspect ratio beyond MAX_ASPECT.
     """
+    if reason := unread_reason(path):
+        raise ImageError(path, reason)
     data = _read_bytes(path)
     size = _plain_size(data)
     if size:
@@ -55,6 +61,14 @@ def read_image(path: str | Path) -> np.ndarray:
         if pixels is not None and pixels.shape[:2] == size:
             return pixels
     return _decode(path, data, _to_rgb, _check_size)
+
+
+def unread_reason(path: str | Path) -> str:
+    """What ``read_image`` says is wrong with a picture of UNREAD_SUFFIXES; "" for other files."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in UNREAD_SUFFIXES:
+        return ""
+    return f"is a picture in {suffix[1:].upper()} format, which is not read; expected it exported as JPEG or PNG"
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -67,7 +81,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         ImageError: empty, damaged or no image.
     """
     values = _decode(path, _read_bytes(path), _mask_values, _check_bomb)
-    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp")
+    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".jp2")
     bright = values > (127 if lossy or values.max() > 127 else 0)
     return bright if lossy else bright | _faint_labels(values, bright)
 

@@ -14,9 +14,9 @@ import numpy as np
 
 import config
 import files
-from image_files import ImageError, fit_mask, read_defects
+from image_files import UNREAD_SUFFIXES, ImageError, fit_mask, read_defects
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif", ".gif", ".jp2", ".avif")
 REPORT_NAME = "preprocess_report.json"
 
 
@@ -43,8 +43,8 @@ def is_readable_kind(path: Path) -> bool:
 
 
 def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
-    """Images as ``find_files`` finds them, sorted."""
-    return sorted(find_files(inputs, outputs), key=lambda path: path.as_posix())
+    """Images as ``find_files`` finds them, sorted; those of UNREAD_SUFFIXES too, whose reader says what is wrong."""
+    return sorted(find_files(inputs, outputs, IMAGE_SUFFIXES + UNREAD_SUFFIXES), key=lambda path: path.as_posix())
 
 
 def find_files(
@@ -81,7 +81,7 @@ def find_files(
     if not found:
         raise config.InputError(
             f"No {what} found in {', '.join(map(str, inputs)) or 'an empty list'}; expected files ending in "
-            f"{', '.join(suffixes)}."
+            f"{', '.join(suffix for suffix in suffixes if suffix not in UNREAD_SUFFIXES)}."
         )
     return list(found.values())
 
@@ -108,8 +108,12 @@ def _expand(given: str | Path, suffixes: tuple[str, ...], what: str) -> list[Pat
 
 def is_flat(root: Path) -> bool:
     """Whether a folder is one of good images, without train/good and test/."""
-    sorted_out = (root / "train" / "good").is_dir() or (root / "test").is_dir()
-    return not sorted_out and bool(files_under(root, deep=False))
+    return not _is_sorted_out(root) and bool(files_under(root, deep=False))
+
+
+def _is_sorted_out(root: Path) -> bool:
+    """Whether a folder has the MVTec layout's train/good or test/."""
+    return (root / "train" / "good").is_dir() or (root / "test").is_dir()
 
 
 class MVTecItem(NamedTuple):
@@ -129,6 +133,7 @@ class MVTecFolder:
             them out.
         test: MVTecItem(path, category, mask_paths), sorted by category and path.
         categories: names of the test folders that hold images, "good" first.
+        unread: pictures of UNREAD_SUFFIXES where images are looked for, which are left out.
         letterboxed: height and width before ``data_loader.preprocess`` of images in whose files it drew grey bars.
         warnings: sentences on what looks wrong but does not stop the work.
 
@@ -155,16 +160,22 @@ class MVTecFolder:
         self.test = [] if self.flat else self._find_test()
         if self.flat:
             self._warn_of_deeper(bad_dir)
+        self.unread = self._find_unread()
         self.categories = sorted({item.category for item in self.test}, key=lambda name: (name != "good", name))
         self.letterboxed = _letterboxed(self.root)
         self._check(good, require_train)
 
     def _check(self, good: Path, require_train: bool) -> None:
+        unread = f" {len(self.unread)} picture(s) there are in formats that are not read." if self.unread else ""
         if require_train and not self.flat and not good.is_dir():
-            raise config.InputError(f"{self.root} has no folder train/good; expected the good training images there.")
+            raise config.InputError(
+                f"{self.root} has no folder train/good; expected the good training images there.{unread}"
+            )
         if require_train and len(self.train_good) < 3:
             where = self.root if self.flat else good
-            raise config.InputError(f"{where} holds {len(self.train_good)} image(s); expected 3 or more good ones.")
+            raise config.InputError(
+                f"{where} holds {len(self.train_good)} image(s); expected 3 or more good ones.{unread}"
+            )
         if not require_train:
             self.require_test()
 
@@ -185,6 +196,20 @@ class MVTecFolder:
                 f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of "
                 "defect."
             )
+
+    def _find_unread(self) -> list[Path]:
+        if _is_sorted_out(self.root):
+            parts = [self.root / "train" / "good", self.root / "validation" / "good", self.root / "test"]
+            unread = [path for part in parts for path in files_under(part, suffixes=UNREAD_SUFFIXES)]
+        else:
+            unread = files_under(self.root, deep=False, suffixes=UNREAD_SUFFIXES)
+        if unread:
+            self.warnings.append(
+                f"{self.root} holds {len(unread)} picture(s) in formats that are not read "
+                f"({self.relative(unread[0])}{', ...' if unread[1:] else ''}); they are left out, expected them "
+                "exported as JPEG or PNG."
+            )
+        return unread
 
     def _find_validation(self) -> list[Path]:
         folder = self.root / "validation" / "good"

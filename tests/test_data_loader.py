@@ -544,6 +544,22 @@ def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "absent"))
 
 
+def test_pictures_of_kinds_that_are_not_read_are_skipped_and_change_nothing_else(tmp_path):
+    raw, bad = tmp_path / "raw", tmp_path / "bad"
+    for i in range(8):
+        save(raw / f"{i}.png", picture(seed=i))
+    save(bad / "0.png", picture(seed=50))
+    before = prepare(raw, tmp_path / "out", bad_dir=str(bad))
+    unread = [save(raw / "3.HEIC", format="JPEG"), save(bad / "deep" / "x.dng", format="JPEG")]
+    for _ in range(2):
+        report = prepare(raw, tmp_path / "out", bad_dir=str(bad))
+        assert report["kept"] == before["kept"] and report["counts"] == {**before["counts"], "skipped": 2}
+        assert [row["source"] for row in report["skipped"]] == list(map(str, unread))
+        assert report["skipped"][1]["reason"].startswith("is a picture in DNG format, which is not read; expected")
+        assert json.loads((tmp_path / "out" / image_folders.REPORT_NAME).read_text()) == report
+    assert "3.HEIC is a picture in HEIC format" in run(raw, "--out", tmp_path / "out", "--image-size", 64).stderr
+
+
 def test_defective_images_beside_a_flat_source_are_a_folder_of_their_own(tmp_path):
     flat = tmp_path / "all" / "good"
     for i in range(5):

@@ -192,6 +192,28 @@ def test_the_limits_of_shape_are_inclusive(tmp_path):
         image_files.read_image(save(tmp_path / "b.png", np.zeros((8, 401, 3), np.uint8)))
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "off"),
+    [("a.jfif", "JPEG", 2), ("a.GIF", "GIF", 4), ("a.jp2", "JPEG2000", 0), ("a.avif", "AVIF", 3)],
+)
+def test_pictures_of_rarer_kinds_are_found_and_read(tmp_path, name, format, off):
+    path = save(tmp_path / name, format=format)
+    assert image_folders.files_under(tmp_path) == [path]
+    assert np.abs(image_files.read_image(path) - picture().astype(float)).mean() <= off
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.HEIC", "HEIC"), ("b.dng", "DNG"), ("c.Arw", "ARW"), ("d.heif", "HEIF")])
+def test_pictures_of_kinds_that_are_not_read_are_found_and_refused(tmp_path, name, kind):
+    path = save(tmp_path / name, format="TIFF")  # as the thumbnail in a raw photograph
+    assert image_folders.find_images(tmp_path) == image_folders.find_images(str(tmp_path / "*")) == [path]
+    assert image_folders.files_under(tmp_path) == []
+    with pytest.raises(
+        image_files.ImageError,
+        match=f"{name} is a picture in {kind} format, which is not read; expected it exported as JPEG or PNG.",
+    ):
+        image_files.read_image(path)
+
+
 @pytest.mark.parametrize("name", ["a b.png", 'it\'s "so".png', "деталь №5.png", "部品.png", "[x]*.png", "-n.png"])
 def test_any_file_name(tmp_path, name):
     path = save(tmp_path / name)

@@ -191,6 +191,27 @@ def test_flat_folder(tmp_path):
     assert data.warnings == [f"{tmp_path} holds 1 image(s) in folders below it; they are left out."]
 
 
+def test_pictures_of_kinds_that_are_not_read_are_counted_once(tmp_path):
+    make_set(tmp_path / "set")
+    for name in ("train/good/b.HEIC", "train/good/day/a.nef", "test/good/c.dng", "d.heic"):
+        save(tmp_path / "set" / name, format="JPEG")
+    data = image_folders.MVTecFolder(tmp_path / "set")
+    assert [path.name for path in data.unread] == ["b.HEIC", "a.nef", "c.dng"] and len(data.train_good) == 6
+    assert data.warnings == [
+        f"{tmp_path / 'set'} holds 3 picture(s) in formats that are not read (train/good/b.HEIC, ...); they are left "
+        "out, expected them exported as JPEG or PNG."
+    ]
+    flat = tmp_path / "flat"
+    save(flat / "a.heic", format="JPEG")
+    with pytest.raises(config.InputError, match=r"no folder train/good.* 1 picture\(s\) there are in formats that are"):
+        image_folders.MVTecFolder(flat)
+    save(flat / "a.jpg")
+    with pytest.raises(config.InputError, match=r"holds 1 image.* 1 picture\(s\) there are in formats that are not"):
+        image_folders.MVTecFolder(flat)
+    save(flat / "b.jpg"), save(flat / "c.jpg"), save(flat / "deep" / "d.heic", format="JPEG")
+    assert "holds 1 picture(s) in formats that are not read (a.heic);" in image_folders.MVTecFolder(flat).warnings[0]
+
+
 def test_unusable_data_folders(tmp_path):
     with pytest.raises(config.InputError, match="does not exist; expected"):
         image_folders.MVTecFolder(tmp_path / "absent")

@@ -399,6 +399,7 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
     cv2.imwrite(str(photos / "white.png"), white)
     (photos / "text.png").write_text("no picture")
     (photos / "empty.png").write_bytes(b"")
+    (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     settings = config.ClassifySettings(
         images=(str(photos),),
         model=str(trained / "models" / "best_model.pth"),
@@ -411,15 +412,17 @@ def test_classify_writes_rows_overlays_and_reasons(data, trained, tmp_path, caps
         Path(row["image"]).name: row
         for row in csv.DictReader((tmp_path / "classification_results" / "results.csv").open(encoding="utf-8"))
     }
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert {name for name, row in rows.items() if row["label"] == "error" and row["reason"]} == {
         "text.png",
         "empty.png",
+        "IMG_1.HEIC",
     }
+    assert rows["IMG_1.HEIC"]["reason"].startswith("is a picture in HEIC format, which is not read; expected")
     assert rows["white.png"]["label"] == "defective"
     overlays = [path.name for path in (tmp_path / "classification_results" / "overlays").iterdir()]
     assert any("white" in name for name in overlays)
-    assert "2 unreadable" in capsys.readouterr().out
+    assert "3 unreadable" in capsys.readouterr().out
 
 
 def test_an_overlay_longer_than_jpeg_holds_is_made_smaller(trained, tmp_path, monkeypatch):
