@@ -166,11 +166,13 @@ class MVTecFolder:
         self._check(good, require_train)
 
     def _check(self, good: Path, require_train: bool) -> None:
-        unread = f" {len(self.unread)} picture(s) there are in formats that are not read." if self.unread else ""
+        unread = (
+            f" {len(self.unread)} picture(s) there are in formats that are not read; expected JPEG or PNG."
+            if self.unread
+            else ""
+        )
         if require_train and not self.flat and not good.is_dir():
-            raise config.InputError(
-                f"{self.root} has no folder train/good; expected the good training images there.{unread}"
-            )
+            raise config.InputError(f"{self.root} has no folder train/good{self._instead_of_train_good()}{unread}")
         if require_train and len(self.train_good) < 3:
             where = self.root if self.flat else good
             raise config.InputError(
@@ -178,6 +180,16 @@ class MVTecFolder:
             )
         if not require_train:
             self.require_test()
+
+    def _instead_of_train_good(self) -> str:
+        """What there is in a folder without train/good, and what was expected, as the end of a sentence."""
+        n_folders = 0 if _is_sorted_out(self.root) else len({path.parent for path in files_under(self.root)})
+        if not n_folders:
+            return "; expected the good training images there."
+        return (
+            f", but {n_folders} sub-folder(s) that hold images; put them into train/good, where sub-folders are kept, "
+            "or all into one folder."
+        )
 
     def split(self, good: Sequence[Path], holdout_frac: float, seed: int) -> tuple[list[Path], list[Path]]:
         """Good images of train/good as (training, held out): all of them and what lies in validation/good, or, where

@@ -218,8 +218,12 @@ def test_unusable_data_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(config.InputError, match="no folder train/good"):
         image_folders.MVTecFolder(tmp_path / "empty")
+    for name in ("1/a.png", "2/a.png", "2/b.png", "3/noon/a.png", ".hidden/a.png"):
+        save(tmp_path / "days" / name)
+    with pytest.raises(config.InputError, match=r"train/good, but 3 sub-folder\(s\) that hold images; put them into"):
+        image_folders.MVTecFolder(tmp_path / "days")
     save(tmp_path / "only_test" / "test" / "good" / "0.png")
-    with pytest.raises(config.InputError, match="no folder train/good"):
+    with pytest.raises(config.InputError, match=r"no folder train/good; expected the good training images there\.$"):
         image_folders.MVTecFolder(tmp_path / "only_test")
     assert len(image_folders.MVTecFolder(tmp_path / "only_test", require_train=False).test) == 1
     for n in (1, 2):
