@@ -36,7 +36,7 @@ from image_files import (
     unread_reason,
     write_png,
 )
-from image_folders import REPORT_NAME, MVTecFolder, files_under, find_images, kept_rows
+from image_folders import REPORT_NAME, MVTecFolder, drawn_copies, files_under, find_images, first_copies, kept_rows
 from streams import ahead
 from tiles import tile_corners, window
 
@@ -606,8 +606,14 @@ def _place_mvtec(folder: MVTecFolder) -> dict[Path, str]:
 
 def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dict[Path, str]:
     good = folder.train_good
-    n_test = min(round(settings.test_frac * len(good)), len(good) - 3)
-    test = set(np.random.default_rng(settings.seed).permutation(len(good))[:n_test].tolist())
+    firsts = first_copies(good)
+    n = len(set(firsts))
+    test = drawn_copies(firsts, max(min(round(settings.test_frac * n), n - 3), 0), settings.seed)
+    if n < len(good):
+        folder.warnings.append(
+            f"{folder.root} holds {len(good) - n} copies of other images there, byte for byte; each is kept on its "
+            "original's side of train/good and test/good."
+        )
     placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
     bad_dir = Path(settings.bad_dir)
     for path in files_under(bad_dir) if settings.bad_dir else []:

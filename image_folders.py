@@ -5,7 +5,9 @@ out.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -347,13 +349,13 @@ def read_truth(
 
 
 def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: int) -> tuple[list, list]:
-    """Split good images by seed into (training, held out), each in the order given.
+    """Split good images by seed into (training, held out), each in the order given; copies of a file stay together.
 
-    Held out are ``max(round(frac * n), min(19, floor(0.4 * n)))``, at least 1, leaving at least 2: 19 is the fewest
-    with which a false-alarm rate of 5 % can be promised.
+    Held out are ``max(round(frac * n), min(19, floor(0.4 * n)))`` of n without copies, at least 1, leaving at least 2:
+    19 is the fewest with which a false-alarm rate of 5 % can be promised.
 
     Raises:
-        InputError: fewer than 3 images.
+        InputError: fewer than 3 images that are no copies.
 
     >>> [len(part) for part in split_holdout(110, 0.2, seed=0)]
     [88, 22]
@@ -361,12 +363,43 @@ def split_holdout(n_or_paths: int | Sequence[Path], holdout_frac: float, seed: i
     [29, 19]
     """
     items = list(range(n_or_paths)) if isinstance(n_or_paths, int) else list(n_or_paths)
-    n = len(items)
+    firsts = items if isinstance(n_or_paths, int) else first_copies(items)
+    n = len(set(firsts))
     if n < 3:
-        raise config.InputError(f"There are {n} usable good image(s); expected 3 or more, of which one is held out.")
+        also = f" and {len(items) - n} copies" if n < len(items) else ""
+        raise config.InputError(
+            f"There are {n} usable good image(s){also}; expected 3 or more, of which one is held out."
+        )
     n_held = min(max(round(holdout_frac * n), min(19, int(0.4 * n)), 1), n - 2)
-    held = set(np.random.default_rng(seed).permutation(n)[:n_held].tolist())
+    held = drawn_copies(firsts, n_held, seed)
     return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
+
+
+def first_copies(paths: Sequence[Path]) -> list[int]:
+    """For each file the index of the first one of the same bytes: its own, but for copies.
+
+    Files that are empty or cannot be read are no copies; their reader says what is wrong with them.
+    """
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    alike = Counter(sizes)
+    firsts: dict[bytes | int, int] = {}
+    contents = (_digest(path) if size and alike[size] > 1 else b"" for path, size in zip(paths, sizes, strict=True))
+    return [firsts.setdefault(content or index, index) for index, content in enumerate(contents)]
+
+
+def _digest(path: Path) -> bytes:
+    """Of a file's bytes; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return b""
+
+
+def drawn_copies(firsts: Sequence[int], n_drawn: int, seed: int) -> set[int]:
+    """Indices of ``n_drawn`` files drawn at random, and of their copies, as ``first_copies`` knows them."""
+    distinct = sorted(set(firsts))
+    drawn = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:n_drawn]}
+    return {i for i, first in enumerate(firsts) if first in drawn}
 
 
 # ---------------------------------------------------------------------------- the report of preprocessing

@@ -544,6 +544,26 @@ def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "absent"))
 
 
+def test_copies_of_a_flat_source_stay_on_one_side_and_are_told_of(tmp_path):
+    raw = tmp_path / "raw"
+    for i in range(20):
+        save(raw / f"{i:02d}.png", picture(seed=i))
+    before = prepare(raw, tmp_path / "out", test_frac=0.25)
+    for i in range(0, 20, 2):
+        shutil.copy(raw / f"{i:02d}.png", raw / f"{i:02d} copy.png")
+    report = prepare(raw, tmp_path / "out", test_frac=0.25)
+    sides = {Path(row["output"]).stem: row["output"].split("/")[0] for row in report["kept"]}
+    assert len(sides) == 30 and all(side == sides[stem.split()[0]] for stem, side in sides.items())
+    assert {row["output"] for row in before["kept"]} <= {row["output"] for row in report["kept"]}
+    assert not before["warnings"] and report["warnings"] == [
+        f"{raw} holds 10 copies of other images there, byte for byte; each is kept on its original's side of "
+        "train/good and test/good."
+    ]
+    for i in range(5):
+        save(tmp_path / "same" / f"{i}.png")
+    assert prepare(tmp_path / "same", tmp_path / "all", test_frac=0.5)["counts"] == {"train/good": 5, "skipped": 0}
+
+
 def test_pictures_of_kinds_that_are_not_read_are_skipped_and_change_nothing_else(tmp_path):
     raw, bad = tmp_path / "raw", tmp_path / "bad"
     for i in range(8):

@@ -259,6 +259,23 @@ def test_holdout_depends_on_the_seed_only():
         image_folders.split_holdout(2, 0.2, 0)
 
 
+def test_copies_are_held_out_together_and_nothing_else_changes(tmp_path):
+    paths = [save(tmp_path / f"{i:02d}.png", picture(seed=i)) for i in range(20)]
+    train, held = image_folders.split_holdout(paths, 0.2, 1)
+    assert [paths.index(path) for path in held] == image_folders.split_holdout(20, 0.2, 1)[1]
+    copies = [Path(shutil.copy(path, tmp_path / f"{path.stem} copy.png")) for path in paths]
+    for name in ("empty 1.png", "empty 2.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    all_paths = image_folders.files_under(tmp_path)
+    assert len(set(image_folders.first_copies(all_paths))) == 23, "what cannot be read is no copy"
+    both = image_folders.split_holdout(paths + copies, 0.2, 1)
+    assert [path for path in both[0] if path in paths] == train and [path for path in both[1] if path in paths] == held
+    assert {path.stem.split()[0] for path in both[0]}.isdisjoint(path.stem.split()[0] for path in both[1])
+    with pytest.raises(config.InputError, match=r"There are 2 usable good image\(s\) and 2 copies; expected 3 or more"):
+        image_folders.split_holdout([*paths[:2], *copies[:2]], 0.2, 0)
+
+
 # -------------------------------------------------------------------------------- masks over their images
 
 
