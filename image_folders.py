@@ -20,6 +20,8 @@ from image_files import UNREAD_SUFFIXES, ImageError, fit_mask, read_defects
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif", ".gif", ".jp2", ".avif")
 REPORT_NAME = "preprocess_report.json"
+MASK_ENDINGS = ("_mask", "_gt", "_label")
+"""Of a stem beside the image of that stem, in any case: a mask of it."""
 
 
 # --------------------------------------------------------------------------------------- finding images
@@ -157,7 +159,7 @@ class MVTecFolder:
             )
         good = self.root / "train" / "good"
         self.flat = is_flat(self.root)
-        self.train_good = files_under(self.root, deep=False) if self.flat else files_under(good)
+        self.train_good = self._find_flat() if self.flat else files_under(good)
         self.validation_good = [] if self.flat else self._find_validation()
         self.test = [] if self.flat else self._find_test()
         if self.flat:
@@ -210,6 +212,21 @@ class MVTecFolder:
                 f"{self.root} has no images in test/<category>/; expected test/good and a folder for each kind of "
                 "defect."
             )
+
+    def _find_flat(self) -> list[Path]:
+        found = files_under(self.root, deep=False)
+        stems = {path.stem for path in found}
+        masks = [
+            path
+            for path in found
+            if any(path.stem.lower().endswith(end) and path.stem[: -len(end)] in stems for end in MASK_ENDINGS)
+        ]
+        if masks:
+            self.warnings.append(
+                f"{self.root} holds {len(masks)} mask(s) beside the images that they are named after "
+                f"({masks[0].name}{', ...' if masks[1:] else ''}); they are left out."
+            )
+        return sorted(set(found).difference(masks), key=lambda path: path.as_posix())
 
     def _find_unread(self) -> list[Path]:
         if _is_sorted_out(self.root):

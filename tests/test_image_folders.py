@@ -212,6 +212,18 @@ def test_pictures_of_kinds_that_are_not_read_are_counted_once(tmp_path):
     assert "holds 1 picture(s) in formats that are not read (a.heic);" in image_folders.MVTecFolder(flat).warnings[0]
 
 
+def test_masks_beside_the_images_of_a_flat_folder_are_left_out(tmp_path):
+    names = ("1.jpg", "2.jpg", "3.PNG", "4.jpg", "5_mask.jpg", "mask.png", "4_masked.png")
+    masks = ("1_mask.png", "2_GT.png", "3_gt.bmp", "4_label.jpg", "5_mask_Mask.png")
+    for name in names + masks:
+        save(tmp_path / name)
+    data = image_folders.MVTecFolder(tmp_path)
+    assert [path.name for path in data.train_good] == sorted(names)
+    assert data.warnings == [
+        f"{tmp_path} holds 5 mask(s) beside the images that they are named after (1_mask.png, ...); they are left out."
+    ]
+
+
 def test_unusable_data_folders(tmp_path):
     with pytest.raises(config.InputError, match="does not exist; expected"):
         image_folders.MVTecFolder(tmp_path / "absent")
