@@ -449,6 +449,8 @@ def training_loader(
 # ------------------------------------------------------------------------------------------- preprocessing
 
 PARTS = ("train", "validation", "test", "ground_truth")
+MAX_SPREAD = 1.1
+"""Of aspect ratios, the largest by the smallest; above it, stretched images are told to be unlike one another."""
 SAVE_REPORT_EVERY = 200  # files: an interrupted run repeats at most so many
 
 
@@ -507,6 +509,8 @@ def preprocess(
     for row in report["skipped"]:  # of a source that has become unreadable
         (out / row["output"]).unlink(missing_ok=True)
     report["skipped"] += [{"source": str(path), "reason": unread_reason(path)} for path in unread]
+    if settings.resize == "stretch" and not any(job.size for job in jobs):  # those are square before
+        report["warnings"] += _warn_of_aspects(report["kept"])
     report["counts"] = _count(report)
     _save_report(out, report, {})
     n_good = report["counts"].get("train/good", 0)
@@ -678,6 +682,17 @@ def _save_report(out: Path, report: dict, valid: dict) -> None:
     reached = {row.get("output") for row in (*report["kept"], *report["skipped"])}
     later = [row for output, row in valid.items() if output not in reached]
     files.write_json(out / REPORT_NAME, {**report, "kept": report["kept"] + later})
+
+
+def _warn_of_aspects(kept: list[dict]) -> list[str]:
+    """A sentence on the images among the rows that were stretched, where their aspect ratios differ; or none."""
+    ratios = [row["width"] / row["height"] for row in kept if not row["output"].startswith("ground_truth/")]
+    if not ratios or max(ratios) <= MAX_SPREAD * min(ratios):
+        return []
+    return [
+        f"The images are from {min(ratios):.2f} to {max(ratios):.2f} times as wide as high and are stretched to "
+        "squares, so that the same part looks different in them; expected one aspect ratio, or --resize letterbox."
+    ]
 
 
 def _count(report: dict) -> dict[str, int]:

@@ -530,6 +530,23 @@ def test_bars_that_preprocessing_drew_are_known(tmp_path):
     assert image_folders.MVTecFolder(tmp_path / "letterbox").letterboxed == folder.letterboxed
 
 
+def test_stretching_images_of_several_aspect_ratios_is_warned_of(tmp_path):
+    raw = make_set(tmp_path / "raw")
+    save(raw / "train" / "good" / "wide.png", picture(48, 70))
+    save_mask(raw / "ground_truth" / "scratch" / "000_mask.png", (64, 64))
+    assert not [told for told in prepare(raw, tmp_path / "out")["warnings"] if "letterbox" in told]
+    save(raw / "train" / "good" / "high.png", picture(64, 48))
+    words = "The images are from 0.75 to 1.46 times as wide as high and are stretched to squares"
+    for _ in range(2):
+        (told,) = (told for told in prepare(raw, tmp_path / "out")["warnings"] if "letterbox" in told)
+        assert told.startswith(words) and told.endswith("expected one aspect ratio, or --resize letterbox.")
+    assert f"warning: {words}" in run(raw, "--out", tmp_path / "out", "--image-size", 64).stderr
+    prepare(raw, tmp_path / "bars", resize="letterbox")
+    for source, out, resize in ((raw, "bars", "letterbox"), (tmp_path / "bars", "again", "stretch")):
+        report = prepare(source, tmp_path / out, resize=resize)
+        assert not [told for told in report["warnings"] if "--resize" in told], (out, resize)
+
+
 def test_flat_source_is_split_by_seed_and_never_mixes(tmp_path):
     for i in range(20):
         save(tmp_path / "raw" / f"{i}.png", picture(seed=i))
