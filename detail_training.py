@@ -176,7 +176,7 @@ def write_pictures(run: Run, epoch: int) -> None:
         run,
         detector,
         [each.corrupted for each in samples],
-        [f"train {i}" for i in range(n)],
+        [f"train {i}{', a defect drawn' if sample.defect_mask.any() else ''}" for i, sample in enumerate(samples)],
         f"train/epoch_{epoch}.png",
     )
     for category in run.folder.categories:
