@@ -322,6 +322,46 @@ def test_the_temperature_is_the_likeliest():
     assert pc.fit_temperature(log_p.numpy(), labels) == pytest.approx(exact, rel=0.02)
 
 
+def two_classes(n_unsure=0, far_apart=0.0):
+    """200 plots of two classes, that far apart in the latent space, of which the first ones are unsure and a few of the
+    others wrong.
+    """
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    sure = np.arange(200) >= n_unsure
+    for_first = (
+        np.where(sure, 8.0, 0.3) * np.where(labels == 0, 1, -1) * np.where(sure & (rng.random(200) < 0.03), -1, 1)
+    )
+    views = F.log_softmax(torch.from_numpy(np.stack([for_first, -for_first], 1)), 1).expand(4, 200, 2)
+    mu, pictures = rng.normal(size=(200, 2)) + far_apart * labels[:, None], rng.normal(size=(200, 11))
+    return pc.Encoded(torch.from_numpy(mu), views, torch.from_numpy(pictures), torch.ones(200), labels)
+
+
+def calibrated_on(encoded):
+    return pc.fit_calibration(encoded, {"real": encoded}, 2, 0.05, flips_below=0.9)
+
+
+def test_the_temperature_of_one_view_is_fitted_on_that_view():
+    encoded = two_classes()
+    assert calibrated_on(encoded).temperature == pc.fit_temperature(encoded.views[0].numpy(), encoded.labels) != 1.0
+
+
+def test_the_temperature_of_flips_is_fitted_on_the_plots_judged_by_flips_where_they_are_enough():
+    encoded = two_classes(n_unsure=pc.FEWEST_UNSURE + 10)
+    fitted = calibrated_on(encoded)
+    unsure = fitted.unsure(fitted.probabilities(encoded.views[:1])).numpy()
+    expected = pc.fit_temperature(encoded.views.mean(0).numpy()[unsure], encoded.labels[unsure])
+    assert pc.FEWEST_UNSURE <= len(unsure) < 200 and fitted.temperature_flips == expected != fitted.temperature
+
+
+@pytest.mark.parametrize(("n_views", "temperature"), [(1, 2.0), (4, 4.0)])
+def test_one_view_and_the_mean_of_flips_each_have_their_temperature(calibrated, n_views, temperature):
+    calibration = dataclasses.replace(calibrated.calibration, temperature=2.0, temperature_flips=4.0)
+    logits = torch.tensor([[3.0, 0.0, 0.0]])
+    found = calibration.probabilities(F.log_softmax(logits, 1).expand(n_views, 1, 3))
+    np.testing.assert_allclose(found, F.softmax(logits / temperature, 1), rtol=1e-5)
+
+
 def test_probabilities_are_the_calibrated_mean_of_four_flips(calibrated):
     images = three_kinds(2, seed=5)[0]
     said = vc.judge(calibrated, images)
@@ -382,6 +422,24 @@ def test_mahalanobis_agrees_with_scipy():
     np.testing.assert_allclose(
         pc.mahalanobis(*map(torch.from_numpy, (rows, means, precision))).numpy(), expected, rtol=1e-6
     )
+
+
+def test_the_latent_distance_is_in_units_of_the_spread_within_classes():
+    fitted = calibrated_on(two_classes(far_apart=50.0))
+    np.testing.assert_allclose(fitted.class_means, [[0, 0], [50, 50]], atol=0.3)
+    np.testing.assert_allclose(fitted.latent_precision, np.eye(2), atol=0.3)
+
+
+def test_a_shrunk_covariance_does_not_depend_on_the_units_of_its_columns():
+    rows, units = np.random.default_rng(0).normal(size=(12, 3)), np.array([1.0, 0.01, 100.0])
+    expected = pc.shrunk_covariance(rows) * np.outer(units, units)
+    np.testing.assert_allclose(pc.shrunk_covariance(rows * units), expected, rtol=1e-3)
+
+
+def test_the_novelty_of_a_plot_is_the_largest_of_its_three_distances(calibrated):
+    calibration = dataclasses.replace(calibrated.calibration, centre=torch.zeros(3), spread=torch.ones(3))
+    distances = torch.exp(torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, -9.0], [1.0, 1.0, 6.0]]))
+    np.testing.assert_allclose(calibration.novelty(distances), [4.0, 5.0, 6.0], rtol=1e-5)
 
 
 def strangers():
