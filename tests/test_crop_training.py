@@ -209,6 +209,42 @@ def test_of_a_steps_crops_the_perceptual_loss_is_taken_of_a_few(make_model, trai
     assert set(compared) == {(N_PERCEPTUAL, N_PERCEPTUAL)}
 
 
+def test_the_pixel_branch_learns_where_defects_are_drawn(make_model, training, monkeypatch):
+    masks, of_pixels = [], DetailLoss.of_pixels
+
+    def watched(loss, model, clean, images, mask, *rest):
+        masks.append(mask)
+        return of_pixels(loss, model, clean, images, mask, *rest)
+
+    monkeypatch.setattr(DetailLoss, "of_pixels", watched)
+    model = make_model().eval()
+    train_pixels(model, drawn_crops(model, training, range(2), 1, CPU), 1, LOSS, SETTINGS, CPU)
+    assert masks and all(mask.any() for mask in masks)
+
+
+def test_a_head_learns_more_slowly_from_as_many_mistakes_on_further_images(make_model, training, monkeypatch):
+    numbers, n_strange, steps, real = [], [], {}, drawn_crops
+
+    def watched_crops(model, training, of, n, runtime):
+        numbers.append(list(of))
+        n_strange.append(n)
+        return real(model, training, of, n, runtime)
+
+    def no_steps(part, data, size, n, terms, title, settings, runtime, weights=None):
+        steps[title] = len(data), settings.learning_rate, weights
+        return 0.0
+
+    monkeypatch.setattr(crop_training, "drawn_crops", watched_crops)
+    monkeypatch.setattr(engine, "train_steps", no_steps)
+    learn_last(make_model(), training, 4, LOSS, SETTINGS.replace(segmentation=True), CPU)
+    assert numbers == [[0, 1, 2, 3], [4, 5]] and n_strange == [N_STRANGE, N_DEFECTS]
+    n_first, first_rate, unweighted = steps["outlines"]
+    n, rate, weights = steps["mistakes"]
+    assert unweighted is None and (n_first, n) == (4 * N_DEFECTS, 6 * N_DEFECTS)
+    assert rate == pytest.approx(crop_training.MISTAKEN_LEARNING_RATE * first_rate)
+    assert weights[:n_first].sum().item() == pytest.approx(weights[n_first:].sum().item())
+
+
 def test_the_same_seed_learns_the_same_and_without_a_head_pixels_alone(make_model, training):
     def learned(segmentation):
         torch.manual_seed(5)
