@@ -394,6 +394,16 @@ def test_preprocess_again_redoes_only_what_changed(tmp_path):
     assert all(stamps(out)[name] != second[name] for name in second), "other settings, other files"
 
 
+def test_a_mask_is_made_anew_where_its_image_has_another_shape(tmp_path):
+    raw = make_set(tmp_path / "raw", n_test=1)
+    prepare(raw, tmp_path / "out", resize="letterbox")
+    save(raw / "test" / "scratch" / "000.png", picture(48, 128, seed=40))
+    for out in ("out", "anew"):
+        prepare(raw, tmp_path / out, resize="letterbox")
+    there, anew = (tmp_path / out / "ground_truth" / "scratch" / "000_mask.png" for out in ("out", "anew"))
+    assert there.read_bytes() == anew.read_bytes()
+
+
 def stopping_after(n, first=lambda: None):
     """Progress that interrupts after n files, and before that does what is asked for first."""
 
@@ -595,6 +605,13 @@ def test_pictures_of_kinds_that_are_not_read_are_skipped_and_change_nothing_else
         assert report["skipped"][1]["reason"].startswith("is a picture in DNG format, which is not read; expected")
         assert json.loads((tmp_path / "out" / image_folders.REPORT_NAME).read_text()) == report
     assert "3.HEIC is a picture in HEIC format" in run(raw, "--out", tmp_path / "out", "--image-size", 64).stderr
+
+
+def test_three_images_of_a_flat_source_train_whatever_share_is_to_test(tmp_path):
+    for i in range(4):
+        save(tmp_path / "raw" / f"{i}.png", picture(seed=i))
+    counts = prepare(tmp_path / "raw", tmp_path / "out", test_frac=0.5)["counts"]
+    assert (counts["train/good"], counts["test/good"]) == (3, 1)
 
 
 def test_defective_images_beside_a_flat_source_are_a_folder_of_their_own(tmp_path):

@@ -337,6 +337,12 @@ def test_mask_stays_binary_and_thin_defects_survive():
     assert image_files.fit_mask(mask, 1024, "stretch").sum() == 4 * mask.sum()
 
 
+def test_a_pixel_that_a_mask_covers_by_half_counts():
+    mask = np.zeros((8, 8), bool)
+    mask[:, :3] = True
+    assert image_files.fit_mask(mask, 4, "stretch").tolist() == [[True, True, False, False]] * 4
+
+
 @pytest.mark.parametrize(("side", "wanted"), [(300, 448), (200, 384), (256, 448)])
 def test_an_enlarged_mask_lies_where_its_image_does(side, wanted):
     rng = np.random.default_rng(0)

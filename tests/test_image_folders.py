@@ -143,6 +143,13 @@ def test_several_masks_of_one_image_are_united_and_given_to_no_other(tmp_path, n
     assert masks_of(tmp_path / "out")[0]["scratch/000.png"] == ["scratch/000_mask.png"]
 
 
+def test_a_mask_named_after_no_image_is_laid_on_none(tmp_path):
+    make_set(tmp_path, n_test=1, masks=False)
+    save_mask(tmp_path / "ground_truth" / "scratch" / "0000_mask.png")  # begins like 000 and goes on
+    found, warnings = masks_of(tmp_path)
+    assert found["scratch/000.png"] == [] and "(ground_truth/scratch/0000_mask.png)" in warnings[0]
+
+
 def test_a_missing_mask_is_listed_and_none_at_all_is_fine(tmp_path):
     make_set(tmp_path / "some")
     (tmp_path / "some" / "ground_truth" / "scratch" / "001_mask.png").unlink()
