@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import checkpoints
 import engine
-from config import InputError
+from config import InputError, TrainSettings
 
 RUNTIME = engine.Runtime(torch.device("cpu"))
 
@@ -200,6 +201,44 @@ def test_evaluation_changes_nothing_and_weighs_images_alike():
     assert got["total"] == pytest.approx(expected, rel=1e-5)
     assert set(modes) == {(False, False)}
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def steps_of_a_weight(weights=None, **changes):
+    """A weight that was 1, after 20 steps of two rows each, numbers from 0 to 3 that pull it down; what it was before
+    each step, the rows, and the gradients of all steps but the last.
+    """
+    torch.manual_seed(0)
+    part = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(part.weight)
+    before, rows, gradients = [], [], []
+
+    def terms(batch):
+        before.append(part.weight.item())
+        rows.extend(batch.flatten().tolist())
+        gradients.extend([] if part.weight.grad is None else [part.weight.grad.item()])
+        return {"total": part(batch).mean()}
+
+    settings = TrainSettings(**{"learning_rate": 0.01, "weight_decay": 0.0, "gradient_clip": 0.0, **changes})
+    data = TensorDataset(torch.arange(4.0).view(-1, 1))
+    engine.train_steps(part, data, 2, 20, terms, "steps", settings, RUNTIME, weights)
+    return part, before, rows, gradients
+
+
+def test_steps_of_a_part_fall_as_a_cosine_to_zero_and_leave_it_in_evaluation_mode():
+    part, before, rows, _ = steps_of_a_weight()
+    moves = np.abs(np.diff([*before, part.weight.item()]))
+    assert moves[-1] < 0.1 * moves.max() and moves.argmax() < 10
+    assert len(rows) == 40 and set(rows) == {0.0, 1.0, 2.0, 3.0} and not part.training
+
+
+def test_steps_of_a_part_draw_rows_by_their_weights():
+    assert set(steps_of_a_weight(torch.tensor([0.0, 1.0, 0.0, 1.0]))[2]) == {1.0, 3.0}
+
+
+def test_steps_of_a_part_decay_weights_and_clip_gradients_as_asked():
+    (plain, *_, gradients), (decayed, *_) = steps_of_a_weight(), steps_of_a_weight(weight_decay=1.0)
+    assert decayed.weight < plain.weight and max(gradients) > 1
+    assert max(steps_of_a_weight(gradient_clip=0.25)[3]) == pytest.approx(0.25, rel=1e-3)
 
 
 # -------------------------------------------------------------------------------------- device and chance
