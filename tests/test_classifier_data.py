@@ -85,6 +85,21 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
     assert len(calls) == 5 and calls[4][0][2] != calls[2][0][2]
 
 
+def test_plots_that_are_cropped_are_kept_beside_whole_ones(tmp_path, monkeypatch):
+    made = []
+
+    def serial(work, jobs, num_workers):
+        made.append(jobs[0][-1])
+        return map(work, jobs)
+
+    monkeypatch.setattr(plot_loader, "in_processes", serial)
+    monkeypatch.setattr(classifier_data, "draw_generated", lambda job: np.full((32, 32, 3), job[-1], np.uint8))
+    for crop_axes in (False, True, False):
+        settings = config.TrainClassifierSettings(image_size=32, crop_axes=crop_axes)
+        classifier_data.generated_plots(settings, "home", 1, 1, tmp_path, quiet(""))
+    assert made == [False, True]
+
+
 @pytest.mark.parametrize("changed", [(series_plots, "render_series"), (image_files, "fit_image")])
 def test_generated_plots_that_would_look_otherwise_today_are_made_anew(tmp_path, monkeypatch, changed):
     monkeypatch.setattr(plot_loader, "in_processes", lambda work, jobs, num_workers: map(work, jobs))
@@ -120,6 +135,14 @@ def test_a_broken_plot_is_skipped_and_named(tmp_path):
     read = classifier_data.read_data(settings_for(data, tmp_path / "out"), quiet, said.append)
     assert len(read.training.labels) + len(read.validation["real"].labels) == 3 * N_TRAIN - 1
     assert any("1.png is skipped: " in sentence for sentence in said)
+
+
+def test_a_class_of_one_readable_plot_is_refused(tmp_path):
+    data = make_data(tmp_path)
+    for i in range(1, N_TRAIN):
+        (data / "train" / "flat" / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(config.InputError, match=r"flat holds 1 readable plot\(s\); expected at least two"):
+        classifier_data.read_data(settings_for(data, tmp_path / "out"), quiet, lambda sentence: None)
 
 
 def test_test_plots_among_the_training_plots_are_told(tmp_path):
