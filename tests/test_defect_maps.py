@@ -647,6 +647,12 @@ def test_another_rate_moves_only_the_threshold_and_never_the_wrong_way():
     assert calibration.at(0.05) == calibration
 
 
+@pytest.mark.parametrize("exchangeable", [True, False])
+def test_chosen_images_promise_no_rate_whatever_it_is(exchangeable):
+    found = Calibration.of({}, range(30), np.arange(9.0), 0.05, 0.0, exchangeable)
+    assert found.promised is found.at(0.1).promised is exchangeable
+
+
 def test_labels_p_values_and_maps_follow_the_calibration(make_model):
     detector = detector_of(make_model(skips=False))
     images = torch.cat([good_images(3, seed=9), torch.rand(2, 3, 64, 64)])
