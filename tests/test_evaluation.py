@@ -114,6 +114,11 @@ def test_each_resample_keeps_the_size_of_every_stratum():
     np.testing.assert_array_equal(draws, evaluation.resample_indices(10, 200, seed=0, strata=strata))
 
 
+def test_each_draw_of_a_report_has_as_many_defective_images_as_the_test():
+    weights = evaluation._resample_weights(np.array([True] + 5 * [False]), 50, seed=0)
+    assert (weights[:, 0] == 1).all() and (weights[:, 1:].sum(1) == 5).all()
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 30), (3, 30), (30, 30), (17, 41)])
 def test_wilson_interval_agrees_with_scipy(successes, n):
     expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
@@ -260,6 +265,11 @@ def test_images_without_mask_are_left_out_and_no_positive_is_undefined():
     assert all(np.isnan(value).all() for value in good_only.values())
 
 
+def test_where_all_is_defective_pixel_figures_are_undefined():
+    counts = evaluation.count_pixels([np.arange(4.0).reshape(2, 2)], [np.ones((2, 2))], 1.0)
+    assert all(np.isnan(value).all() for value in evaluation.pixel_metrics(counts, threshold=1.0).values())
+
+
 def test_bad_maps_are_refused():
     with pytest.raises(InputError, match="Map 0 is"):
         evaluation.count_pixels([np.zeros((4, 4))], [np.zeros((4, 5))])
@@ -346,6 +356,28 @@ def test_report_leaves_out_what_is_undefined():
         evaluation.detection_report(categories[1:], scores, predicted, maps, masks, 6.0, 0, seed=0)
 
 
+def some_of_the_report_input(rows):
+    return [[part[i] for i in rows] for part in report_input()]
+
+
+def test_one_defective_image_beside_many_good_ones_has_intervals():
+    categories = report_input()[0]
+    rows = [categories.index("paint"), *(i for i, name in enumerate(categories) if name == "good")]
+    report = evaluation.detection_report(*some_of_the_report_input(rows), 6.0, 50, seed=0)
+    assert "ci95" in report["image"]["auroc"] and "ci95" in report["pixel"]["auroc"]
+
+
+def test_an_image_without_a_mask_moves_no_pixel_figure():
+    rows = [0, 1, 2, 3, 4, 6, 9]
+    *parts, masks = some_of_the_report_input(rows)
+    without_it = [part[1:] for part in (*parts, masks)]
+    with_it, expected = (
+        evaluation.detection_report(*given, 6.0, 50, seed=0)["pixel"]
+        for given in ([*parts, [None, *masks[1:]]], without_it)
+    )
+    assert with_it == expected
+
+
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     """The AUROC of two unit normals one apart is known; 100 small tests, each with its own interval."""
     truth, inside = stats.norm.cdf(1 / np.sqrt(2)), 0
@@ -410,6 +442,12 @@ def test_rates_of_few_plots_have_wilsons_interval_and_without_any_none():
     assert c["recall"] == c["precision"] == {"value": 0.0}
 
 
+def test_a_class_that_is_only_guessed_counts_in_the_means_over_classes():
+    true, guess = [0, 0, 1, 1], [0, 2, 1, 1]
+    report = evaluation.classification_report_dict(evaluation.confusion_matrix(true, guess, 4), n_resamples=0)
+    assert report["macro_f1"]["value"] == pytest.approx(metrics.f1_score(true, guess, average="macro"))
+
+
 def test_confusion_matrices_of_batches_add_up_and_bad_classes_are_refused():
     true, predicted = [0, 1, 2, 2, 1], [0, 2, 2, 1, 1]
     whole = evaluation.confusion_matrix(true, predicted, 3)
@@ -450,6 +488,7 @@ def test_surviving_share_of_a_copy_a_repair_and_a_half():
         pairs = [evaluation.surviving_contrast(reconstructions, images, mask)] * 4
         assert evaluation.surviving_share(pairs, 20, 0)["value"] == pytest.approx(share, abs=1e-5)
     assert evaluation.surviving_share([], 20, 0) is None
+    assert evaluation.surviving_share([(1.0, 1.0), (0.0, 3.0)], 0, 0)["value"] == 0.25  # of the sums
 
 
 def test_the_best_f1_of_pixels_is_exact_where_few_are_defective():
@@ -484,3 +523,9 @@ def test_the_best_pixel_threshold_is_that_of_the_mean_f1_of_images():
         pooled = max(np.unique(maps[masks])[::4], key=lambda value: f1(masks, maps >= value))
         assert mean_f1(found) >= max(mean_f1(value) for value in maps[masks][::4]) - 5e-3
         assert mean_f1(found) > mean_f1(pooled) + 0.05
+
+
+def test_images_without_a_defect_do_not_move_the_best_pixel_threshold():
+    maps = [np.array([[0, 0.2, 0.6, 0.7]], np.float32), np.array([[0.5, 0, 0, 0]], np.float32)]
+    masks = [np.array([[0, 1, 1, 1]], bool), np.zeros((1, 4), bool)]
+    assert 0 <= evaluation.best_pixel_threshold(evaluation.count_pixels(maps, masks)) < 0.2
