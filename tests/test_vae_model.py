@@ -20,8 +20,10 @@ import vae_model
 from config import InputError, LossSettings, as_dict
 from vae_model import (
     LATENT_TERMS,
+    DefectHead,
     DetailLoss,
     FeatureCache,
+    Painting,
     corrupt_features,
     crop_windows,
     cut,
@@ -136,6 +138,26 @@ def test_the_head_sees_the_features_of_each_image_for_itself(make_model):
         other = features.clone()
         other[:, half] += 1.0
         assert not torch.allclose(model.defect_head(images, painting, taps, other), together.defect_logits, atol=1e-3)
+
+
+def test_the_head_sees_all_that_it_is_given():
+    torch.manual_seed(0)
+    head = DefectHead((2, 4), 4).eval()
+    given = {
+        "images": torch.rand(1, 3, 32, 32),
+        "reconstruction": torch.rand(1, 3, 32, 32),
+        "painted": torch.rand(1, 3, 32, 32),
+        "logvar": torch.rand(1, 1, 32, 32),
+        "taps": 0.5 + torch.rand(1, 2, 4, 4),
+        "features": torch.rand(1, 12, 4, 4),
+    }
+
+    def said(images, reconstruction, painted, logvar, taps, features):
+        with torch.inference_mode():
+            return head(images, Painting(reconstruction, painted, logvar), taps, features)
+
+    for name, value in given.items():
+        assert not torch.allclose(said(**{**given, name: value + 1.0}), said(**given)), name
 
 
 def test_the_sample_has_the_mean_and_spread_it_was_given():
@@ -353,6 +375,14 @@ def test_without_a_backbone_there_are_no_deviations_to_learn(make_model):
     model = make_model("none")
     model.fit_deviations([], 0)
     assert model.whitening.shape == (0, 0)
+
+
+def test_the_decoder_is_told_where_each_place_lies(make_model):
+    model, seen = make_model().eval(), []
+    model.from_detail.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    detail = torch.rand(1, model.settings.detail_channels, 2, 3)
+    model.decode_trunk(torch.zeros(1, model.settings.latent_dim), detail)
+    torch.testing.assert_close(seen[0], torch.cat([detail, vae_model._coordinates(detail)], 1))
 
 
 # ------------------------------------------------------------------------------------------- skips and crops
@@ -709,6 +739,26 @@ def test_the_variance_learns_from_the_error_but_not_the_error_from_the_variance(
     head = model.feature_head[2].weight
     gradient = torch.autograd.grad(terms["feature_nll"], head)[0]
     assert gradient[:6].abs().sum() == 0 and gradient[6:].abs().sum() > 0  # the first half predicts means
+
+
+def painted_terms(drawn, target, weight, logvar):
+    """The terms of what was painted and of its reconstruction, here the same."""
+    return DetailLoss(LOSS, None)._painted_terms(Painting(drawn, drawn, logvar), target, weight, None)
+
+
+def test_a_drawn_defect_weighs_in_squared_and_absolute_errors_as_its_weight_says():
+    torch.manual_seed(0)
+    drawn, target, logvar = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    weight = 1 + 4 * (torch.rand(2, 1, 8, 8) > 0.8).float()
+    terms, share = painted_terms(drawn, target, weight, logvar), weight / weight.mean()
+    torch.testing.assert_close(terms["mse"], (share * (drawn - target) ** 2).mean())
+    torch.testing.assert_close(terms["l1"], (share * (drawn - target).abs()).mean())
+
+
+def test_the_pixels_variance_learns_from_their_error_but_not_the_error_from_the_variance():
+    drawn, logvar = torch.rand(2, 3, 8, 8, requires_grad=True), torch.zeros(2, 1, 8, 8, requires_grad=True)
+    painted_terms(drawn, torch.rand(2, 3, 8, 8), torch.ones(2, 1, 8, 8), logvar)["pixel_nll"].backward()
+    assert drawn.grad is None and logvar.grad.abs().sum() > 0
 
 
 def test_in_bfloat16_features_come_from_the_cache_and_every_term_is_near_that_of_float32(make_model):
