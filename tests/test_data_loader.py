@@ -259,6 +259,25 @@ def test_each_augmentation_does_what_it_says():
         assert np.abs(np.argwhere(out[..., 0] > 127).mean(0) - 32).max() < 0.6, "turns and zooms about the middle"
 
 
+def test_images_are_shifted_to_every_side():
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[30:34, 30:34] = 255
+    shifted = [dl.augment_image(image, PLAIN.replace(shift_frac=0.25), np.random.default_rng(s)) for s in range(30)]
+    shifts = np.array([np.argwhere(each[..., 0] > 99).mean(0) - 31.5 for each in shifted])
+    assert (shifts.min(0) < -8).all() and (shifts.max(0) > 8).all() and np.abs(shifts).max() <= 17
+
+
+def test_shifted_images_stay_as_sharp_as_they_were():
+    image = np.random.default_rng(0).integers(60, 200, (64, 64, 3)).astype(np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 0.8)
+
+    def contrast(pixels):
+        return np.diff(pixels.astype(float), axis=1).std()
+
+    shifted = [dl.augment_image(image, PLAIN.replace(shift_frac=0.5 / 64), np.random.default_rng(s)) for s in range(20)]
+    assert np.mean([contrast(each) for each in shifted]) > 0.9 * contrast(image)
+
+
 def test_recolouring_is_saturation_then_brightness_then_contrast():
     image = np.random.default_rng(0).integers(60, 180, (16, 16, 3), dtype=np.uint8)
     grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
