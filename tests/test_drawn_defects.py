@@ -85,6 +85,40 @@ def test_contrast_is_mostly_low_to_medium_with_some_strong():
     assert np.mean(np.array(peaks) < 40) > 0.5 and np.mean(np.array(peaks) > 60) > 0.01
 
 
+def test_now_and_then_a_defect_is_of_two_or_three_parts(monkeypatch):
+    drawn, counts = [], []
+    monkeypatch.setattr(drawn_defects, "_draw_visible", lambda image, area_px, rng, donors: drawn.append(area_px))
+    for seed in range(200):
+        drawn.clear()
+        mask = draw_defect(np.full((64, 64, 3), 128, np.uint8), np.random.default_rng(seed))[1]
+        counts.append(len(drawn))
+        assert mask.any(), "where nothing could be drawn a spot is"
+    assert set(counts) == {1, 2, 3} and 140 < counts.count(1) < 180
+
+
+def test_each_kind_is_drawn_as_often_as_it_should(monkeypatch):
+    drawn = np.zeros(6, int)
+
+    def kind(number):
+        def draw(image, *rest):
+            drawn[number] += 1
+            return drawn_defects._Patch(0, 0, np.full((2, 2, 3), 255, np.float32))
+
+        return draw
+
+    monkeypatch.setattr(drawn_defects, "_KINDS", tuple(map(kind, range(6))))
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        drawn_defects._draw_visible(np.zeros((16, 16, 3), np.uint8), 16.0, rng, ())
+    np.testing.assert_allclose(drawn / 2000, [0.30, 0.20, 0.14, 0.12, 0.14, 0.10], atol=0.04)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0, 0.5), (255, -0.5)])
+def test_defects_are_mostly_bright_on_dark_places_and_dark_on_bright_ones(level, expected):
+    pixels, rng = np.full((2, 2, 3), level), np.random.default_rng(0)
+    assert np.mean([drawn_defects._sign(pixels, rng) for _ in range(1000)]) == pytest.approx(expected, abs=0.1)
+
+
 def test_patches_come_from_the_donors():
     grey, magenta = np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64, 3), np.uint8)
     magenta[..., [0, 2]] = 250
