@@ -328,6 +328,22 @@ def test_faint_dots_in_a_row_stand_above_one_that_lies_alone():
     np.testing.assert_array_equal(defect_maps.linked(logs, 5), logs)  # shorter than two places
 
 
+def test_linking_leaves_an_even_map_even_up_to_its_border():
+    logs = np.full((1, 64, 64), 0.1, np.float32)
+    np.testing.assert_allclose(defect_maps.linked(logs, 32), logs, rtol=1e-5)
+
+
+def test_lengths_of_outlines_and_lines_are_shares_of_a_tile_not_of_the_photo(make_model, monkeypatch):
+    seen, outline, linked = [], defect_maps.outline, defect_maps.linked
+    monkeypatch.setattr(defect_maps, "outline", lambda p, px, trust: seen.append(px) or outline(p, px, trust))
+    monkeypatch.setattr(defect_maps, "linked", lambda logs, px: seen.append(px) or linked(logs, px))
+    settings = settings_of(PIXELS.replace(outline_window_frac=0.25, link_frac=0.5)).replace(tile=True)
+    detector = Detector(make_model(segmentation=True), settings, None)
+    photo = {name: np.zeros((1, 64, 192), np.float32) for name in detector.shown}
+    detector.defect_maps(photo, {name: MapScale(0.0, 1.0) for name in photo})
+    assert seen == [16, 32]
+
+
 @pytest.mark.parametrize("step", range(defect_maps.N_DIRECTIONS))
 def test_a_line_has_its_length_and_direction_and_averages(step):
     kernel = defect_maps._line(15, np.pi * step / defect_maps.N_DIRECTIONS)
@@ -573,6 +589,14 @@ def test_the_border_is_that_of_the_image_within_its_window():
     assert MapScale.of([maps], [(slice(40, 120), slice(40, 120))] * 24).border == (1.0, 1.0, 1.0, 1.0)
     # too small an interior
     assert MapScale.of([maps[:, :100, :100]], None).border[0] > 20 and not MapScale.of([maps[:, :92, :92]], None).border
+
+
+@pytest.mark.parametrize(("border", "interior"), [(1.0, 1.0), (1.0, 0.0)])
+def test_a_map_that_is_the_same_everywhere_or_nothing_further_in_reads_as_numbers(border, interior):
+    maps = np.full((2, 160, 160), interior, np.float32)
+    maps[:, :8] = border
+    scale = MapScale.of([maps], None)
+    assert np.isfinite(scale.border).all() and np.isfinite(scale.read(maps)).all()
 
 
 def test_where_good_images_are_stranger_along_their_border_a_defect_further_in_is_found(make_model, monkeypatch):
