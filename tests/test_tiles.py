@@ -48,6 +48,7 @@ def test_tiles_blend_back_into_the_image_and_count_most_in_their_middle():
     row = two.mean()[32]
     assert (row[:48] == 0).all() and (row[64:] == 1).all() and (np.diff(row[47:65]) > 0).all()
     assert row[48:64].mean() == pytest.approx(0.5, abs=1e-3)
+    assert blend.window.min() > 0 and blend.window[0, 32] < 0.01 * blend.window[32, 32]
 
 
 def write_photo(path, size, rng, scratch=False):
