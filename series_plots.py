@@ -177,7 +177,7 @@ def _encoding(head: bytes) -> str:
     if head[0::2].count(0) > len(head) // 4:
         return "utf-16-be"
     try:
-        head[:-4].decode("utf-8") if len(head) == SAMPLE_CHARACTERS else head.decode("utf-8")
+        head.decode("utf-8")
     except UnicodeDecodeError as error:
         return "utf-8" if len(head) - error.start < 4 else "latin-1"
     return "utf-8"

@@ -97,6 +97,14 @@ def test_every_kind_of_csv_gives_the_same_numbers(tmp_path, kind):
     assert series.n_dropped == 0
 
 
+@pytest.mark.parametrize("n_before", range(11))
+def test_a_long_utf8_file_is_read_so_wherever_its_first_part_ends(tmp_path, n_before):
+    text = "Größe\n" + "1" * n_before + "\n" + "\u22122.5\n3.5\n" * 6_000  # a minus takes three of eleven bytes
+    assert len(text.encode()) > series_plots.SAMPLE_CHARACTERS + 11
+    series = series_plots.read_series(write(tmp_path, text.encode()))
+    assert series.column == "Größe" and series.values[-2:].tolist() == [-2.5, 3.5]
+
+
 ABOVE = {
     "of two fields": "Sample rate,100\nChannel,3\ntime,data\n",
     "of one and of two fields": "Logger v2\nSerial,12345\ntime,data\n",
@@ -194,6 +202,10 @@ def test_a_first_column_of_uneven_steps_is_the_data(tmp_path):
         falling,
     )
     np.testing.assert_array_equal(series_plots.read_series(write(tmp_path, "9\n7\n5\n3\n")).values, [9, 7, 5, 3])
+
+
+def test_a_first_column_that_stands_still_is_the_data(tmp_path):
+    assert series_plots.read_series(write(tmp_path, "a,b\n1,5\n1,3\n2,4\n")).column == "a"
 
 
 THOUSANDS = [1007.0, 992.0, 12038.0, -1006.0, 967.0]
@@ -505,6 +517,14 @@ def test_the_plot_does_not_depend_on_what_was_drawn_before():
     for other in ("offset", "large", "short"):
         series_plots.render_series(series_of(other))
     np.testing.assert_array_equal(series_plots.render_series(values), before)
+
+
+def test_a_long_series_looks_as_all_of_its_values_do(monkeypatch):
+    n = series_plots.DECIMATE_ABOVE + 1
+    values = np.random.default_rng(0).normal(size=n) * np.linspace(0.2, 1, n)
+    thinned = series_plots.render_series(values).astype(float)
+    monkeypatch.setattr(series_plots, "DECIMATE_ABOVE", n)
+    assert np.abs(thinned - series_plots.render_series(values)).mean() < 0.5
 
 
 def test_a_plot_file_reaches_the_network_like_its_csv(tmp_path):
