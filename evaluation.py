@@ -453,9 +453,8 @@ def best_pixel_threshold(counts: PixelCounts) -> float:
     odd image, counts no more than another.
     """
     f1 = np.nan_to_num(_curve_f1(_curve(counts.positive, counts.negative))).mean(0)
-    n_edges = len(counts.edges)
-    # the curve falls from the highest bin, above the last edge
-    return float(counts.edges[n_edges - 1 - int(f1[:n_edges].argmax())])
+    # the curve falls from the highest bin, above the last edge; the lowest holds no defective pixel and is never best
+    return float(counts.edges[len(counts.edges) - 1 - int(f1.argmax())])
 
 
 def _above(counts: PixelCounts, curve: _Curve, threshold: float) -> tuple[np.ndarray, np.ndarray]:
