@@ -46,11 +46,11 @@ def save_checkpoint(path: Path, kind: str, contents: dict) -> None:
 
 
 def find_trained(given: str, output_dir: str, usual: Path) -> str:
-    """The checkpoint given; else the usual one under the output folder, or under the current folder where there is none
-    in that.
+    """The checkpoint given; else the usual one under the output folder, or under the current folder where that alone
+    has one.
     """
     there = Path(output_dir) / usual
-    return given or str(there if there.exists() else usual)
+    return given or str(usual if usual.exists() and not there.exists() else there)
 
 
 def load_checkpoint(path: Path | str, kind: str, needs: Iterable[str] = ()) -> dict:

@@ -869,8 +869,8 @@ class TrainClassifierSettings(
     )
     flips_below: float = setting(
         0.6,
-        "Where the class of a plot is less sure than this, average over it, backwards, upside down and both; 0 never "
-        "does, 1 always.",
+        "Where the class of a plot is less sure than this, average over it and those of its flips (backwards, upside "
+        "down, both) that training allowed; 0 never does, 1 always.",
         unit="probability",
         minimum=0.0,
         maximum=1.0,

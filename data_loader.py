@@ -26,7 +26,6 @@ import drawn_defects
 import files
 import scripts
 from image_files import (
-    UNREAD_SUFFIXES,
     ImageError,
     fit_image,
     fit_mask,
@@ -36,7 +35,17 @@ from image_files import (
     unread_reason,
     write_png,
 )
-from image_folders import REPORT_NAME, MVTecFolder, drawn_copies, files_under, find_images, first_copies, kept_rows
+from image_folders import (
+    REPORT_NAME,
+    MVTecFolder,
+    drawn_copies,
+    files_under,
+    find_images,
+    first_copies,
+    kept_rows,
+    masks_beside,
+    unread_under,
+)
 from streams import ahead
 from tiles import tile_corners, window
 
@@ -576,16 +585,20 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
     folder = MVTecFolder(source, bad_dir=settings.bad_dir)
     if settings.bad_dir:
         _check_bad_dir(Path(settings.bad_dir), folder)
+    bad_dir = Path(settings.bad_dir) if settings.bad_dir else None
+    bad = files_under(bad_dir) if bad_dir else []
+    masks = masks_beside(bad) | {item.path: item.mask_paths for item in folder.test if item.mask_paths}
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
+    of_images = set().union(*masks.values())
+    for path in bad:
+        if path not in of_images:
+            placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
     outputs = _unique_outputs(placed)
     jobs = [_Job((path,), output, size=folder.letterboxed.get(path)) for path, output in outputs.items()]
-    for item in folder.test:
-        if item.mask_paths:
-            below = outputs[item.path].removeprefix("test/").removesuffix(".png")
-            size = folder.letterboxed.get(item.path)
-            jobs.append(_Job(item.mask_paths, f"ground_truth/{below}_mask.png", item.path, size))
-    unread_bad = files_under(Path(settings.bad_dir), suffixes=UNREAD_SUFFIXES) if settings.bad_dir else []
-    return jobs, folder.unread + unread_bad, folder.warnings
+    for path, of_it in masks.items():
+        below = outputs[path].removeprefix("test/").removesuffix(".png")
+        jobs.append(_Job(of_it, f"ground_truth/{below}_mask.png", path, folder.letterboxed.get(path)))
+    return jobs, folder.unread + (unread_under(bad_dir) if bad_dir else []), folder.warnings
 
 
 def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:
@@ -618,11 +631,7 @@ def _place_flat(folder: MVTecFolder, settings: config.PreprocessSettings) -> dic
             f"{folder.root} holds {len(good) - n} copies of other images there, byte for byte; each is kept on its "
             "original's side of train/good and test/good."
         )
-    placed = {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
-    bad_dir = Path(settings.bad_dir)
-    for path in files_under(bad_dir) if settings.bad_dir else []:
-        placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
-    return placed
+    return {path: f"{'test' if i in test else 'train'}/good/{path.stem}" for i, path in enumerate(good)}
 
 
 def _unique_outputs(placed: dict[Path, str]) -> dict[Path, str]:

@@ -107,7 +107,10 @@ def _remark(series: series_plots.Series) -> str:
     column = series.column if series.column.startswith("column ") else f"column {series.column!r}"
     clauses = [f"{column} of {series.n_columns} that could be the series was read"] if series.n_columns > 1 else []
     if series.n_dropped:
-        clauses.append(f"{series.n_dropped} of {len(series.values) + series.n_dropped} rows hold no number")
+        n_rows = len(series.values) + series.n_dropped + len(series.sums)
+        clauses.append(f"{series.n_dropped} of {n_rows} rows hold no number")
+    if series.sums:
+        clauses.append(f"the last {len(series.sums)}, called {', '.join(series.sums)}, were left out as sums")
     return ", and ".join(clauses)
 
 

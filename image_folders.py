@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -48,7 +49,21 @@ def is_readable_kind(path: Path) -> bool:
 
 def find_images(inputs: str | Path | Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Path]:
     """Images as ``find_files`` finds them, sorted; those of UNREAD_SUFFIXES too, whose reader says what is wrong."""
-    return sorted(find_files(inputs, outputs, IMAGE_SUFFIXES + UNREAD_SUFFIXES), key=lambda path: path.as_posix())
+    found = find_files(inputs, outputs, IMAGE_SUFFIXES + UNREAD_SUFFIXES)
+    return sorted(_without_twins(found), key=lambda path: path.as_posix())
+
+
+def unread_under(folder: Path, deep: bool = True) -> list[Path]:
+    """Pictures of UNREAD_SUFFIXES as ``files_under`` finds them, but those beside a readable one of their name: cameras
+    store both.
+    """
+    found = _without_twins(files_under(folder, deep, IMAGE_SUFFIXES + UNREAD_SUFFIXES))
+    return [path for path in found if path.suffix.lower() in UNREAD_SUFFIXES]
+
+
+def _without_twins(paths: Sequence[Path]) -> list[Path]:
+    readable = {path.with_suffix("") for path in paths if path.suffix.lower() not in UNREAD_SUFFIXES}
+    return [p for p in paths if p.suffix.lower() not in UNREAD_SUFFIXES or p.with_suffix("") not in readable]
 
 
 def find_files(
@@ -118,6 +133,18 @@ def is_flat(root: Path) -> bool:
 def _is_sorted_out(root: Path) -> bool:
     """Whether a folder has the MVTec layout's train/good or test/."""
     return (root / "train" / "good").is_dir() or (root / "test").is_dir()
+
+
+def masks_beside(paths: Sequence[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Of images among the paths, those with masks beside them: files of their stem and one of MASK_ENDINGS."""
+    images = {(path.parent, path.stem): path for path in paths}
+    found: dict[Path, tuple[Path, ...]] = {}
+    for path in paths:
+        for ending in MASK_ENDINGS:
+            image = images.get((path.parent, path.stem[: -len(ending)]))
+            if image and path.stem.lower().endswith(ending):
+                found[image] = (*found.get(image, ()), path)
+    return found
 
 
 class MVTecItem(NamedTuple):
@@ -215,12 +242,7 @@ class MVTecFolder:
 
     def _find_flat(self) -> list[Path]:
         found = files_under(self.root, deep=False)
-        stems = {path.stem for path in found}
-        masks = [
-            path
-            for path in found
-            if any(path.stem.lower().endswith(end) and path.stem[: -len(end)] in stems for end in MASK_ENDINGS)
-        ]
+        masks = list(itertools.chain(*masks_beside(found).values()))
         if masks:
             self.warnings.append(
                 f"{self.root} holds {len(masks)} mask(s) beside the images that they are named after "
@@ -231,9 +253,9 @@ class MVTecFolder:
     def _find_unread(self) -> list[Path]:
         if _is_sorted_out(self.root):
             parts = [self.root / "train" / "good", self.root / "validation" / "good", self.root / "test"]
-            unread = [path for part in parts for path in files_under(part, suffixes=UNREAD_SUFFIXES)]
+            unread = [path for part in parts for path in unread_under(part)]
         else:
-            unread = files_under(self.root, deep=False, suffixes=UNREAD_SUFFIXES)
+            unread = unread_under(self.root, deep=False)
         if unread:
             self.warnings.append(
                 f"{self.root} holds {len(unread)} picture(s) in formats that are not read "

@@ -235,6 +235,7 @@ class Tally:
     names: Counter = field(default_factory=Counter)
     n_unreadable: int = 0
     n_unknown: int = 0
+    n_remarks: int = 0
     n_pictures: int = 0
     picture_s: float = 0.0
 
@@ -256,7 +257,9 @@ def main(settings: config.InferClassifierSettings) -> None:
         raise config.UsageError(
             f"{len(paths)} plots cannot make {settings.clusters} clusters; expected at least as many plots."
         )
-    model, names = load_vae_classifier(checkpoints.find_trained(settings.model, settings.output_dir, BEST), device)
+    path = checkpoints.find_trained(settings.model, settings.output_dir, BEST)
+    model, names = load_vae_classifier(path, device)
+    print(f"model: {path}")
     if settings.generate:
         write_generated(model, settings)
     if paths:
@@ -290,13 +293,15 @@ def predict_all(
         tally,
     )
     for each in tqdm(results, total=len(paths), unit="plot", file=sys.stderr):
-        if each.error or each.note:
+        if each.error or (each.note and len(paths) <= FEW_FILES):
             tqdm.write(f"warning: {each.path}{':' if each.note else ''} {each.error or each.note}.", file=sys.stderr)
         if len(paths) <= FEW_FILES:
             print(top_three(each, model))
         if keep:
             kept.append(each if settings.interpolate else each._replace(image=None, reconstruction=None))
     seconds = time.perf_counter() - started - tally.picture_s
+    if len(paths) > FEW_FILES and tally.n_remarks:
+        print(f"warning: remarks on {tally.n_remarks} files are in {out / 'remarks.csv'}.", file=sys.stderr)
     print(summary(tally, len(paths), seconds, model))
     print(
         f"table: {out / 'predictions.csv'}"
@@ -331,6 +336,7 @@ def recorded(
             writer.writerow(row(each, class_names))
             if each.error or each.note:
                 remarks.writerow([str(each.path), each.error or each.note])
+                tally.n_remarks += not each.error
             tally.names[each.name] += 1
             tally.n_unreadable += bool(each.error)
             tally.n_unknown += is_unknown(each, model)

@@ -69,6 +69,12 @@ TIME_UNITS = (
     "number",
 )
 MISSING = ("", "na", "n/a", "null", "none", "-")
+SUM_NAME = re.compile(
+    r"(grand |sub)?(total|sum|summe|somme|suma|gesamt|average|avg|mean|mittel|mittelwert|durchschnitt|moyenne|median|"
+    r"min|max|minimum|maximum|count|anzahl)s?\b",
+    re.IGNORECASE,
+)
+"""What begins the last rows of a table that sum up the others."""
 SAMPLE_CHARACTERS = 65_536
 THOUSANDS_APART = re.compile("(?<=\\d)['\u2019\\xa0\u2009\u202f](?=\\d{3}(?!\\d))")
 """Apostrophes and spaces that do not break, which are never decimal marks."""
@@ -85,7 +91,8 @@ class SeriesError(files.FileError):
 class Series(NamedTuple):
     values: np.ndarray  # float64 (n,), finite, at least two, not all equal
     column: str  # its name, or "column 2" in a file without header
-    n_dropped: int  # rows without a number, and sums below the others
+    n_dropped: int  # rows without a number
+    sums: tuple[str, ...]  # what the last rows were called that were left out because they sum up the others
     n_columns: int  # of numbers that could be the series; one where its name is data or value
 
 
@@ -113,9 +120,9 @@ def read_series(path: str | Path) -> Series:
     down). Comma, semicolon or tab; decimal commas where the separator allows them; thousands set apart, where that is
     no decimal mark for sure in the column, or, between semicolons or tabs, where 1.023 and 1.107 stand below 950; UTF-8
     with or without BOM, UTF-16, Latin-1. Comments and other lines above the header are left out. Rows without a number
-    are dropped and counted, of a file of one column empty lines, too, but for those at its end; so are the last rows
-    where their time is a word, such as ``Total``, and all others have numbers or time stamps there. In a file without
-    header, ``1,5`` is two numbers.
+    are dropped and counted, of a file of one column empty lines, too, but for those at its end. The last rows are left
+    out and named where ``Total`` or the like stands in place of their time, and all others have numbers or time stamps
+    there. In a file without header, ``1,5`` is two numbers.
 
     Raises:
         SeriesError: unreadable, empty, header only, no numeric column but time, no number in it, one row, infinite or
@@ -126,10 +133,11 @@ def read_series(path: str | Path) -> Series:
     numbers_of = cache(lambda i: _to_numbers(table.iloc[:, i], layout.frees_commas))
     column, n_columns = _choose_column(path, table, numbers_of, layout)
     numbers = numbers_of(column)
-    values = numbers[_without_sums(table, numbers_of, column, layout)]
+    places, sums = _without_sums(table, numbers_of, column, layout)
+    values = numbers[places]
     name = layout.names[column] or f"column {column + 1}"
     _check_values(path, values, name)
-    return Series(values, name, len(numbers) - len(values), n_columns)
+    return Series(values, name, len(numbers) - len(values) - len(sums), sums, n_columns)
 
 
 def _sniff(path: str | Path) -> _Layout:
@@ -198,7 +206,8 @@ def _table_layout(path: str | Path, lines: list[str], numbers: list[int], encodi
         separator, body = "\t", [[",".join(row)] for row in body]  # one column, its commas are within numbers
     if names and body and all(len(row) == len(names) + 1 for row in body) and any(row[-1].strip() for row in body):
         quoted = all(line.lstrip().startswith('"') for line in lines[at + 1 :])
-        if separator == "," and not quoted and _ends_in_decimals(body):
+        # under another name than one of time the first field may be a name of the row
+        if separator == "," and not quoted and _is_time(names[0].lower()) and _ends_in_decimals(body):
             raise SeriesError(
                 path,
                 "has a field more than its header names in every row, as decimal commas in numbers such as "
@@ -273,18 +282,13 @@ def _kind(field: str) -> str:
     return "number" if _is_number(field) or _is_number(field, ",") else "stamp" if field[:1].isdigit() else "text"
 
 
-def _is_word(field: object) -> bool:
-    """Whether a field is text with a letter, not a missing one.
+def _is_sum(field: object) -> bool:
+    """Whether a field names a row that sums up others.
 
-    >>> _is_word("Summe"), _is_word("-"), _is_word("none")
-    (True, False, False)
+    >>> _is_sum("Summe:"), _is_sum("Grand total"), _is_sum("end"), _is_sum("minute")
+    (True, True, False, False)
     """
-    return (
-        isinstance(field, str)
-        and _kind(field) == "text"
-        and field.strip().lower() not in MISSING
-        and any(map(str.isalpha, field))
-    )
+    return isinstance(field, str) and bool(SUM_NAME.match(field.strip()))
 
 
 def _splits_numbers(body: list[list[str]]) -> bool:
@@ -345,14 +349,25 @@ def _thousands(text: str, shapes: set[str], free_commas: bool) -> str:
 
 def _are_points_of_thousands(text: str) -> bool:
     """Whether several fields have a point, none a comma, and of those without, the longest are numbers of three digits,
-    other than 999 for what is missing.
+    other than 999 for what is missing; and the numbers are more alike read so.
     """
     return (
         "," not in text
         and text.count(".") > 1
         and bool(re.search(r"(?m)^[+-]?(?!999$)[1-9]\d\d$", text))
         and not re.search(r"(?m)^[+-]?\d{4,}$", text)
+        and _spread(text.replace(".", "")) < _spread(text)
     )
+
+
+def _spread(text: str) -> float:
+    """The largest by the smallest absolute value above 0 of the numbers in text, one a line.
+
+    >>> round(_spread("950\\n1.023\\n1.100\\n"), 1), round(_spread("950\\n1023\\n1100\\n"), 2)
+    (928.6, 1.16)
+    """
+    sizes = [abs(float(line)) for line in text.split() if _is_number(line)]
+    return max(sizes, default=1.0) / min(filter(None, sizes), default=1.0)
 
 
 def _plain(text: str) -> str:
@@ -488,9 +503,9 @@ def _choose_column(
 
 def _without_sums(
     table: pandas.DataFrame, numbers_of: Callable[[int], np.ndarray], column: int, layout: _Layout
-) -> np.ndarray:
-    """The places of rows with a number in that column, int (n,), without the last ones whose time is a word unlike that
-    of all others.
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The places of rows with a number in that column, int (n,), without the last ones that name a sum in place of the
+    time; and these names.
     """
     places = np.flatnonzero(~np.isnan(numbers_of(column)))
     for i, name in enumerate(layout.names):
@@ -498,13 +513,13 @@ def _without_sums(
         if i == column or not (named or i == 0):
             continue
         times = table.iloc[places, i].tolist()
-        if [_is_word(time) for time in times[:1] + times[-1:]] != [False, True]:
+        if [_is_sum(time) for time in times[:1] + times[-1:]] != [False, True]:
             continue
-        n_above = next(n for n in range(len(times), 0, -1) if not _is_word(times[n - 1]))
+        n_above = next(n for n in range(len(times), 0, -1) if not _is_sum(times[n - 1]))
         kinds = {_kind(time if isinstance(time, str) else "") for time in set(times[:n_above])}
         if "text" not in kinds and (named or "stamp" in kinds or _rises(numbers_of(i)[places])):
-            return places[:n_above]
-    return places
+            return places[:n_above], tuple(str(time).strip() for time in times[n_above:])
+    return places, ()
 
 
 def _is_time(name: str) -> bool:

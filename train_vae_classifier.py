@@ -47,7 +47,7 @@ from classifier_training import (
     validation_score,
     write_pictures,
 )
-from vae_classifier import BEST, ClassifierLoss, VAEClassifier
+from vae_classifier import BEST, LAST, ClassifierLoss, VAEClassifier
 
 WRITTEN = {
     "results": re.compile(r"vae_classifier_(results\.json|(curves|confusion)\.png)"),
@@ -123,9 +123,13 @@ def flipped_as_classes_allow(
     settings: config.TrainClassifierSettings, classes: Sequence[str]
 ) -> config.TrainClassifierSettings:
     """Settings without the flips that nobody asked for, where they may turn a plot into one of another class (a rising
-    series into a falling one): they are known to keep betise's nine kinds alone.
+    series into a falling one): they are known to keep betise's nine kinds alone. A run that goes on flips as it did.
     """
     unasked = [name for name in ("flip_time", "flip_value") if getattr(settings, name) and name not in settings.given]
+    if settings.resume and (last := Path(settings.output_dir) / LAST).exists():
+        with checkpoints.reading_contents(last):
+            trained = checkpoints.load_training(last, vae_classifier.KIND, ("settings",))["settings"]
+            return settings.replace(**{name: trained[name] for name in unasked})
     if set(classes) <= set(config.CLASSES) or not unasked:
         return settings
     say(

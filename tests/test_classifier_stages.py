@@ -207,6 +207,20 @@ def test_classes_that_a_flip_may_exchange_are_flipped_only_where_that_is_asked_f
     assert ("plots are not flipped" in capsys.readouterr().err) == ("rise" in classes)
 
 
+def test_a_run_that_goes_on_flips_as_it_did(trained, tmp_path, capsys):
+    data, out = trained
+    shutil.copytree(out / "vae_models", tmp_path / "vae_models")
+    last = tmp_path / vae_classifier.LAST
+    state = torch.load(last, weights_only=True)
+    assert not state["settings"]["flip_time"], "the three classes are none of the nine kinds"
+    state["settings"]["flip_time"] = True  # as before it was asked whether classes allow it
+    torch.save(state, last)
+    settings = settings_for(data, tmp_path, resume=True)
+    capsys.readouterr()
+    found = training.flipped_as_classes_allow(settings, CLASSES)
+    assert (found.flip_time, found.flip_value) == (True, False) and not capsys.readouterr().err
+
+
 def test_the_checkpoint_is_enough_for_inference(trained):
     contents = checkpoints.load_checkpoint(trained[1] / BEST, vae_classifier.KIND)
     assert contents["class_names"] == CLASSES and contents["image_size"] == 64
@@ -513,6 +527,20 @@ def test_without_data_the_demo_and_its_preset_are_used(tmp_path, monkeypatch, ca
 
 
 # --------------------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize("n_files", [2, 21])
+def test_remarks_on_many_files_are_told_of_once(trained, tmp_path, capsys, n_files):
+    for i in range(n_files):
+        path = tmp_path / "series" / f"{i}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("value\n1\nnan\n3\n2\n")
+    assert run_inference(path.parent, "--model", trained[1] / BEST, "--output-dir", tmp_path, "--no-pictures") == 0
+    said = capsys.readouterr()
+    assert said.err.count("1 of 4 rows hold no number") == (2 if n_files == 2 else 0)
+    assert ("warning: remarks on 21 files are in " in said.err) == (n_files == 21)
+    assert said.out.startswith(f"model: {trained[1] / BEST}\n")
+    assert len(read_rows(tmp_path / "results" / "vae_classifier_predictions" / "remarks.csv")) == n_files
 
 
 def test_images_folders_and_csvs_in_one_table(trained, tmp_path, capsys):

@@ -616,14 +616,29 @@ def test_pictures_of_kinds_that_are_not_read_are_skipped_and_change_nothing_else
         save(raw / f"{i}.png", picture(seed=i))
     save(bad / "0.png", picture(seed=50))
     before = prepare(raw, tmp_path / "out", bad_dir=str(bad))
-    unread = [save(raw / "3.HEIC", format="JPEG"), save(bad / "deep" / "x.dng", format="JPEG")]
+    save(raw / "3.cr2", format="JPEG")  # as a camera stores it beside 3.png
+    unread = [save(raw / "x.HEIC", format="JPEG"), save(bad / "deep" / "x.dng", format="JPEG")]
     for _ in range(2):
         report = prepare(raw, tmp_path / "out", bad_dir=str(bad))
         assert report["kept"] == before["kept"] and report["counts"] == {**before["counts"], "skipped": 2}
         assert [row["source"] for row in report["skipped"]] == list(map(str, unread))
         assert report["skipped"][1]["reason"].startswith("is a picture in DNG format, which is not read; expected")
         assert json.loads((tmp_path / "out" / image_folders.REPORT_NAME).read_text()) == report
-    assert "3.HEIC is a picture in HEIC format" in run(raw, "--out", tmp_path / "out", "--image-size", 64).stderr
+    assert "x.HEIC is a picture in HEIC format" in run(raw, "--out", tmp_path / "out", "--image-size", 64).stderr
+
+
+def test_masks_beside_defective_images_are_their_ground_truth(tmp_path):
+    for i in range(5):
+        save(tmp_path / "raw" / f"{i}.png", picture(seed=i))
+    for place in ("0", "day/1"):
+        save(tmp_path / "bad" / f"{place}.png", picture(seed=50))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:20, 10:20] = 255
+    (tmp_path / "bad" / "day" / "1_GT.png").write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+    report = prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "bad"))
+    assert report["counts"]["test/defective"] == 2 and report["counts"]["ground_truth/defective"] == 1
+    masked = [item for item in image_folders.MVTecFolder(tmp_path / "out").test if item.mask_paths]
+    assert [item.path.stem for item in masked] == ["1"]
 
 
 def test_three_images_of_a_flat_source_train_whatever_share_is_to_test(tmp_path):

@@ -282,6 +282,8 @@ NOT_GROUPED = {
     "points beside four digits and a word": ("t;x\n0;1.023\n1;950\n2;1107\n3;1.250\n4;x\n", [1.023, 950, 1107, 1.25]),
     "points beside a comma": ("t;x\n0;1.023\n1;950\n2;0,5\n3;1.250\n", [1.023, 950, 0.5, 1.25]),
     "points beside 999 for a gap": ("t;x\n0;1.023\n1;999\n2;1.107\n3;-999\n", [1.023, 999, 1.107, -999]),
+    "percentages": ("t;x\n0;100\n1;99.125\n2;98.251\n3;97.333\n4;100\n", [100, 99.125, 98.251, 97.333, 100]),
+    "kelvins": ("t;x\n0;300\n1;299.125\n2;298.251\n3;301\n", [300, 299.125, 298.251, 301]),
     "a single point": ("t;x\n0;950\n1;1.023\n2;870\n", [950, 1.023, 870]),
     "points in a table of commas": ("t,x\n0,950\n1,1.023\n2,870\n3,1.107\n4,-x\n", [950, 1.023, 870, 1.107]),
     "addresses beside": ("host,value\n192.168.100.200,1.5\n192.168.100.201,2.5\n", [1.5, 2.5]),
@@ -330,16 +332,18 @@ SUMS = {
     "numbers called time": ("t;y\n", "7;{v}\n", "Total;2,75\n", 1),
     "rising numbers of any name": ("counter;u\n", "1{i};{v}\n", "Total;2,75\n", 1),
     "time behind": ("value;time\n", "{v};0{i}:00\n", "2,75;Summe\n", 1),
-    "a gap above": ("Datum;Wert\n", "0{i}.01.2024;{v}\n", ";\nSumme;2,75\n", 2),
+    "a gap above": ("Datum;Wert\n", "0{i}.01.2024;{v}\n", ";\nSumme;2,75\n", 1),
 }
 
 
 @pytest.mark.parametrize("kind", SUMS)
-def test_sums_below_are_dropped_and_counted(tmp_path, kind):
-    header, row, below, n_dropped = SUMS[kind]
+def test_sums_below_are_left_out_and_named(tmp_path, kind):
+    header, row, below, n_sums = SUMS[kind]
     rows = "".join(row.format(i=i, v=str(v).replace(".", ",")) for i, v in enumerate(NUMBERS))
     series = series_plots.read_series(write(tmp_path, header + rows + below))
-    assert (series.values.tolist(), series.n_dropped) == (NUMBERS, n_dropped)
+    assert (series.values.tolist(), len(series.sums), series.n_dropped) == (NUMBERS, n_sums, "gap" in kind)
+    called = ", ".join(series.sums)
+    assert f"the last {n_sums}, called {called}, were left out as sums" in loader.read_plot(tmp_path / "series.csv")[1]
 
 
 NO_SUMS = {
@@ -347,6 +351,7 @@ NO_SUMS = {
     "a word above": "Datum;Wert\n01.01.2024;1\nheute;3\n02.01.2024;2\nSumme;4\n",
     "no time": "reading;data\n5;1\n3;3\nerr;4\n",
     "a remark": "t;value;remark\n0;1;7\n1;3;8\n2;4;end\n",
+    "another word": "t;value\n0;1\n1;3\nend;4\n",
     "no letter": "t;value\n0;1\n1;3\n...;4\n",
     "none": "t;value\n0;1\n1;3\nNONE;4\n",
     "nothing": "t;value\n0;1\n1;3\n;4\n",
@@ -398,7 +403,7 @@ def test_a_rising_line_alone_is_the_data(tmp_path):
 
 CUT = {
     "two decimals": "time,value\n0,20,00\n1,20,37\n2,20,74\n",
-    "two decimals, rows from 1": "nr,value\n1,20,37\n2,20,74\n3,21,11\n",
+    "two decimals, rows from 1": "t,value\n1,20,37\n2,20,74\n3,21,11\n",
     "one decimal": "time,value\n0,20,0\n1,20,5\n2,21,5\n",
     "dates and negative numbers": "datum,wert\n01.01.2024,-0,1257\n02.01.2024,1,3050\n03.01.2024,-2,0049\n",
     "an index without a name": ",value\n0,20,07\n1,20,37\n2,20,74\n",
@@ -422,6 +427,9 @@ ROW_NAMES = {
     "decimal points": "a,b\n1,20,0.25\n2,22,1.75\n3,21,0.50\n",
     "decimal points elsewhere": "a,b,c,d\n1,20,1.5,7,37\n2,22,2.5,8,74\n3,21,0.5,9,11\n",
     "words": "a,b\n1,20,up\n2,22,no\n3,21,up\n",
+    "numbers of rows and of two digits": "a,b\n1,20,30\n2,22,31\n3,21,32\n",
+    "dates": "a,b\n2024-01-01,20,30\n2024-01-02,22,31\n2024-01-03,21,32\n",
+    "places": "a,b\nBonn,20,30\nKiel,22,31\nUlm,21,32\n",
 }
 
 

@@ -212,11 +212,13 @@ def test_pictures_of_kinds_that_are_not_read_are_counted_once(tmp_path):
     save(flat / "a.heic", format="JPEG")
     with pytest.raises(config.InputError, match=r"no folder train/good.* 1 picture\(s\) there are in formats that are"):
         image_folders.MVTecFolder(flat)
-    save(flat / "a.jpg")
+    save(flat / "b.jpg")
     with pytest.raises(config.InputError, match=r"holds 1 image.* 1 picture\(s\) there are in formats that are not"):
         image_folders.MVTecFolder(flat)
-    save(flat / "b.jpg"), save(flat / "c.jpg"), save(flat / "deep" / "d.heic", format="JPEG")
+    save(flat / "c.jpg"), save(flat / "d.jpg"), save(flat / "deep" / "e.heic", format="JPEG")
+    save(flat / "b.CR2", format="JPEG")  # as a camera stores it beside the readable one
     assert "holds 1 picture(s) in formats that are not read (a.heic);" in image_folders.MVTecFolder(flat).warnings[0]
+    assert [path.name for path in image_folders.find_images(flat)] == ["a.heic", "b.jpg", "c.jpg", "d.jpg", "e.heic"]
 
 
 def test_masks_beside_the_images_of_a_flat_folder_are_left_out(tmp_path):
