@@ -583,11 +583,12 @@ def _source_and_out(settings: config.PreprocessSettings) -> tuple[Path, Path]:
 def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job], list[Path], list[str]]:
     """Which file becomes which: images first, then the masks named after them; pictures that are not read; warnings."""
     folder = MVTecFolder(source, bad_dir=settings.bad_dir)
+    masks, unread = {item.path: item.mask_paths for item in folder.test if item.mask_paths}, folder.unread
+    bad, bad_dir = [], Path(settings.bad_dir)
     if settings.bad_dir:
-        _check_bad_dir(Path(settings.bad_dir), folder)
-    bad_dir = Path(settings.bad_dir) if settings.bad_dir else None
-    bad = files_under(bad_dir) if bad_dir else []
-    masks = masks_beside(bad) | {item.path: item.mask_paths for item in folder.test if item.mask_paths}
+        _check_bad_dir(bad_dir, folder)
+        bad, unread = files_under(bad_dir), unread + unread_under(bad_dir)
+        masks = masks_beside(bad)
     placed = _place_flat(folder, settings) if folder.flat else _place_mvtec(folder)
     of_images = set().union(*masks.values())
     for path in bad:
@@ -595,10 +596,11 @@ def _plan(source: Path, settings: config.PreprocessSettings) -> tuple[list[_Job]
             placed[path] = f"test/defective/{path.relative_to(bad_dir).with_suffix('').as_posix()}"
     outputs = _unique_outputs(placed)
     jobs = [_Job((path,), output, size=folder.letterboxed.get(path)) for path, output in outputs.items()]
-    for path, of_it in masks.items():
-        below = outputs[path].removeprefix("test/").removesuffix(".png")
-        jobs.append(_Job(of_it, f"ground_truth/{below}_mask.png", path, folder.letterboxed.get(path)))
-    return jobs, folder.unread + (unread_under(bad_dir) if bad_dir else []), folder.warnings
+    for path, output in outputs.items():
+        if path in masks:  # those of what is itself a mask are left out with it
+            below = output.removeprefix("test/").removesuffix(".png")
+            jobs.append(_Job(masks[path], f"ground_truth/{below}_mask.png", path, folder.letterboxed.get(path)))
+    return jobs, unread, folder.warnings
 
 
 def _check_bad_dir(bad_dir: Path, folder: MVTecFolder) -> None:

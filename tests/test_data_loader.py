@@ -634,7 +634,8 @@ def test_masks_beside_defective_images_are_their_ground_truth(tmp_path):
         save(tmp_path / "bad" / f"{place}.png", picture(seed=50))
     mask = np.zeros((64, 64), np.uint8)
     mask[10:20, 10:20] = 255
-    (tmp_path / "bad" / "day" / "1_GT.png").write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+    for name in ("1_GT.png", "1_GT_mask.png"):  # the second is one of what is itself a mask
+        (tmp_path / "bad" / "day" / name).write_bytes(cv2.imencode(".png", mask)[1].tobytes())
     report = prepare(tmp_path / "raw", tmp_path / "out", bad_dir=str(tmp_path / "bad"))
     assert report["counts"]["test/defective"] == 2 and report["counts"]["ground_truth/defective"] == 1
     masked = [item for item in image_folders.MVTecFolder(tmp_path / "out").test if item.mask_paths]
