@@ -57,6 +57,8 @@ def unread_under(folder: Path, deep: bool = True) -> list[Path]:
     """Pictures of UNREAD_SUFFIXES as ``files_under`` finds them, but those beside a readable one of their name: cameras
     store both.
     """
+    if not files_under(folder, deep, UNREAD_SUFFIXES):  # as nearly everywhere: no other file need be looked at
+        return []
     found = _without_twins(files_under(folder, deep, IMAGE_SUFFIXES + UNREAD_SUFFIXES))
     return [path for path in found if path.suffix.lower() in UNREAD_SUFFIXES]
 

@@ -121,6 +121,7 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
         InputError: the data cannot be used, or there is no file of VGG16's weights where one is named.
         UsageError: no map has a weight above 0.
     """
+    defect_maps.map_shares(settings, settings.backbone != "none")
     settings = settings.replace(segmentation=settings.segmentation and settings.drawn_defects > 0)
     asked = settings.vgg16_weights if weights is None and settings.map_perceptual else ""
     if asked and not weights_here(config.as_dict(settings)):
@@ -132,7 +133,6 @@ def prepare(settings: config.TrainSettings, weights: dict | None = None) -> Run:
     if settings.perceptual_weight > 0 and weights is None:
         perceptual = PerceptualLoss(settings.vgg16_weights, crop_px=settings.perceptual_crop_px).to(runtime.device)
     model = build_model(settings, runtime, data.training, weights)
-    defect_maps.map_shares(settings, model.n_features > 0)
     held_out = [
         (batch, model.grid_features(batch)) for batch in map(runtime.put, data.held.images.split(settings.batch_size))
     ]
