@@ -6,8 +6,10 @@ H x W x 3, floats in [0, 1] or uint8. Cyan always outlines what was predicted, a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,16 +99,35 @@ def pixels(figure: Figure, dpi: int = 100, tight: bool = False) -> np.ndarray:
 
 def _write(figure: Figure, target: io.BytesIO, dpi: int, tight: bool, kind: str = "png") -> None:
     # Ticks are made when a figure is drawn, so a user's own settings must not reach that moment either.
-    with _defaults(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # drawn as boxes
+    with home_style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as boxes
         figure.savefig(target, dpi=dpi, bbox_inches="tight" if tight else None, format=kind)
 
 
-def _defaults():
-    # A backend, once set, is not put back by rc_context.
-    return matplotlib.rc_context(
-        {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    )
+class _HomeStyle(contextlib.AbstractContextManager):
+    """matplotlib's own defaults in place of the user's settings, which are put back when the last thread that is within
+    leaves: there is one set of settings for all threads.
+    """
+
+    def __init__(self):
+        self.lock, self.n_within, self.users = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.n_within:  # a backend, once set, is not put back by rc_context
+                defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+                self.users.enter_context(matplotlib.rc_context(defaults))
+            self.n_within += 1
+
+    def __exit__(self, *error) -> None:
+        with self.lock:
+            self.n_within -= 1
+            if not self.n_within:
+                self.users.close()
+
+
+home_style = _HomeStyle()
+"""Within it figures are made and drawn (``with plots.home_style:``), whatever the user has set."""
 
 
 # ------------------------------------------------------------------------------------------ why an image is bad
@@ -605,13 +626,18 @@ def latent_scatter(points_2d: np.ndarray, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def series_figure(values: Sequence[float]) -> Figure:
-    """A series as the classifier sees it, in training and at inference; write it by save(..., tight=True)."""
-    with _defaults():
+def series_figure(values: Sequence[float], times: Sequence[float] | None = None) -> Figure:
+    """A series as the classifier sees it, in training and at inference; write it by save(..., tight=True).
+
+    Args:
+        times: where along the axis of time each value lies; None: 0, 1, 2 and so on.
+    """
+    with home_style:
         figure = Figure(figsize=(8, 6), dpi=100)
         FigureCanvasAgg(figure)
         axis = figure.subplots()
-        axis.plot(np.asarray(values, dtype=float), linewidth=1.5, color="#1f77b4")
+        times = np.arange(len(values)) if times is None else times
+        axis.plot(times, np.asarray(values, dtype=float), linewidth=1.5, color="#1f77b4")
         axis.grid(alpha=0.3)
         axis.set_xlabel("Time", fontsize=12)
         axis.set_ylabel("Value", fontsize=12)

@@ -629,7 +629,11 @@ class SeriesRenderer:
         self.axes.relim()
         self.axes.autoscale_view()
         frame = self._tight_layout()
-        return self._draw(frame) if frame else self._draw_slowly()
+        if frame is None:
+            import plots
+
+            return plots.pixels(plots.series_figure(self.line.get_ydata(), self.line.get_xdata()), tight=True)
+        return self._draw(frame)
 
     def _tight_layout(self) -> _Frame | None:
         """What ``Figure.tight_layout`` does: measure at the default place, then give every side what it needs."""
@@ -763,22 +767,6 @@ class SeriesRenderer:
             ink = word.ink[top - row :, start - column :][: under.shape[0], : under.shape[1], None]
             np.minimum(under, ink, out=under)
 
-    def _draw_slowly(self) -> np.ndarray:
-        """By matplotlib alone: for labels that the short cut does not know."""
-        from PIL import Image
-
-        import plots
-
-        figure = plots.series_figure(self.line.get_ydata())
-        axes, line = figure.axes[0], figure.axes[0].lines[0]
-        line.set_data(self.line.get_xdata(), self.line.get_ydata())
-        axes.relim()
-        axes.autoscale_view()
-        figure.tight_layout()
-        file = io.BytesIO()
-        figure.savefig(file, dpi=self.dpi, bbox_inches="tight", format="png")
-        return np.asarray(Image.open(file).convert("RGB"))
-
 
 def _moved(extent, dx: float, dy: float) -> tuple[float, float, float, float]:
     left, bottom, right, top = extent
@@ -793,9 +781,12 @@ def render_series(values: np.ndarray) -> np.ndarray:
 
     Training plots and inference plots are both made here. ``values``: finite, at least two.
     """
-    if not hasattr(_LOCAL, "renderer"):
-        _LOCAL.renderer = SeriesRenderer()
-    return _LOCAL.renderer.pixels(np.asarray(values, dtype=np.float64))
+    import plots
+
+    with plots.home_style:
+        if not hasattr(_LOCAL, "renderer"):
+            _LOCAL.renderer = SeriesRenderer()
+        return _LOCAL.renderer.pixels(np.asarray(values, dtype=np.float64))
 
 
 @cache

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -519,6 +520,14 @@ def test_the_fast_plot_is_matplotlibs_plot(case):
             assert np.abs(pair[0] - pair[1]).mean() < 0.4, (size, crop)
 
 
+@pytest.mark.parametrize("case", ["medium", "offset"])  # by the short cut, by matplotlib alone
+def test_the_plot_does_not_depend_on_the_users_settings(case):
+    values = series_of(case)
+    plain = series_plots.render_series(values)
+    with matplotlib.rc_context({"xtick.labelsize": 30, "lines.linewidth": 9}):
+        np.testing.assert_array_equal(series_plots.render_series(values), plain)
+
+
 def test_the_plot_does_not_depend_on_what_was_drawn_before():
     values = series_of("medium")
     before = series_plots.render_series(values)
@@ -655,17 +664,17 @@ def test_a_cache_of_plots_that_would_look_otherwise_today_is_made_anew(root, tmp
 
 @pytest.mark.parametrize("name", ["0.png", "0.csv"])
 def test_what_the_system_refused_to_read_is_tried_again(root, tmp_path, monkeypatch, name):
-    paths, cache, opened = [root / "train" / "alpha" / name, *paths_of(root)[1:]], tmp_path / "cache", io.open
+    paths, cache, opened = [root / "train" / "alpha" / name, *paths_of(root)[1:]], tmp_path / "cache", Path.open
     if name.endswith("csv"):
         write(root / "train" / "alpha", LINES, name)
 
     def refuses(file, *rest, **more):
-        if Path(str(file)) == paths[0]:
+        if file == paths[0]:
             raise PermissionError(13, "Permission denied")
         return opened(file, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(io, "open", refuses)
+        patch.setattr(Path, "open", refuses)
         assert loader.load_plots(paths, 32, False, cache).errors == [(paths[0], "cannot be read (Permission denied)")]
     again = loader.load_plots(paths, 32, False, cache)
     assert not again.errors and again.n_decoded == 1

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import trapezoid
 from skimage.measure import label as connected
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from sklearn import metrics
@@ -194,7 +195,7 @@ def exact_aupro(maps, masks, limit=0.3):
         fpr.append((called & ~truth).sum() / (~truth).sum())
         pro.append(np.mean([called[i][region].mean() for i, region in regions]))
     grid = np.linspace(0, limit, 20001)
-    return np.trapezoid(np.interp(grid, fpr, pro), grid) / limit
+    return trapezoid(np.interp(grid, fpr, pro), grid) / limit
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -324,6 +324,16 @@ def test_series_figure_is_the_home_style_whatever_the_users_settings(tmp_path):
     np.testing.assert_array_equal(plots.pixels(plots.series_figure(values), tight=True), plain[..., :3])
 
 
+def test_the_users_settings_come_back_when_the_last_of_two_threads_leaves():
+    with matplotlib.rc_context({"font.size": 30}):
+        plots.home_style.__enter__()  # one thread enters,
+        plots.home_style.__enter__()  # a second one,
+        plots.home_style.__exit__(None, None, None)  # and the first is done
+        assert matplotlib.rcParams["font.size"] == 10
+        plots.home_style.__exit__(None, None, None)
+        assert matplotlib.rcParams["font.size"] == 30
+
+
 def test_a_chosen_backend_stays_chosen():
     before = matplotlib.rcParams._get("backend")
     matplotlib.rcParams._set("backend", "svg")
