@@ -616,6 +616,15 @@ class DrawnSetsSettings(RunSettings):
 
 
 @dataclass(frozen=True)
+class ForeignDefectsSettings(RunSettings):
+    """The set."""
+
+    data_dir: str = setting("", "Data set in the MVTec layout, whose good test images are drawn on.")
+    out: str = setting("data/foreign_defects", "Folder that receives the set.")
+    per_kind: int = setting(12, "Images with a defect of each kind.", unit="images", minimum=1)
+
+
+@dataclass(frozen=True)
 class DetectorSettings(PrecisionSettings):
     """The trained model."""
 

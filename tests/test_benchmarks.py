@@ -23,7 +23,7 @@ import image_files
 import image_folders
 import scripts
 import vae_classifier
-from benchmarks import ablation, classifier, detection, drawn_sets
+from benchmarks import ablation, classifier, detection, drawn_sets, foreign_defects
 
 TINY = {
     "image_size": 64,
@@ -646,3 +646,69 @@ def test_drawn_sets_are_written_below_the_output_folder(tmp_path, monkeypatch):
     ]
     with pytest.raises(config.UsageError, match="expected photographs of different names"):
         drawn_sets.main(config.DrawnSetsSettings(photos=("here/cap.jpg",)))
+
+
+# ---------------------------------------------------------------------------------------- foreign defects
+
+
+@pytest.mark.parametrize("kind", foreign_defects.KINDS)
+@pytest.mark.parametrize("shape", [(96, 160), (130, 90)])
+def test_a_foreign_defect_is_of_the_right_size_and_where_its_mask_says(kind, shape):
+    rng = np.random.default_rng(5)
+    image = rng.integers(60, 180, (*shape, 3)).astype(np.float32)
+    other = rng.integers(60, 180, (*shape, 3)).astype(np.float32)
+    places = []
+    for _ in range(4):
+        before = image.copy()
+        changed, mask = foreign_defects.draw_foreign(rng, image, kind, other)
+        np.testing.assert_array_equal(image, before)  # what is drawn on stays as it is
+        change = np.abs(changed - image).max(2)
+        np.testing.assert_array_equal(mask, change >= 6)
+        assert 0.0002 <= mask.mean() <= 0.02 and (change[mask] >= 10).mean() >= 0.5
+        assert changed.min() >= 0 and changed.max() <= 255 and (changed == changed.round()).all()
+        places.append(tuple(np.argwhere(mask).mean(0)))
+    assert len(set(places)) == 4
+
+
+def test_a_defect_that_cannot_be_seen_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(foreign_defects.KINDS, "line", lambda rng, image, area_px, other: image + 3)
+    images = [np.full((64, 64, 3), 120, np.uint8)]
+    assert foreign_defects.write_foreign(images, tmp_path, 0, 1) == ["line 000"]
+    assert not (tmp_path / "test" / "line").exists() and (tmp_path / "test" / "shade").exists()
+
+
+def test_foreign_defects_are_drawn_on_good_test_images_alone(tmp_path, capsys):
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    for place in ("test/good/0.png", "test/good/1.png", "test/scratch/0.png"):
+        image_files.write_png(data / place, rng.integers(60, 180, (64, 80, 3), np.uint8))
+    (data / "test" / "good" / "2.png").write_bytes(b"no image")
+    arguments = ["--data-dir", str(data), "--output-dir", str(tmp_path), "--per-kind", "2", "--seed", "4"]
+    for out in ("first", "second"):
+        assert (
+            scripts.run_script(config.ForeignDefectsSettings, "", foreign_defects.main, [*arguments, "--out", out]) == 0
+        )
+    said = capsys.readouterr()
+    assert "2 good images, 8 kinds" in said.out and "2.png" in said.err
+    folder = image_folders.MVTecFolder(str(tmp_path / "first"), require_train=False)
+    found = {kind: [item for item in folder.test if item.category == kind] for kind in ("good", *foreign_defects.KINDS)}
+    assert [len(items) for items in found.values()] == [2] * 9 and len(folder.test) == 18 and not folder.warnings
+    good = [image_files.read_image(data / "test" / "good" / name) for name in ("0.png", "1.png")]
+    for before, item in zip(good, found["good"], strict=True):
+        np.testing.assert_array_equal(image_files.read_image(item.path), before)
+    for items in (found[kind] for kind in foreign_defects.KINDS):
+        for item, before in zip(items, good, strict=True):
+            mask = image_files.read_mask(item.mask_paths[0])
+            differs = (image_files.read_image(item.path) != before).any(2)
+            assert mask.any() and differs[mask].all()
+    for path in (tmp_path / "first").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
+
+
+@pytest.mark.parametrize(("place", "code", "words"), [(None, 2, "--data-dir"), ("test/dent/0.png", 1, "test/good")])
+def test_a_set_without_good_test_images_is_refused(tmp_path, capsys, place, code, words):
+    if place:
+        image_files.write_png(tmp_path / "data" / place, np.zeros((32, 32, 3), np.uint8))
+    arguments = ["--output-dir", str(tmp_path), *(["--data-dir", str(tmp_path / "data")] if place else [])]
+    assert scripts.run_script(config.ForeignDefectsSettings, "", foreign_defects.main, arguments) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and not (tmp_path / "data" / "foreign_defects").exists()

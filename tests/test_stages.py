@@ -1524,6 +1524,7 @@ SCRIPTS = {
     "benchmarks/classifier.py": config.ClassifierBenchmarkSettings,
     "benchmarks/ablation.py": config.AblationSettings,
     "benchmarks/drawn_sets.py": config.DrawnSetsSettings,
+    "benchmarks/foreign_defects.py": config.ForeignDefectsSettings,
 }
 
 
