@@ -17,7 +17,7 @@ if __name__ == "__main__":
     scripts.answer_early(config.ForeignDefectsSettings, __doc__)
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import cv2
 import numpy as np
@@ -38,26 +38,26 @@ HARDEST_FRAC = 0.5
 
 
 def ellipse(rng: np.random.Generator, shape: tuple[int, int], area_px: float) -> np.ndarray:
-    """Cover (H, W), 0 to 1."""
+    """Cover (H, W), 0 or 1."""
     radius, stretch = math.sqrt(area_px / math.pi), rng.uniform(0.6, 1.6)
-    sides = max(1, round(radius * stretch)), max(1, round(radius / stretch))
-    return _drawn(shape, cv2.ellipse, _within(rng, shape, radius), sides, rng.uniform(0, 180), 0, 360, 1, -1)
+    middle, sides = pixel(within(rng, shape, radius)), pixel((max(1, radius * stretch), max(1, radius / stretch)))
+    return cv2.ellipse(np.zeros(shape, np.float32), middle, sides, rng.uniform(0, 180), 0, 360, 1, -1)
 
 
 def polygon(rng: np.random.Generator, shape: tuple[int, int], area_px: float) -> np.ndarray:
-    """Cover (H, W), 0 to 1, of five to eight corners."""
+    """Cover (H, W), 0 or 1, of five to eight corners."""
     radius, n = math.sqrt(area_px / math.pi), int(rng.integers(5, 9))
     angles, lengths = np.sort(rng.uniform(0, 2 * np.pi, n)), radius * rng.uniform(0.7, 1.6, n)
-    corners = np.stack([np.cos(angles), np.sin(angles)], 1) * lengths[:, None] + _within(rng, shape, radius)
-    return _drawn(shape, cv2.fillPoly, [np.rint(corners).astype(np.int32)], 1)
+    corners = np.stack([np.cos(angles), np.sin(angles)], 1) * lengths[:, None] + within(rng, shape, radius)
+    return cv2.fillPoly(np.zeros(shape, np.float32), [np.rint(corners).astype(np.int32)], 1)
 
 
 def straight(rng: np.random.Generator, shape: tuple[int, int], area_px: float) -> np.ndarray:
-    """Cover (H, W), 0 to 1, of a straight line."""
+    """Cover (H, W), 0 or 1, of a straight line."""
     width_px = max(1, round(rng.uniform(1, 4) * max(shape) / 512))
-    start, angle = np.array(_within(rng, shape, 0.1 * min(shape))), rng.uniform(0, 2 * np.pi)
+    start, angle = within(rng, shape, 0.1 * min(shape)), rng.uniform(0, 2 * np.pi)
     end = start + min(area_px / width_px, 0.8 * min(shape)) * np.array([np.cos(angle), np.sin(angle)])
-    return _drawn(shape, cv2.line, *([round(float(each)) for each in point] for point in (start, end)), 1, width_px)
+    return cv2.line(np.zeros(shape, np.float32), pixel(start), pixel(end), 1, width_px)
 
 
 def rectangle(rng: np.random.Generator, shape: tuple[int, int], area_px: float) -> np.ndarray:
@@ -72,20 +72,20 @@ def rectangle(rng: np.random.Generator, shape: tuple[int, int], area_px: float) 
 
 
 def dots(rng: np.random.Generator, shape: tuple[int, int], area_px: float) -> np.ndarray:
-    """Cover (H, W), 0 to 1, of a cluster of three to eleven dots."""
+    """Cover (H, W), 0 or 1, of a cluster of three to eleven dots."""
     n = int(rng.integers(3, 12))
     radius = max(1.2, math.sqrt(area_px / n / math.pi))
-    middle, cover = _within(rng, shape, 3 * radius), np.zeros(shape, np.float32)
+    middle, cover = within(rng, shape, 3 * radius), np.zeros(shape, np.float32)
     for _ in range(n):
         at, side = middle + rng.normal(0, 4 * radius, 2), max(1, round(radius * rng.uniform(0.6, 1.3)))
-        cover = np.maximum(cover, _drawn(shape, cv2.circle, [round(float(each)) for each in at], side, 1, -1))
+        cv2.circle(cover, pixel(at), side, 1, -1)
     return cover
 
 
 def patch(rng: np.random.Generator, shape: tuple[int, int], area_px: float, softness: float) -> np.ndarray:
     """Cover (H, W), 0 to 1, of a blob with an uneven edge, blurred by that share of its radius."""
     radius = math.sqrt(area_px / math.pi)
-    middle, (down, across) = _within(rng, shape, radius), np.mgrid[: shape[0], : shape[1]]
+    middle, (down, across) = within(rng, shape, radius), np.mgrid[: shape[0], : shape[1]]
     uneven = smooth_noise(rng, shape, max(2, 0.5 * radius))
     nearness = 1 - np.hypot(across - middle[0], down - middle[1]) / (1.6 * radius) + 0.25 * uneven
     level = np.partition(nearness.ravel(), -int(area_px))[-int(area_px)]
@@ -98,15 +98,13 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cell_px: floa
     return cv2.resize(cells, shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 
-def _within(rng: np.random.Generator, shape: tuple[int, int], margin: float) -> tuple[float, float]:
+def within(rng: np.random.Generator, shape: tuple[int, int], margin: float) -> np.ndarray:
     """A point (x, y) that far from the border, or the middle of a side that is too short for it."""
-    return tuple(rng.uniform(min(margin, side / 2), max(side - margin, side / 2)) for side in shape[::-1])
+    return np.array([rng.uniform(min(margin, side / 2), max(side - margin, side / 2)) for side in shape[::-1]])
 
 
-def _drawn(shape: tuple[int, int], draw: Callable, *given) -> np.ndarray:
-    """What OpenCV draws with these arguments, in pixels, on an empty canvas (H, W)."""
-    rounded = [tuple(map(round, each)) if isinstance(each, tuple) else each for each in given]
-    return draw(np.zeros(shape, np.float32), *rounded, lineType=cv2.LINE_AA)
+def pixel(point: Iterable[float]) -> tuple[int, ...]:
+    return tuple(round(float(each)) for each in point)
 
 
 # ------------------------------------------------------------------------------------------------- kinds
