@@ -220,8 +220,8 @@ class MVTecFolder:
         if not n_folders:
             return "; expected the good training images there."
         return (
-            f", but {n_folders} sub-folder(s) that hold images; put them into train/good, where sub-folders are kept, "
-            "or all into one folder."
+            f", but {n_folders} sub-folder(s) that hold images; put those of good parts into train/good, where "
+            "sub-folders are kept, or give data_loader.py the folder of them (and one of bad parts as --bad-dir)."
         )
 
     def split(self, good: Sequence[Path], holdout_frac: float, seed: int) -> tuple[list[Path], list[Path]]:
@@ -299,6 +299,8 @@ class MVTecFolder:
                 else _match_masks(images, folder, self.root / "ground_truth" / folder.name)
             )
             items += [MVTecItem(path, folder.name, masks.get(path, ())) for path in images]
+            if folder.name != "good" and folder.name.lower() == "good":
+                self.warnings.append(f"{folder} counts as a kind of defect; expected good images in {test / 'good'}.")
             if not images:
                 self.warnings.append(f"{folder} holds no images.")
             elif others:

@@ -28,9 +28,10 @@ def answer_early(settings_class: type[config.Settings], description: str) -> Non
 
 
 def _without_traceback_when_interrupted(kind, error, trace) -> None:
-    """For Ctrl-C, or SIGTERM, during imports: Python itself then exits as interrupted."""
+    """For Ctrl-C, or SIGTERM, during imports; Python itself would end by the signal then, without an exit code."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted: nothing was begun.", file=sys.stderr)
+        print("interrupted: nothing was begun.", file=sys.stderr, flush=True)
+        os._exit(130)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -496,9 +496,11 @@ def _choose_column(
             path,
             f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
         )
-    if others[0] == 0 and len(others) > 1 and (_rises(numbers_of(0)) or (not names[0] and _ticks(numbers_of(0)))):
-        others = others[1:]
-    return others[0], len(others)
+    n_possible, is_even = len(others), others[0] == 0 and _ticks(numbers_of(0))
+    if others[0] == 0 and n_possible > 1 and (_rises(numbers_of(0)) or (not names[0] and is_even)):
+        others = others[1:]  # as times do; one of a name of its own, in uneven steps, may be the series all the same
+        n_possible -= is_even or not names[0]
+    return others[0], n_possible
 
 
 def _without_sums(

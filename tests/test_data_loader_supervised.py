@@ -5,8 +5,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -375,6 +377,9 @@ SEVERAL = {
     "one called data": ("reading,data,b\n5,1.5,7\n3,2.5,9\n4,1.5,8\n", ""),
     "one beside time and a label": ("t,flow,label\n0,1.5,0\n1,2.5,1\n2,1.5,0\n", ""),
     "one beside a rising first": ("x,flow\n0,1.5\n1,2.5\n2,1.5\n", ""),
+    "one beside a first that rises unevenly": ("pressure,flow\n0.5,1.5\n1.9,2.5\n2.1,1.5\n", "column 'flow' of 2"),
+    "one beside times without a name": (",flow\n0.5,1.5\n1.9,2.5\n2.1,1.5\n", ""),
+    "one beside uneven times": ("elapsed,flow\n0.5,1.5\n1.9,2.5\n2.1,1.5\n", ""),
 }
 
 
@@ -1099,3 +1104,37 @@ def test_area_averaging_keeps_a_thin_line():
     cv2.line(image, (0, 301), (799, 301), (31, 119, 180), 1)
     small = loader.prepare_image(image, 100, False)
     assert (255 - small.astype(float)).sum() * 48 == pytest.approx((255 - image.astype(float)).sum(), rel=0.05)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="groups of processes are of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "timeout"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_to_all_processes_ends_rendering_in_one_sentence(tmp_path, number, begun):
+    for n in range(400):
+        write(tmp_path / "series" / "a", LINES, f"{n:03d}.csv")
+    render = [str(tmp_path / "series"), "--out", str(tmp_path / "plots")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "data_loader_supervised.py"), "render", *render, "--num-workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (
+        list((tmp_path / "plots").rglob("*.png")) if begun else n_children(process.pid) >= 3
+    ):  # two workers and what keeps track of shared memory
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "interrupted: " in said
+    report = json.loads((tmp_path / "plots" / "render_report.json").read_text(encoding="utf-8"))
+    assert report["rendered"] < 400
+
+
+def n_children(pid: int) -> int:
+    """Of a process, those it started itself; as many as are waited for where the system does not say."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return len(file.read_text(encoding="ascii").split()) if file.exists() else 3

@@ -233,6 +233,14 @@ def test_masks_beside_the_images_of_a_flat_folder_are_left_out(tmp_path):
     ]
 
 
+def test_good_images_under_another_spelling_are_told_of(tmp_path):
+    for name in ("train/good/1.png", "train/good/2.png", "train/good/3.png", "test/Good/1.png"):
+        save(tmp_path / name)
+    warnings = image_folders.MVTecFolder(tmp_path).warnings
+    where = [tmp_path / "test" / name for name in ("Good", "good")]
+    assert warnings == [f"{where[0]} counts as a kind of defect; expected good images in {where[1]}."]
+
+
 def test_unusable_data_folders(tmp_path):
     with pytest.raises(config.InputError, match="does not exist; expected"):
         image_folders.MVTecFolder(tmp_path / "absent")
@@ -241,7 +249,7 @@ def test_unusable_data_folders(tmp_path):
         image_folders.MVTecFolder(tmp_path / "empty")
     for name in ("1/a.png", "2/a.png", "2/b.png", "3/noon/a.png", ".hidden/a.png"):
         save(tmp_path / "days" / name)
-    with pytest.raises(config.InputError, match=r"train/good, but 3 sub-folder\(s\) that hold images; put them into"):
+    with pytest.raises(config.InputError, match=r"train/good, but 3 sub-folder\(s\) .* --bad-dir\)"):
         image_folders.MVTecFolder(tmp_path / "days")
     save(tmp_path / "only_test" / "test" / "good" / "0.png")
     with pytest.raises(config.InputError, match=r"no folder train/good; expected the good training images there\.$"):
