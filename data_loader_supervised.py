@@ -478,8 +478,9 @@ def render_folder(
     are removed.
 
     Returns:
-        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "classes": {folder:
-        n}, "outputs": {plot: {"source", "size", "mtime_ns"}}}, also written to ``out/render_report.json``.
+        {"rendered": n, "kept": n, "skipped": [{"source", "reason"}], "dropped_rows": {source: n}, "columns": {source:
+        the one drawn of several that could be the series}, "classes": {folder: n}, "outputs": {plot: {"source", "size",
+        "mtime_ns"}}}, also written to ``out/render_report.json``.
 
     Raises:
         InputError: no such folder, or no CSV in it.
@@ -492,8 +493,8 @@ def render_folder(
         raise config.InputError(f"No CSV found in {source}; expected files ending in {', '.join(SERIES_SUFFIXES)}.")
     jobs = list(_render_jobs(found, source, out))
     marks = {target.relative_to(out).as_posix(): _source_mark(path) for path, target in jobs}
-    dropped, outputs = _rendered_before(out)
-    outputs = _without_stale(outputs, marks, out)
+    before = _rendered_before(out)
+    outputs = _without_stale(before.pop("outputs"), marks, out)
     elsewhere = _drawn_of_others(jobs, marks, outputs)
     todo = [
         job
@@ -502,13 +503,13 @@ def render_folder(
     ]
     done = set(found).difference(elsewhere, (path for path, _ in todo))
     kept = {path.relative_to(source).as_posix() for path in done}
-    dropped = {name: n for name, n in dropped.items() if name in kept}
-    report: dict = {"rendered": 0, "kept": len(kept), "dropped_rows": dropped, "classes": {}}
+    noted = {key: {name: note for name, note in notes.items() if name in kept} for key, notes in before.items()}
+    report: dict = {"rendered": 0, "kept": len(kept), **noted, "classes": {}}
     skipped = [{"source": path.relative_to(source).as_posix(), "reason": why} for path, why in elsewhere.items()]
     report |= {"skipped": skipped, "outputs": outputs}
     drawn = progress(in_processes(_render_one, todo, num_workers), len(todo))
     try:
-        for (path, target), (reason, n_dropped) in zip(todo, drawn, strict=True):
+        for (path, target), (reason, notes) in zip(todo, drawn, strict=True):
             name, output = path.relative_to(source).as_posix(), target.relative_to(out).as_posix()
             if reason:
                 if outputs.pop(output, None):  # what an earlier run drew; other files stay
@@ -517,8 +518,8 @@ def render_folder(
             else:
                 outputs[output] = marks[output]
                 report["rendered"] += 1
-            if n_dropped:
-                report["dropped_rows"][name] = n_dropped
+            for key, note in notes.items():
+                report[key][name] = note
     finally:
         report["classes"] = dict(
             Counter(target.parent.relative_to(out).as_posix() for _, target in jobs if target.exists())
@@ -527,12 +528,12 @@ def render_folder(
     return report
 
 
-def _rendered_before(out: Path) -> tuple[dict, dict[str, dict]]:
-    """``dropped_rows`` and ``outputs`` of the report there is, without what is damaged."""
-    report = files.read_json(out / RENDER_REPORT)
-    dropped, outputs = (report[key] if isinstance(report.get(key), dict) else {} for key in ("dropped_rows", "outputs"))
+def _rendered_before(out: Path) -> dict[str, dict]:
+    """``dropped_rows``, ``columns`` and ``outputs`` of the report there is, without what is damaged."""
+    report, keys = files.read_json(out / RENDER_REPORT), ("dropped_rows", "columns", "outputs")
+    before = {key: report[key] if isinstance(report.get(key), dict) else {} for key in keys}
     is_mark = lambda mark: isinstance(mark, dict) and isinstance(mark.get("source"), str)  # noqa: E731
-    return dropped, {name: mark for name, mark in outputs.items() if is_mark(mark)}
+    return before | {"outputs": {name: mark for name, mark in before["outputs"].items() if is_mark(mark)}}
 
 
 def _source_mark(path: Path) -> dict:
@@ -581,15 +582,16 @@ def _render_jobs(found: list[Path], source: Path, out: Path) -> Iterator[tuple[P
         yield path, target
 
 
-def _render_one(job: tuple[Path, Path]) -> tuple[str, int]:
-    """("", rows dropped), or the reason why there is no plot."""
+def _render_one(job: tuple[Path, Path]) -> tuple[str, dict]:
+    """Why there is no plot, or "", and what the report says of it beside that, by its keys."""
     path, target = job
     try:
         series = series_plots.read_series(path)
     except series_plots.SeriesError as error:
-        return error.reason, 0
+        return error.reason, {}
     files.write_whole(target, series_plots.plot_png(series_plots.render_series(series.values)))
-    return "", series.n_dropped
+    notes = {"dropped_rows": series.n_dropped, "columns": series.column if series.n_columns > 1 else ""}
+    return "", {key: note for key, note in notes.items() if note}
 
 
 def in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
@@ -744,6 +746,9 @@ def render_main(settings: config.RenderSettings) -> None:
     report = render_folder(settings.source[0], out, settings.num_workers, progress_bar("render"))
     for row in report["skipped"]:
         print(f"skipped: {row['source']} {row['reason']}.", file=sys.stderr)
+    if report["columns"]:
+        said = f"{len(report['columns'])} CSVs have several columns that could be the series"
+        print(f"warning: {said}; the one drawn of each is in {out / RENDER_REPORT}.", file=sys.stderr)
     print(
         f"{out}: {report['rendered']} plots drawn, {report['kept']} already there, {len(report['skipped'])} CSVs "
         f"skipped; details in {out / RENDER_REPORT}"

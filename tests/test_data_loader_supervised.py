@@ -828,6 +828,21 @@ def test_render_draws_what_it_can_and_skips_what_is_done(tmp_path):
     assert (again["rendered"], again["kept"]) == (1, 2) and again["dropped_rows"] == report["dropped_rows"]
 
 
+def test_render_says_which_of_several_columns_it_drew(tmp_path, capsys):
+    source, out = tmp_path / "csv", tmp_path / "plots"
+    write(source, "t,a,b\n0,1.5,7\n1,2.5,9\n2,1,8\n", "up/several.csv")
+    write(source, "t,a\n0,1.5\n1,2.5\n2,1\n", "up/one.csv")
+    for n_drawn in (2, 0):  # and is still there where nothing is drawn anew
+        assert loader.run(["render", str(source), "--out", str(out)]) == 0
+        said = capsys.readouterr()
+        report = json.loads((out / "render_report.json").read_text(encoding="utf-8"))
+        assert (report["rendered"], report["columns"]) == (n_drawn, {"up/several.csv": "a"})
+        assert "warning: 1 CSVs have several columns" in said.err
+    (source / "up" / "several.csv").write_text("t,a\n0,1.5\n1,2.5\n2,1\n", encoding="utf-8")
+    assert loader.run(["render", str(source), "--out", str(out)]) == 0
+    assert "several columns" not in capsys.readouterr().err
+
+
 def test_a_plot_is_of_the_source_there_is_now(tmp_path):
     source, out, values = tmp_path / "csv", tmp_path / "plots", np.random.default_rng(0).normal(size=(3, 30))
     first, second, third = (series_plots.render_series(each) for each in values)
