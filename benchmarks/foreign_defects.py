@@ -30,7 +30,7 @@ from image_folders import MVTecFolder
 
 ATTEMPTS = 100
 """Times that a defect is drawn anew until it can be seen and is of the right size."""
-HARDEST_FRAC = 0.5
+PLAIN_FRAC = 0.5
 """Share of a defect's pixels that are to differ by PEAK_LEVELS or more."""
 
 
@@ -191,7 +191,7 @@ def draw_foreign(
         changed = np.clip(np.rint(KINDS[kind](rng, image, area_px, other)), 0, 255)
         change = np.abs(changed - image).max(2)
         mask = change >= VISIBLE_LEVELS
-        is_seen = (change[mask] >= PEAK_LEVELS).mean() >= HARDEST_FRAC if mask.any() else False
+        is_seen = (change[mask] >= PEAK_LEVELS).mean() >= PLAIN_FRAC if mask.any() else False
         if is_seen and AREA_FRAC[0] <= mask.mean() <= AREA_FRAC[1]:
             return changed, mask
     return None
