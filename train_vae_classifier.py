@@ -162,7 +162,8 @@ def train(run: Run) -> list[dict]:
     else:
         save_last(run, optimizer, scheduler)  # so that none goes on from an earlier run's with this one's model
         files.remove_written(run.out, WRITTEN)
-    config.save(s.replace(resume=False), run.out / "vae_models" / "config.yaml")
+    run.settings = s.replace(resume=False)  # what is kept asks for no checkpoint
+    config.save(run.settings, run.out / "vae_models" / "config.yaml")
     with tqdm(
         total=s.epochs * len(loader), initial=len(run.history) * len(loader), unit="step", file=sys.stderr
     ) as progress:

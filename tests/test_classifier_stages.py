@@ -254,6 +254,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_test_labels_change_nothin
         checkpoints.load_checkpoint(folder / BEST, vae_classifier.KIND) for folder in (tmp_path / "out", out)
     )
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert not ours["settings"]["resume"]  # though it was
     assert (
         ours["calibration"]["scores"] == theirs["calibration"]["scores"]
         and ours["calibration"]["temperature"] == theirs["calibration"]["temperature"]
