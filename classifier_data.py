@@ -18,6 +18,7 @@ import config
 import data_loader_supervised as plot_loader
 import series_generator
 import series_plots
+import streams
 
 TRAIN_TAG, FRESH_TAG = 1, 2
 Bar = Callable[[str], plot_loader.Progress]
@@ -145,7 +146,7 @@ def generated_plots(
     images = read_array(file)
     if images is None or not _as_drawn_now(images, jobs, per_class):
         images = np.empty((len(jobs), side, side, 3), np.uint8)
-        made = plot_loader.in_processes(draw_generated, jobs, -1)
+        made = streams.in_processes(draw_generated, jobs, -1)
         for i, image in enumerate(progress(made, len(jobs))):
             images[i] = image
         plot_loader.write_arrays(file, {"images": images})

@@ -9,19 +9,14 @@ whether they were files or CSVs, in training or at inference.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,14 +31,12 @@ import image_folders
 import scripts
 import series_generator
 import series_plots
-from streams import ahead
+from streams import ahead, in_processes
 
 if TYPE_CHECKING:
     import torch
 
 SERIES_SUFFIXES = (".csv", ".tsv")
-GRACE_S = 5
-"""Seconds that a process which draws goes on after SIGTERM, for the main one to end it in order."""
 DARK = 90  # spines are black; the line's blue channel is 180, the grid's 231
 DAMAGED_CACHE = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
 """What reading a cut, damaged or foreign cache file was seen to raise."""
@@ -592,51 +585,6 @@ def _render_one(job: tuple[Path, Path]) -> tuple[str, dict]:
     files.write_whole(target, series_plots.plot_png(series_plots.render_series(series.values)))
     notes = {"dropped_rows": series.n_dropped, "columns": series.column if series.n_columns > 1 else ""}
     return "", {key: note for key, note in notes.items() if note}
-
-
-def in_processes(work: Callable, jobs: list, num_workers: int) -> Iterator:
-    """Results in order, from processes of their own (matplotlib and betise hold the interpreter's lock)."""
-    n_workers = min((os.cpu_count() or 1) if num_workers < 0 else num_workers, len(jobs) // 8)
-    if n_workers < 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=_begin_process)
-    try:
-        with _signals_held_back():
-            results = pool.map(work, jobs, chunksize=4)
-        yield from results
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end, and do not reach processes that are started within. A terminal and
-    ``timeout`` send them to all processes, and a pool whose processes end by themselves breaks with tracebacks.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    numbers, came = (signal.SIGINT, signal.SIGTERM), []
-    is_main = threading.current_thread() is threading.main_thread()  # to which signals come through any thread
-    handlers = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in numbers if is_main}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # which processes take over
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-        for each in came:
-            signal.raise_signal(each)
-
-
-def _begin_process() -> None:
-    """One thread, and SIGTERM ends this process only where the main one has not done so GRACE_S later; Ctrl-C never."""
-    cv2.setNumThreads(1)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 # --------------------------------------------------------------------------- generate: labelled series, drawn

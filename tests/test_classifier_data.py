@@ -10,10 +10,10 @@ from test_classifier_stages import CLASSES, N_TRAIN, make_data, settings_for
 
 import classifier_data
 import config
-import data_loader_supervised as plot_loader
 import image_files
 import series_generator
 import series_plots
+import streams
 
 
 def quiet(title):
@@ -61,7 +61,7 @@ def test_generated_plots_are_made_once_and_fresh_ones_differ(tmp_path, monkeypat
         calls.append(jobs)
         return map(work, jobs)
 
-    monkeypatch.setattr(plot_loader, "in_processes", serial)
+    monkeypatch.setattr(streams, "in_processes", serial)
     monkeypatch.setattr(classifier_data, "draw_generated", fake_plots)
     settings = config.TrainClassifierSettings(image_size=32, generated_home=2, generated_present=1, fresh_per_class=1)
     mixed_in, fresh = classifier_data.make_generated(settings, list(series_generator.KINDS), tmp_path, bar, said.append)
@@ -92,7 +92,7 @@ def test_plots_that_are_cropped_are_kept_beside_whole_ones(tmp_path, monkeypatch
         made.append(jobs[0][-1])
         return map(work, jobs)
 
-    monkeypatch.setattr(plot_loader, "in_processes", serial)
+    monkeypatch.setattr(streams, "in_processes", serial)
     monkeypatch.setattr(classifier_data, "draw_generated", lambda job: np.full((32, 32, 3), job[-1], np.uint8))
     for crop_axes in (False, True, False):
         settings = config.TrainClassifierSettings(image_size=32, crop_axes=crop_axes)
@@ -102,7 +102,7 @@ def test_plots_that_are_cropped_are_kept_beside_whole_ones(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("changed", [(series_plots, "render_series"), (image_files, "fit_image")])
 def test_generated_plots_that_would_look_otherwise_today_are_made_anew(tmp_path, monkeypatch, changed):
-    monkeypatch.setattr(plot_loader, "in_processes", lambda work, jobs, num_workers: map(work, jobs))
+    monkeypatch.setattr(streams, "in_processes", lambda work, jobs, num_workers: map(work, jobs))
     settings = config.TrainClassifierSettings(image_size=32)
 
     def made():
