@@ -496,11 +496,13 @@ def _choose_column(
             path,
             f"holds no numeric column but time ({_columns(layout)}); expected one called data or value, or any other",
         )
-    n_possible, is_even = len(others), others[0] == 0 and _ticks(numbers_of(0))
-    if others[0] == 0 and n_possible > 1 and (_rises(numbers_of(0)) or (not names[0] and is_even)):
-        others = others[1:]  # as times do; one of a name of its own, in uneven steps, may be the series all the same
-        n_possible -= is_even or not names[0]
-    return others[0], n_possible
+    if others[0] != 0 or len(others) == 1:
+        return others[0], len(others)
+    is_even, is_unnamed = _ticks(numbers_of(0)), not names[0]
+    if not _rises(numbers_of(0)) and not (is_unnamed and is_even):
+        return 0, len(others)
+    # it goes as times do, but in uneven steps and under a name of its own it may be the series all the same
+    return others[1], len(others) - 1 if is_even or is_unnamed else len(others)
 
 
 def _without_sums(
